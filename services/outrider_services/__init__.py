@@ -1,0 +1,1 @@
+"""The processes of outrider and the command that starts them."""

@@ -1,0 +1,143 @@
+"""What runs in the processes that a launcher starts: the coordinator and the workers."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import uvloop
+
+from outrider.engine import Engine
+from outrider.errors import InternalError, ModelNotFound, OutriderError
+from outrider.transport import Router, check_exposure, socket_path
+from outrider_services import options
+from outrider_services.coordinator import Coordinator, Defaults
+from outrider_services.draft_worker import DraftWorker
+from outrider_services.options import Settings
+from outrider_services.target_worker import TargetWorker
+from outrider_services.worker import Connection, serve
+
+log = logging.getLogger(__name__)
+
+PR_SET_PDEATHSIG = 1
+
+
+def coordinator(settings: Settings, name: str, parent_fd: int | None) -> None:
+    """The coordinator process of the pipeline `name`."""
+    _run(_coordinate(settings, name), parent_fd, lambda: socket_path(name).unlink(missing_ok=True))
+
+
+def worker(role: str, settings: Settings, address: str, parent_fd: int | None) -> None:
+    """A worker process; `settings.target` is the model of its own, whatever its role."""
+    cores = options.cores(settings.target.cores)
+    if cores:
+        os.sched_setaffinity(0, cores)
+    connection = Connection(address, timeout_s=10.0)
+    make = TargetWorker if role == "target" else DraftWorker
+
+    def load(progress: Callable[[float], None]) -> Engine:
+        return _toy(role, settings) if settings.pipeline.backend == "toy" else _llama(settings, progress)
+
+    _run(serve(make, load, connection, say), parent_fd, lambda: None)
+
+
+def say(state: str, *details: float | str) -> None:
+    """Tell the launcher, or whoever reads stdout."""
+    with contextlib.suppress(BrokenPipeError):
+        sys.stdout.write(json.dumps([state, *details]) + "\n")
+        sys.stdout.flush()
+
+
+async def _coordinate(settings: Settings, name: str) -> None:
+    draft = settings.draft
+    defaults = Defaults(settings.pipeline.mode, draft.n_max, draft.n_min, draft.p_min)
+    core = Coordinator(lambda peer, message: router.send(peer, message), defaults)
+    router = Router(core.on_message, core.on_bad_frame, core.on_disconnect)
+    path = socket_path(name)
+    try:
+        router.bind(f"ipc://{path}")
+        for address in settings.coordinator.listen:
+            check_exposure(address, settings.coordinator.insecure)
+            bound = router.bind(address)
+            say("listening", bound)
+            if address in settings.coordinator.insecure:
+                log.warning("%s is open to everybody who can reach it", bound)
+        say("ready", 1.0)
+        await core.run()
+    finally:
+        router.close()
+        path.unlink(missing_ok=True)
+
+
+def _llama(settings: Settings, progress: Callable[[float], None]) -> Engine:
+    from outrider.llama import LlamaEngine, LlamaSettings
+
+    target, pipeline = settings.target, settings.pipeline
+    if not target.model:
+        raise ModelNotFound("say which model: -m FILE")
+    threads = min(target.threads, len(os.sched_getaffinity(0)))
+    chosen = LlamaSettings(
+        context=target.ctx,
+        slots=pipeline.parallel,
+        threads=threads,
+        gpu_layers=target.ngl,
+        exact=pipeline.exact,
+    )
+    return LlamaEngine.load(Path(target.model), chosen, progress)
+
+
+def _toy(role: str, settings: Settings) -> Engine:
+    from outrider.toy import ToyCosts, ToyEngine, ToySettings
+
+    toy = settings.toy
+    step_ms = toy.step_ms if role == "target" else toy.draft_ms
+    row_ms = toy.row_ms if role == "target" else toy.draft_ms
+    costs = ToyCosts(step_ms / 1000, row_ms / 1000, row_ms / 1000 / 10)
+    return ToyEngine(
+        ToySettings(
+            role="target" if role == "target" else "draft",
+            agreement=toy.agreement,
+            context=settings.target.ctx,
+            slots=settings.pipeline.parallel,
+            costs=costs,
+            vocabulary_variant=toy.variant,
+        )
+    )
+
+
+def _run(main: Coroutine[Any, Any, None], parent_fd: int | None, clean_up: Callable[[], None]) -> None:
+    """Run until done, until SIGTERM, or until the launcher is gone."""
+
+    async def wrapped() -> None:
+        loop = asyncio.get_running_loop()
+        task = asyncio.ensure_future(main)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, task.cancel)
+        if parent_fd is not None:
+
+            def orphaned() -> None:
+                clean_up()
+                os._exit(InternalError.exit_code)
+
+            loop.add_reader(parent_fd, orphaned)
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+    if parent_fd is not None:
+        # should the loop itself hang; the pipe is for everything else, such as cleaning up
+        with contextlib.suppress(AttributeError, OSError):
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    try:
+        uvloop.run(wrapped())
+    except OutriderError as exc:
+        say("error", exc.code, str(exc))
+        raise

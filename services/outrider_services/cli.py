@@ -1,0 +1,217 @@
+"""The `outrider` command: parse, call, print."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import uvloop
+from rich.console import Console
+from rich.table import Table
+
+import outrider
+from outrider.client import connect
+from outrider.errors import ConfigError, ConnectionFailed, OutriderError
+from outrider.transport import address_of, runtime_dir
+from outrider_services import children, models, options, serving
+from outrider_services.generate import run
+from outrider_services.options import Parser, add_options
+from outrider_services.progress import progress_reporter
+
+INTERRUPTED = 128 + signal.SIGINT
+TERMINATED = 128 + signal.SIGTERM
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command and exit with its status."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        status = dispatch(arguments)
+        sys.stdout.flush()
+    except OutriderError as exc:
+        if "--debug" in arguments:
+            raise
+        print(f"outrider: {exc}", file=sys.stderr)
+        status = exc.exit_code
+    except KeyboardInterrupt:
+        status = INTERRUPTED
+    except asyncio.CancelledError:
+        status = TERMINATED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 1
+    sys.exit(status)
+
+
+def dispatch(arguments: Sequence[str]) -> int:
+    parser, verbs = build_parser()
+    verb = verbs.get(arguments[0]) if arguments else None
+    if verb and arguments[0] == "worker" and len(arguments) > 1:
+        verb = verbs.get(f"worker {arguments[1]}", verb)
+    (verb or parser).check_flags(arguments)
+    parsed = parser.parse_args(arguments)
+    settings = options.settings(
+        {k: tuple(v) if isinstance(v, list) else v for k, v in vars(parsed).items() if k in options.OPTIONS},
+        parsed.config,
+    )
+    logging.basicConfig(
+        level=settings.log.level.upper(), format="%(levelname)s %(message)s", stream=sys.stderr
+    )
+    status: int = parsed.call(settings, parsed)
+    return status
+
+
+# ---- the verbs ----------------------------------------------------------------------------------
+
+
+def build_parser() -> tuple[Parser, dict[str, Parser]]:
+    parser = Parser(prog="outrider", description=outrider.__doc__.splitlines()[0])
+    parser.add_argument("--version", action="version", version=f"outrider {outrider.__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    verbs: dict[str, Parser] = {}
+
+    def verb(name: str, call: Any, help: str, sections: Sequence[str] = (), **more: Any) -> Parser:
+        added: Parser = commands.add_parser(name, help=help, description=help, **more)
+        _common(added, sections, call)
+        verbs[name] = added
+        return added
+
+    models_and_more = ("target", "draft", "pipeline", "toy", "log")
+    _run_flags(verb("run", run, "generate text", (*models_and_more, "sampling")))
+    serve = verb("serve", serving.serve, "start a pipeline and keep it up", (*models_and_more, "coordinator"))
+    serve.add_argument("--name", default="default", help="what clients call it (default: default)")
+    serve.add_argument("--pull", action="store_true", help="fetch the default pair if it is missing")
+    _worker_verbs(verb, verbs)
+    pull = verb("pull", _pull, "fetch a model, or the default pair", ("pipeline",))
+    pull.add_argument("model", nargs="?", help="hf://user/repo[:quant]; default: the default pair")
+    verb("ls", _ls, "list the models in the caches")
+    ps = verb("ps", _ps, "list the pipelines that are up")
+    ps.add_argument("--json", action="store_true", help="as a JSON array")
+    stop = verb("stop", _stop, "end a pipeline, once its requests are finished")
+    stop.add_argument("name", nargs="?", default="default", help="name or address")
+    child = verb("coordinator", _coordinator, argparse.SUPPRESS, ("draft", "pipeline", "coordinator", "log"))
+    child.add_argument("--name", default="default")
+    child.add_argument("--parent-fd", type=int)
+    # a verb for the launcher alone
+    commands._choices_actions = [a for a in commands._choices_actions if a.dest != "coordinator"]
+    return parser, verbs
+
+
+def _common(parser: Parser, sections: Sequence[str], call: Any) -> None:
+    add_options(parser, sections)
+    parser.add_argument("--config", metavar="FILE", help="configuration file (TOML) [OUTRIDER_CONFIG]")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    parser.set_defaults(call=call)
+
+
+def _run_flags(parser: Parser) -> None:
+    add = parser.add_argument
+    add("prompt", nargs="?", help="the prompt; else -p, --file, or stdin")
+    add("-p", "--prompt", "-prompt", dest="prompt_flag", metavar="TEXT", help="the prompt")
+    add("-f", "--file", metavar="FILE", help="read the prompt from a file")
+    add("--chat", action="store_true", help="apply the model's chat template to the prompt")
+    add("-v", "--verbose", "-verbose", nargs="?", const="true", default="false", metavar="BOOL",
+        help="show each drafted token and its fate on stderr")
+    add("-o", "--output", choices=("text", "json"), default="text", help="what goes to stdout")
+    add("--connect", metavar="PIPELINE", help="use a pipeline that is up: its name or address")
+    add("--baseline", action="store_true", help="measure the speed-up: generate again in plain mode")
+    add("--no-stats", action="store_true", help="no statistics on stderr")
+    add("--trace", metavar="FILE", help="write when each worker computed, as Chrome trace JSON")
+    add("--pull", action="store_true", help="fetch the default pair if it is missing")
+
+
+def _worker_verbs(verb: Any, verbs: dict[str, Parser]) -> None:
+    worker = verb("worker", None, "run one worker here, for a coordinator elsewhere")
+    roles = worker.add_subparsers(metavar="ROLE", required=True)
+    for role in ("draft", "target"):
+        text = f"the {role} worker; its flags mean its own model"
+        added = roles.add_parser(role, help=text, description=text)
+        _common(added, ("target", "pipeline", "toy", "log"), _worker)
+        added.add_argument("--connect", required=True, metavar="ADDRESS", help="the coordinator's address")
+        added.add_argument("--parent-fd", type=int, help=argparse.SUPPRESS)
+        added.set_defaults(role=role)
+        verbs[f"worker {role}"] = added
+
+
+def _coordinator(settings: options.Settings, parsed: Any) -> int:
+    children.coordinator(settings, parsed.name, parsed.parent_fd)
+    return 0
+
+
+def _worker(settings: options.Settings, parsed: Any) -> int:
+    settings = serving.with_paths_of_worker(settings, parsed.role)
+    children.worker(parsed.role, settings, address_of(parsed.connect), parsed.parent_fd)
+    return 0
+
+
+def _pull(settings: options.Settings, parsed: Any) -> int:
+    with progress_reporter() as progress:
+        offline = settings.pipeline.offline
+        if parsed.model:
+            paths = [models.resolve(parsed.model, fetch=True, offline=offline, progress=progress)]
+        else:
+            paths = list(models.default_pair(fetch=True, offline=offline, progress=progress))
+    for path in paths:
+        print(path)
+    return 0
+
+
+def _ls(settings: options.Settings, parsed: Any) -> int:
+    table = Table("model", "GiB", "file", box=None)
+    for model in models.local_models():
+        table.add_row(model.name, f"{model.bytes / 2**30:.2f}", str(model.path))
+    Console(soft_wrap=True).print(table)
+    return 0
+
+
+def _ps(settings: options.Settings, parsed: Any) -> int:
+    found = uvloop.run(_pipelines())
+    if parsed.json:
+        print(json.dumps(found, indent=2))
+        return 0
+    table = Table("name", "status", "mode", "target", "draft", "running", "waiting", box=None)
+    for one in found:
+        workers, requests = one["workers"], one["requests"]
+        names = [workers.get(role, {}).get("model", "-") for role in ("target", "draft")]
+        counts = [str(requests["running"]), str(requests["waiting"])]
+        table.add_row(one["name"], one["status"], one["mode"], *names, *counts)
+    Console(soft_wrap=True).print(table)
+    return 0
+
+
+async def _pipelines() -> list[dict[str, Any]]:
+    async def ask(name: str) -> dict[str, Any] | None:
+        try:
+            async with connect(name, timeout_s=1.0) as client:
+                return {"name": name, **await client.health()}
+        except ConnectionFailed:
+            return None  # left over from a pipeline that was killed
+
+    names = sorted(path.stem for path in runtime_dir().glob("*.sock"))
+    return [one for one in await asyncio.gather(*map(ask, names)) if one]
+
+
+def _stop(settings: options.Settings, parsed: Any) -> int:
+    async def stop() -> None:
+        async with connect(parsed.name) as client:
+            await client.stop()
+        path = address_of(parsed.name).removeprefix("ipc://")
+        for _ in range(600):
+            if not os.path.exists(path):
+                return
+            await asyncio.sleep(0.1)
+        raise ConfigError(f"{parsed.name} is still finishing its requests")
+
+    uvloop.run(stop())
+    return 0
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,285 @@
+"""`outrider run`: one prompt through a pipeline of its own, or one that is already up."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import secrets
+import signal
+import sys
+from contextlib import AsyncExitStack
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, TextIO
+
+import uvloop
+
+from outrider.client import AsyncClient, Completion, Fragment, Lane, Stream, connect
+from outrider.errors import BadRequest, ConfigError
+from outrider.stats import Report
+from outrider_services.launcher import Launcher
+from outrider_services.options import Settings
+from outrider_services.serving import SAME_MODEL, News, has_draft, tell, with_paths
+
+DEFAULT_PROMPT = "The future of AI is"
+DEFAULT_LENGTH = 100
+
+
+def run(settings: Settings, parsed: Any) -> int:
+    """Generate, print, and leave nothing behind."""
+    prompt = read_prompt(parsed, sys.stdin)
+    request = arguments(settings, parsed)  # wrong settings are told before anything is started
+    if parsed.connect is None:
+        settings = with_paths(settings, fetch=parsed.pull)
+        settings = same_model(settings)
+    return uvloop.run(_run(settings, parsed, prompt, request))
+
+
+def read_prompt(parsed: Any, stdin: TextIO) -> str:
+    """The prompt from argument, `-p`, file or piped stdin, in that order. Raises OutriderError."""
+    if parsed.prompt is not None:
+        if parsed.prompt.endswith(".gguf"):
+            raise BadRequest(f"{parsed.prompt} looks like a model; say -m {parsed.prompt}", "prompt")
+        return str(parsed.prompt)
+    if parsed.prompt_flag is not None:
+        return str(parsed.prompt_flag)
+    try:
+        if parsed.file is not None:
+            return Path(parsed.file).read_text()
+        text = "" if stdin is None or stdin.isatty() else stdin.read()
+    except OSError as exc:
+        raise BadRequest(f"cannot read the prompt from {parsed.file}: {exc.strerror}") from None
+    except UnicodeDecodeError:
+        raise BadRequest(f"the prompt from {parsed.file or 'stdin'} is not UTF-8 text") from None
+    return text or DEFAULT_PROMPT
+
+
+def arguments(settings: Settings, parsed: Any) -> dict[str, Any]:
+    """What `AsyncClient.create_completion` is to be called with. Raises OutriderError."""
+    sampling = asdict(settings.sampling)
+    n_predict = sampling.pop("n_predict")
+    seed = sampling.pop("seed")
+    if parsed.verbose not in ("true", "false"):
+        raise ConfigError(f"--verbose must be true or false, not {parsed.verbose!r}")
+    return {
+        **sampling,
+        "logit_bias": dict(map(read_bias, sampling["logit_bias"])),
+        "max_tokens": DEFAULT_LENGTH if n_predict is None else n_predict,
+        "seed": secrets.randbits(31) if seed < 0 else seed,
+        "mode": settings.pipeline.mode,
+        "n_draft": settings.draft.n_max,
+        "trace": parsed.trace is not None,
+    }
+
+
+def read_bias(text: str) -> tuple[int, float]:
+    """`15043+1`, `15043-1.5` or `2-inf`."""
+    for sign in "+-":
+        token, found, bias = text.partition(sign)
+        if found:
+            try:
+                return int(token), max(float(sign + bias), -1e6)
+            except ValueError:
+                break
+    raise ConfigError(f"--logit-bias must be like 15043+1 or 2-inf, not {text!r}")
+
+
+def same_model(settings: Settings) -> Settings:
+    """A target without a draft drafts for itself, as a demonstration."""
+    draft = settings.draft
+    if settings.pipeline.backend == "toy" or draft.model or draft.place == "remote":
+        return settings
+    if draft.n_max == 0 or settings.pipeline.mode == "plain":
+        return settings
+    tell(SAME_MODEL)
+    pipeline = settings.pipeline
+    if pipeline.mode == "auto":
+        pipeline = replace(pipeline, mode="pipelined")
+    return replace(settings, draft=replace(draft, model=settings.target.model), pipeline=pipeline)
+
+
+async def _run(settings: Settings, parsed: Any, prompt: str, request: dict[str, Any]) -> int:
+    interrupts = Interrupts()
+    async with AsyncExitStack() as stack:
+        name = parsed.connect
+        if name is None:
+            name = f"run-{secrets.token_hex(4)}"
+            request["mode"] = settings.pipeline.mode
+            await _start(stack, settings, name)
+        client = await stack.enter_async_context(connect(name))
+        interrupts.client = client
+        printer = Printer(client, parsed)
+        request.update({"messages": [{"role": "user", "content": prompt}]} if parsed.chat else {})
+        result = await _generate(client, prompt, request, printer, interrupts)
+        report = result.stats
+        if parsed.baseline and result.choices[0].finish_reason != "cancelled":
+            plain = await client.create_completion(prompt, **{**request, "mode": "plain"})
+            report = measured(report, plain.stats)
+        if parsed.trace:
+            Path(parsed.trace).write_text(json.dumps(chrome_trace(result.trace or ())))
+        printer.result(result, report)
+    return interrupts.status
+
+
+async def _start(stack: AsyncExitStack, settings: Settings, name: str) -> None:
+    """A private pipeline, for as long as `stack` lives."""
+    news = News()
+    with news:
+        launcher = Launcher(settings, name, news.report, news.log, draft=has_draft(settings))
+        await stack.enter_async_context(launcher)
+
+
+async def _generate(
+    client: AsyncClient,
+    prompt: str,
+    request: dict[str, Any],
+    printer: Printer,
+    interrupts: Interrupts,
+) -> Completion:
+    stream: Stream = await client.create_completion(prompt, **request, stream=True)
+    interrupts.stream = stream
+    async for fragment in stream:
+        await printer.fragment(fragment)
+    return await stream.result()
+
+
+class Interrupts:
+    """The first Ctrl-C ends the generation and shows what there is; the second, and SIGTERM, quit."""
+
+    def __init__(self) -> None:
+        self.status = 0
+        self.client: AsyncClient | None = None
+        self.stream: Stream | None = None
+        self._task = asyncio.current_task()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, self._on, number)
+
+    def _on(self, number: int) -> None:
+        first, self.status = self.status == 0, 128 + number
+        if first and number == signal.SIGINT and self.stream is not None:
+            self._cancelling = asyncio.ensure_future(self.stream.cancel())
+        elif self._task:
+            self._task.cancel()
+
+
+class Printer:
+    """Generated text, or one JSON object, to stdout; everything else to stderr."""
+
+    def __init__(self, client: AsyncClient, parsed: Any) -> None:
+        self._client, self._verbose = client, parsed.verbose == "true"
+        self._json, self._stats = parsed.output == "json", not parsed.no_stats
+        self._texts: dict[int, str] = {}
+
+    async def fragment(self, fragment: Fragment) -> None:
+        if not self._json:
+            sys.stdout.write(fragment.text)
+            sys.stdout.flush()
+        if self._verbose:
+            for line in await self._fates(fragment):
+                tell(line)
+
+    async def _fates(self, fragment: Fragment) -> list[str]:
+        """Each drafted token of the round and what became of it."""
+        lines, tokens, number = [], fragment.tokens, fragment.round
+        drafted = [(id_, await self._text(id_), p) for id_, p in fragment.drafted]
+        lines += [f"[DRAFT] {number}.{i} {d} {t} p={p:.2f}" for i, (d, t, p) in enumerate(drafted)]
+        for i, (id_, text, _) in enumerate(drafted):
+            if i >= len(tokens):
+                break  # behind the end of the answer, or of what was read
+            own = tokens[i]
+            shown = await self._text(own.id)
+            lines.append(f"[VERIFY] {number}.{i} {id_} {text} target={own.id} {shown}")
+            if own.kind == "corrected":
+                lines.append(f"[REJECT] {number}.{i} target={own.id} {shown}")
+                break
+            lines.append(f"[ACCEPT] {number}.{i}")
+        if tokens and tokens[-1].kind in ("bonus", "plain"):
+            last = tokens[-1]
+            lines.append(f"[{last.kind.upper()}] {number} {last.id} {await self._text(last.id)}")
+        return lines
+
+    async def _text(self, token: int) -> str:
+        if token not in self._texts:
+            self._texts[token] = json.dumps(
+                await self._client.detokenize([token]), ensure_ascii=False
+            )
+        return self._texts[token]
+
+    def result(self, result: Completion, report: Report) -> None:
+        if self._json:
+            shown = {
+                "text": result.text,
+                "token_ids": [token.id for token in result.tokens],
+                "prompt_token_ids": list(result.prompt_token_ids),
+                "finish_reason": result.choices[0].finish_reason,
+                "seed": report.seed,
+                "mode": report.mode,
+                "stats": asdict(report),
+            }
+            sys.stdout.write(json.dumps(shown, ensure_ascii=False) + "\n")
+        else:
+            sys.stdout.write("\n")
+        sys.stdout.flush()
+        if self._stats:
+            tell("\n" + statistics(report))
+
+
+def measured(report: Report, plain: Report) -> Report:
+    """The report with the speed-up over the plain run that was just made."""
+    if not (report.tokens_per_s and plain.tokens_per_s):
+        return report
+    return replace(
+        report, speedup=report.tokens_per_s / plain.tokens_per_s, speedup_kind="measured"
+    )
+
+
+def statistics(r: Report) -> str:
+    """The block that ends a run."""
+
+    def show(value: float | None, form: str) -> str:
+        return "n/a" if value is None else format(value, form)
+
+    sign = "~" if r.speedup_kind == "estimate" else ""
+    kind = f" ({r.speedup_kind})" if r.speedup_kind else ""
+    accepted = r.accepted_tokens - r.truncated_tokens
+    return "\n".join(
+        (
+            f"Mode: {r.mode}",
+            f"Seed: {r.seed}",
+            f"Total tokens generated: {r.generated_tokens} ({accepted} accepted, "
+            f"{r.corrections} corrected, {r.bonuses} bonus, {r.plain_tokens} plain)",
+            f"Draft tokens created: {r.drafted_tokens}",
+            f"Draft tokens verified: {r.verified_tokens}",
+            f"Draft tokens accepted: {r.accepted_tokens}",
+            f"Draft tokens discarded: {r.discarded_tokens} (plus {r.hits} hits)",
+            f"Acceptance rate: {show(r.acceptance_rate, '.2%')} (accepted / verified)",
+            f"Mean accepted length: {show(r.mean_accepted_length, '.2f')}",
+            f"Overlap: {show(r.overlap, '.0%')} of draft compute",
+            f"Generation time: {show(r.decode_s, '.2f')}s (prefill {show(r.prefill_s, '.2f')}s apart)",
+            f"Tokens per second: {show(r.tokens_per_s, '.2f')}",
+            f"Speed-up vs target alone: {sign}{show(r.speedup, '.2f')}x{kind}",
+        )
+    )
+
+
+def chrome_trace(lanes: tuple[Lane, ...]) -> dict[str, Any]:
+    """Both lanes in the trace event format that Perfetto and chrome://tracing read."""
+    start = min((began for _, began, _, _ in lanes), default=0.0)
+    threads = {"target": 1, "draft": 2}
+    events: list[dict[str, Any]] = [
+        {"ph": "M", "name": "thread_name", "pid": 1, "tid": tid, "args": {"name": f"{lane} compute"}}
+        for lane, tid in threads.items()
+    ]
+    events += [
+        {
+            "ph": "X",
+            "name": f"{'verify' if lane == 'target' else 'draft'} {rows}",
+            "pid": 1,
+            "tid": threads[lane],
+            "ts": round((began - start) * 1e6, 1),
+            "dur": round((ended - began) * 1e6, 1),
+            "args": {"rows": rows},
+        }
+        for lane, began, ended, rows in lanes
+    ]
+    return {"traceEvents": events, "displayTimeUnit": "ms"}

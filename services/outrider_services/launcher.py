@@ -1,0 +1,256 @@
+"""Starts, watches, restarts and stops the processes of one pipeline on this machine.
+
+A child ends with its launcher, however that ends: each holds the reading end of a pipe whose other
+end only the launcher has. Children tell their state in JSON lines on stdout; what they write to
+stderr is forwarded line by line with their role in front.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from outrider.client import connect
+from outrider.errors import (
+    ConfigError,
+    ConnectionFailed,
+    OutriderError,
+    WorkerLost,
+    from_code,
+)
+from outrider.transport import socket_path
+from outrider_services.options import Settings, Target, to_flags
+
+STOP_S = 5.0  # between SIGTERM and SIGKILL
+BACKOFF_S = (0.1, 5.0)
+RESTARTS = (5, 60.0)  # so many in so many seconds, then it stays down
+
+Report = Callable[[str, str, float], None]  # role, state, how much of it is done
+Log = Callable[[str, str], None]  # role, line
+
+
+@dataclass(slots=True)
+class Child:
+    """One process and how to start it again."""
+
+    role: str
+    arguments: list[str]
+    process: asyncio.subprocess.Process | None = None
+    ready: asyncio.Event = field(default_factory=asyncio.Event)
+    error: OutriderError | None = None
+    starts: deque[float] = field(default_factory=deque)
+
+
+class Launcher:
+    """`async with Launcher(...)`: inside, the pipeline `name` is up."""
+
+    def __init__(
+        self, settings: Settings, name: str, report: Report, log: Log, *, draft: bool = True
+    ) -> None:
+        self.settings, self.name = settings, name
+        self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.addresses: list[str] = []
+        self._report, self._log = report, log
+        self._socket: Path = socket_path(name)
+        self._up = self._stopping = False
+        self._tasks: list[asyncio.Task[None]] = []
+        self._pipe: tuple[int, int] | None = None
+        self._children = self._plan(draft)
+
+    def _plan(self, draft: bool) -> list[Child]:
+        settings, address = self.settings, f"ipc://{self._socket}"
+        sections = ("draft", "pipeline", "coordinator", "log")
+        children = [
+            Child("coordinator", ["coordinator", f"--name={self.name}", *to_flags(settings, sections)])
+        ]
+        if settings.target.place == "spawn":
+            children.append(Child("target", worker_arguments("target", settings, address)))
+        if draft and settings.draft.place == "spawn":
+            children.append(Child("draft", worker_arguments("draft", settings, address)))
+        return children
+
+    async def __aenter__(self) -> Launcher:
+        await self._claim_name()
+        self._pipe = os.pipe()
+        try:
+            async with asyncio.timeout(self.settings.pipeline.ready_timeout_s):
+                coordinator, *workers = self._children
+                await self._start(coordinator)
+                await self._until_ready(coordinator)
+                for worker in workers:
+                    await self._start(worker)
+                for worker in workers:
+                    await self._until_ready(worker)
+        except TimeoutError:
+            await self.stop()
+            limit = self.settings.pipeline.ready_timeout_s
+            raise WorkerLost(f"not ready within {limit:.0f} s (see --ready-timeout)") from None
+        except BaseException:
+            await self.stop()
+            raise
+        self._up = True
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.stop()
+
+    async def stop(self) -> None:
+        """End every child, politely first, and remove the socket."""
+        self._stopping = True
+        running = [c.process for c in self._children if c.process and c.process.returncode is None]
+        for process in running:
+            with contextlib.suppress(ProcessLookupError):
+                process.terminate()
+        if running:
+            _, late = await asyncio.wait(
+                [asyncio.ensure_future(process.wait()) for process in running], timeout=STOP_S
+            )
+            for process in running if late else []:
+                if process.returncode is None:
+                    process.kill()
+            await asyncio.gather(*late)
+        if self._pipe:
+            for end in self._pipe:
+                os.close(end)
+            self._pipe = None
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._socket.unlink(missing_ok=True)
+        if not self.failed.done():
+            self.failed.cancel()
+        elif not self.failed.cancelled():
+            self.failed.exception()  # it was told, or nobody asked
+
+    # ---- one child ------------------------------------------------------------------------------
+
+    async def _claim_name(self) -> None:
+        """A socket that nobody answers on is left over from a pipeline that was killed."""
+        if not self._socket.exists():
+            return
+        try:
+            async with connect(f"ipc://{self._socket}", timeout_s=0.5):
+                pass
+        except ConnectionFailed:
+            self._socket.unlink(missing_ok=True)
+            return
+        raise ConfigError(
+            f"a pipeline named {self.name!r} is running; choose another --name, or `outrider stop "
+            f"{self.name}`"
+        )
+
+    async def _start(self, child: Child) -> None:
+        assert self._pipe is not None
+        child.ready.clear()
+        child.error = None
+        child.starts.append(time.monotonic())
+        child.process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "outrider_services.cli",
+            *child.arguments,
+            f"--parent-fd={self._pipe[0]}",
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            pass_fds=(self._pipe[0],),
+            start_new_session=True,  # Ctrl-C is for the launcher
+        )
+        self._report(child.role, "starting", 0.0)
+        self._tasks = [task for task in self._tasks if not task.done()]
+        self._tasks.append(asyncio.ensure_future(self._watch(child, child.process)))
+
+    async def _until_ready(self, child: Child) -> None:
+        ready = asyncio.ensure_future(child.ready.wait())
+        await asyncio.wait([ready, self.failed], return_when=asyncio.FIRST_COMPLETED)
+        ready.cancel()
+        if self.failed.done():
+            self.failed.result()
+
+    async def _watch(self, child: Child, process: asyncio.subprocess.Process) -> None:
+        assert process.stdout is not None and process.stderr is not None
+        await asyncio.gather(
+            self._read_states(child, process.stdout), self._forward(child, process.stderr)
+        )
+        status = await process.wait()
+        if self._stopping:
+            return
+        self._report(child.role, "ended", 0.0)
+        error = child.error or WorkerLost(
+            f"the {child.role} process ended by itself with status {status}", child.role
+        )
+        if child.role == "coordinator" and status == 0:
+            self._fail(None)  # it was told to stop
+        elif not self._up or child.role == "coordinator":
+            self._fail(error)
+        else:
+            await self._restart(child, error)
+
+    async def _restart(self, child: Child, error: OutriderError) -> None:
+        most, within_s = RESTARTS
+        while child.starts and time.monotonic() - child.starts[0] > within_s:
+            child.starts.popleft()
+        if len(child.starts) > most:
+            self._log(child.role, f"restarted {most} times in {within_s:.0f} s; it stays down")
+            if child.role == "target":
+                self._fail(error)
+            return
+        delay = min(BACKOFF_S[0] * 4 ** (len(child.starts) - 1), BACKOFF_S[1])
+        self._log(child.role, f"{error}; starting it again in {delay:.1f} s")
+        await asyncio.sleep(delay)
+        if not self._stopping:
+            await self._start(child)
+
+    def _fail(self, error: OutriderError | None) -> None:
+        if not self.failed.done():
+            if error is None:
+                self.failed.set_result(None)
+            else:
+                self.failed.set_exception(error)
+
+    async def _read_states(self, child: Child, stream: asyncio.StreamReader) -> None:
+        async for line in stream:
+            try:
+                state, detail, *rest = json.loads(line)
+            except ValueError:
+                self._log(child.role, line.decode("utf-8", "replace").rstrip())
+                continue
+            if state == "error":
+                child.error = from_code(detail, rest[0])
+                continue
+            if state == "listening":
+                self.addresses.append(detail)
+                continue
+            if state == "ready":
+                child.ready.set()
+            self._report(child.role, state, float(detail))
+
+    async def _forward(self, child: Child, stream: asyncio.StreamReader) -> None:
+        async for line in stream:
+            self._log(child.role, line.decode("utf-8", "replace").rstrip())
+
+
+def worker_arguments(role: str, settings: Settings, address: str) -> list[str]:
+    """The command line of a worker; its own model is the target of its settings."""
+    draft = settings.draft
+    if role == "draft":
+        own = replace(
+            Target(),
+            model=draft.model,
+            threads=draft.threads,
+            cores=draft.cores,
+            ngl=draft.ngl,
+            ctx=settings.target.ctx,
+        )
+        settings = replace(settings, target=own)
+    settings = replace(settings, target=replace(settings.target, place="spawn"))
+    flags = to_flags(settings, ("target", "pipeline", "toy", "log"))
+    return ["worker", role, f"--connect={address}", *flags]

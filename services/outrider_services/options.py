@@ -1,0 +1,358 @@
+"""Every setting once: its key, spellings, type, default and help. The command line, the environment
+(`OUTRIDER_SECTION__KEY`), the configuration file and the children's flags all come from this table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import os
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import platformdirs
+
+from outrider.errors import ConfigError
+
+Mode = Literal["plain", "sync", "pipelined", "auto"]
+Backend = Literal["llama", "toy"]
+Place = Literal["spawn", "remote"]
+
+
+def opt(default: Any, flags: str, help: str, metavar: str | None = None) -> Any:
+    """A field of the table; `flags` are its spellings, the first with two dashes its name."""
+    metadata = {"flags": flags.split(), "help": help, "metavar": metavar}
+    if isinstance(default, list | dict):
+        raise TypeError("use a tuple")
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    model: str | None = opt(None, "-m --model -model", "target model: a GGUF file or hf://user/repo[:quant]", "FILE")
+    hf: str | None = opt(None, "-hf --hf-repo", "target model from the hub", "USER/REPO[:QUANT]")
+    threads: int = opt(4, "-t --threads -threads", "threads of the target worker (fewer if it has fewer cores)", "N")
+    ctx: int = opt(2048, "-c --ctx-size -ctx --ctx", "context of each request, in tokens", "N")
+    cores: str = opt("", "--target-cores -Cr", "cores the target worker may use, such as 0,2-3", "LIST")
+    ngl: int = opt(0, "-ngl --n-gpu-layers --gpu-layers", "layers of the target on the GPU; -1: all", "N")
+    place: Place = opt("spawn", "--target-place", "spawn the target worker here, or wait for a remote one")
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    model: str | None = opt(None, "-md --model-draft -draft-model --draft-model --spec-draft-model", "draft model", "FILE")
+    hf: str | None = opt(None, "-hfd --hf-repo-draft --spec-draft-hf", "draft model from the hub", "USER/REPO[:QUANT]")
+    n_max: int = opt(5, "--spec-draft-n-max -n-draft --n-draft", "most drafted tokens in one block; 0: plain", "N")
+    n_min: int = opt(0, "--spec-draft-n-min", "least drafted tokens in a block, while the draft delivers", "N")
+    p_min: float = opt(0.0, "--spec-draft-p-min", "a block ends before a token less probable than this", "P")
+    threads: int = opt(4, "-td --threads-draft", "threads of the draft worker (fewer if it has fewer cores)", "N")
+    cores: str = opt("", "--draft-cores -Crd", "cores the draft worker may use", "LIST")
+    ngl: int = opt(0, "-ngld --n-gpu-layers-draft --spec-draft-ngl", "layers of the draft on the GPU; -1: all", "N")
+    place: Place = opt("spawn", "--draft-place", "spawn the draft worker here, or wait for a remote one")
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    n_predict: int | None = opt(None, "-n --predict --n-predict -n-predict", "tokens to generate, exactly (run: 100)", "N")
+    temperature: float = opt(0.1, "--temp --temperature -temperature", "0: always the likeliest token", "T")
+    top_k: int = opt(0, "--top-k", "sample among the K likeliest; 0: off", "K")
+    top_p: float = opt(1.0, "--top-p", "sample among the likeliest that together have probability P; 1: off", "P")
+    min_p: float = opt(0.0, "--min-p", "drop tokens less probable than P times the likeliest; 0: off", "P")
+    repeat_penalty: float = opt(1.0, "--repeat-penalty", "penalise repetition; 1: off", "X")
+    presence_penalty: float = opt(0.0, "--presence-penalty", "penalise tokens that occurred", "X")
+    frequency_penalty: float = opt(0.0, "--frequency-penalty", "penalise tokens for each occurrence", "X")
+    logit_bias: tuple[str, ...] = opt((), "--logit-bias", "change a token's logit, such as 15043+1 or 2-inf", "ID±X")
+    seed: int = opt(-1, "-s --seed -seed", "seed of the sampling; -1: random, and shown", "N")
+    stop: tuple[str, ...] = opt((), "--stop -r --reverse-prompt", "stop before this text (repeatable)", "TEXT")
+    ignore_eos: bool = opt(False, "--ignore-eos", "never choose an end token")
+
+
+@dataclass(frozen=True, slots=True)
+class Pipeline:
+    mode: Mode = opt("auto", "--mode", "auto: pipelined where draft and target have cores of their own, else sync")
+    backend: Backend = opt("llama", "--backend", "toy: made-up models without files, to see the machinery")
+    exact: bool = opt(False, "--exact", "arithmetic that does not depend on how many tokens are evaluated at once")
+    parallel: int = opt(4, "-np --parallel", "requests served at the same time", "N")
+    ready_timeout_s: float = opt(300.0, "--ready-timeout", "how long loading may take, in seconds", "S")
+    offline: bool = opt(False, "--offline", "never fetch anything")
+
+
+@dataclass(frozen=True, slots=True)
+class Coordinator:
+    listen: tuple[str, ...] = opt((), "--listen", "also listen here, such as tcp://127.0.0.1:5701 (repeatable)", "ADDRESS")
+    insecure: tuple[str, ...] = opt((), "--insecure", "an address to listen on although anybody could connect", "ADDRESS")
+
+
+@dataclass(frozen=True, slots=True)
+class Toy:
+    agreement: float = opt(0.8, "--toy-agreement", "how often the made-up draft agrees with its target", "P")
+    step_ms: float = opt(20.0, "--toy-step-ms", "milliseconds of a made-up target pass", "MS")
+    row_ms: float = opt(0.2, "--toy-row-ms", "milliseconds of each further row in it", "MS")
+    draft_ms: float = opt(2.0, "--toy-draft-ms", "milliseconds of a made-up drafted token", "MS")
+    variant: int = opt(0, "--toy-variant", "another number: another vocabulary, which does not fit", "N")
+
+
+@dataclass(frozen=True, slots=True)
+class Log:
+    level: Literal["error", "warning", "info", "debug"] = opt("warning", "-lv --log-level", "what the services tell on stderr")
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    target: Target = Target()
+    draft: Draft = Draft()
+    sampling: Sampling = Sampling()
+    pipeline: Pipeline = Pipeline()
+    coordinator: Coordinator = Coordinator()
+    toy: Toy = Toy()
+    log: Log = Log()
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    key: str  # "draft.n_max"
+    kind: Any
+    default: Any
+    flags: tuple[str, ...]
+    help: str
+    metavar: str | None
+
+    @property
+    def variable(self) -> str:
+        return "OUTRIDER_" + self.key.replace(".", "__").upper()
+
+    @property
+    def repeats(self) -> bool:
+        return get_origin(self.kind) is tuple
+
+    def read(self, text: str) -> Any:
+        """The value that `text` says. Raises ValueError."""
+        kinds = [kind for kind in get_args(self.kind) if kind not in (type(None), ...)]
+        if get_origin(self.kind) is Literal:
+            if text not in kinds:
+                raise ValueError(f"one of {', '.join(kinds)}")
+            return text
+        kind = kinds[0] if kinds else self.kind
+        if kind is bool:
+            words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+            if text.lower() not in words:
+                raise ValueError("true or false")
+            return words[text.lower()]
+        try:
+            return kind(text)
+        except ValueError:
+            raise ValueError({int: "a whole number", float: "a number"}.get(kind, "text")) from None
+
+
+def _options() -> dict[str, Option]:
+    found = {}
+    for section in dataclasses.fields(Settings):
+        kind: Any = section.default.__class__
+        hints = get_type_hints(kind)
+        for f in dataclasses.fields(kind):
+            key = f"{section.name}.{f.name}"
+            m = f.metadata
+            found[key] = Option(key, hints[f.name], f.default, tuple(m["flags"]), m["help"], m["metavar"])
+    return found
+
+
+OPTIONS = _options()
+
+
+def nearest(word: str, words: Iterable[str]) -> str:
+    found = difflib.get_close_matches(word, list(words), n=1, cutoff=0.5)
+    return f"; did you mean {found[0]}?" if found else ""
+
+
+# ---- sources ------------------------------------------------------------------------------------
+
+
+def from_file(path: Path) -> dict[str, Any]:
+    """The settings in a TOML file. Raises ConfigError naming each key that is wrong."""
+    try:
+        tables = tomllib.loads(path.read_text())
+    except OSError as exc:
+        raise ConfigError(f"cannot read {path}: {exc.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
+        raise ConfigError(f"{path} is not TOML: {exc}") from None
+    values, wrong = {}, []
+    for section, table in tables.items():
+        for name, value in (table.items() if isinstance(table, dict) else [("", table)]):
+            key = f"{section}.{name}" if name else section
+            option = OPTIONS.get(key)
+            if option is None:
+                wrong.append(f"unknown key {key}{nearest(key, OPTIONS)}")
+                continue
+            texts = value if isinstance(value, list) else [value]
+            try:
+                read = [option.read(_text(one)) for one in texts]
+            except ValueError as exc:
+                wrong.append(f"{key} must be {exc}, not {value!r}")
+                continue
+            values[key] = tuple(read) if option.repeats else read[0]
+    if wrong:
+        raise ConfigError(f"{path}: " + "; ".join(wrong))
+    return values
+
+
+def from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
+    """The settings in `OUTRIDER_SECTION__KEY` variables. Raises ConfigError."""
+    by_variable = {option.variable: option for option in OPTIONS.values()}
+    values, wrong = {}, []
+    for name, text in environment.items():
+        if not name.startswith("OUTRIDER_") or name == "OUTRIDER_CONFIG":
+            continue
+        option = by_variable.get(name)
+        if option is None:
+            wrong.append(f"unknown variable {name}{nearest(name, by_variable)}")
+            continue
+        try:
+            read = [option.read(one) for one in (text.split(",") if option.repeats else [text])]
+        except ValueError as exc:
+            wrong.append(f"{name} must be {exc}, not {text!r}")
+            continue
+        values[option.key] = tuple(read) if option.repeats else read[0]
+    if wrong:
+        raise ConfigError("; ".join(wrong))
+    return values
+
+
+def config_path(given: str | None) -> Path | None:
+    """The one configuration file that is read, if there is one."""
+    named = given or os.environ.get("OUTRIDER_CONFIG")
+    if named:
+        return Path(named)
+    usual = (Path("outrider.toml"), platformdirs.user_config_path("outrider") / "config.toml")
+    return next((path for path in usual if path.is_file()), None)
+
+
+def settings(flags: Mapping[str, Any], config: str | None = None) -> Settings:
+    """Defaults, then file, then environment, then flags, each over the ones before."""
+    path = config_path(config)
+    values = {
+        **(from_file(path) if path else {}),
+        **from_environment(os.environ),
+        **{key: value for key, value in flags.items() if value is not None},
+    }
+    sections: dict[str, dict[str, Any]] = {}
+    for key, value in values.items():
+        section, name = key.split(".")
+        sections.setdefault(section, {})[name] = value
+    defaults = Settings()
+    changed = {s: dataclasses.replace(getattr(defaults, s), **v) for s, v in sections.items()}
+    return check(dataclasses.replace(defaults, **changed))
+
+
+def check(settings: Settings) -> Settings:
+    """Raises ConfigError for the first value out of range."""
+    target, draft, pipeline = settings.target, settings.draft, settings.pipeline
+    for flag, value, least, most in (
+        ("--threads", target.threads, 1, 512),
+        ("--threads-draft", draft.threads, 1, 512),
+        ("--ctx", target.ctx, 16, 1 << 20),
+        ("--n-draft", draft.n_max, 0, 64),
+        ("--spec-draft-n-min", draft.n_min, 0, draft.n_max),
+        ("--spec-draft-p-min", draft.p_min, 0, 1),
+        ("--parallel", pipeline.parallel, 1, 64),
+        ("--n-predict", 1 if settings.sampling.n_predict is None else settings.sampling.n_predict, 1, 1 << 20),
+        ("--ready-timeout", pipeline.ready_timeout_s, 1, 86400),
+    ):
+        if not least <= value <= most:
+            raise ConfigError(f"{flag} must be from {least} to {most}, not {value}")
+    cores(target.cores), cores(draft.cores)
+    return settings
+
+
+def cores(text: str) -> set[int]:
+    """The processors that a list such as "0,2-3" names. Raises ConfigError."""
+    found: set[int] = set()
+    try:
+        for part in filter(None, text.split(",")):
+            first, _, last = part.partition("-")
+            found.update(range(int(first), int(last or first) + 1))
+    except ValueError:
+        raise ConfigError(f"{text!r} is not a list of cores such as 0,2-3") from None
+    if missing := found - os.sched_getaffinity(0):
+        raise ConfigError(f"this process may not use core {min(missing)}")
+    return found
+
+
+def _text(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+# ---- the command line ---------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, except that its errors are ours and a flag is never guessed from a part of it."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(allow_abbrev=False, **settings)
+
+    def error(self, message: str) -> Any:
+        raise ConfigError(f"{message[0].lower()}{message[1:]}; see `{self.prog} --help`")
+
+    def check_flags(self, arguments: Sequence[str]) -> None:
+        """argparse would read the mistyped `-modle x` as `-m odle x`: refuse it first."""
+        known = self._option_string_actions
+        for argument in arguments:
+            if argument == "--":
+                return
+            name = argument.partition("=")[0]
+            if not name.startswith("-") or name == "-" or " " in name or name in known:
+                continue
+            if not self._negative_number_matcher.match(name):
+                raise ConfigError(f"unknown flag {name}{nearest(name, known)}")
+
+
+def add_options(parser: Parser, sections: Sequence[str], without: Iterable[str] = ()) -> None:
+    """The flags of these sections of the table."""
+    for section in sections:
+        group = parser.add_argument_group(section)
+        for option in OPTIONS.values():
+            if option.key.startswith(f"{section}.") and option.key not in without:
+                _add(group, option)
+
+
+def _add(group: Any, option: Option) -> None:
+    def read(text: str) -> Any:
+        try:
+            return option.read(text)
+        except ValueError as exc:
+            raise argparse.ArgumentTypeError(f"must be {exc}, not {text!r}") from None
+
+    shown = "" if option.default in (None, (), "", False) else f" (default {option.default})"
+    more: dict[str, Any] = {"metavar": option.metavar}
+    if option.repeats:
+        more["action"] = "append"
+    elif option.kind is bool:
+        more.update(nargs="?", const=True, metavar=None if option.metavar is None else option.metavar)
+    elif get_origin(option.kind) is Literal:
+        more["metavar"] = "{" + ",".join(get_args(option.kind)) + "}"
+    group.add_argument(
+        *option.flags,
+        dest=option.key,
+        type=read,
+        default=None,
+        help=f"{option.help}{shown} [{option.variable}]".replace("%", "%%"),
+        **more,
+    )
+
+
+def to_flags(settings: Settings, sections: Sequence[str]) -> list[str]:
+    """The flags by which a child process gets the same settings, as far as they are not defaults."""
+    flags = []
+    for option in OPTIONS.values():
+        section, name = option.key.split(".")
+        value = getattr(getattr(settings, section), name)
+        if section not in sections or value == option.default or value is None:
+            continue
+        flag = next(f for f in option.flags if f.startswith("--"))
+        for one in value if option.repeats else [value]:
+            flags.append(f"{flag}={_text(one)}")
+    return flags

@@ -1,0 +1,56 @@
+"""Whether a draft may serve a target: they must mean the same by every id (interface rule).
+
+Equal fingerprints pass. Otherwise kind, begin and end tokens must agree, sizes may differ by the
+padding of 128 ids, and every id from 5 on must have the same text (llama.cpp's rule for its own
+speculative decoding, with the end tokens added).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+
+from outrider.errors import IncompatiblePair
+from outrider.wire import Fingerprint
+
+PADDING = 128
+FIRST_COMPARED = 5
+BATCH = 2048
+
+Texts = Callable[[int, int], Awaitable[tuple[str, ...]]]  # of ids start … start + count − 1
+
+
+async def check_pair(
+    target: Fingerprint, draft: Fingerprint, target_texts: Texts, draft_texts: Texts
+) -> None:
+    """Raises IncompatiblePair with the first difference. Token texts are fetched only if needed."""
+    if target == draft:
+        return
+    for name, ours, theirs in (
+        ("vocabulary type", target.kind, draft.kind),
+        ("begin-of-text token", target.bos, draft.bos),
+        ("use of a begin-of-text token", target.adds_bos, draft.adds_bos),
+        ("use of an end-of-text token", target.adds_eos, draft.adds_eos),
+    ):
+        if ours != theirs:
+            raise IncompatiblePair(f"the {name} is {ours} in the target, {theirs} in the draft")
+    if abs(target.size - draft.size) > PADDING:
+        raise IncompatiblePair(
+            f"the target has {target.size} tokens, the draft {draft.size}: more than padding apart"
+        )
+    common = min(target.size, draft.size)
+    if target.digest != draft.digest:
+        for start in range(FIRST_COMPARED, common, BATCH):
+            count = min(BATCH, common - start)
+            pairs = zip(
+                await target_texts(start, count), await draft_texts(start, count), strict=True
+            )
+            for token, (ours, theirs) in enumerate(pairs, start):
+                if ours != theirs:
+                    raise IncompatiblePair(
+                        f"token {token} is {ours!r} in the target, {theirs!r} in the draft", token
+                    )
+    if target.eos != draft.eos or target.ends != draft.ends:
+        raise IncompatiblePair(
+            f"generation ends at tokens {list(target.ends)} in the target, "
+            f"{list(draft.ends)} in the draft"
+        )

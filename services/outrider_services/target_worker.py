@@ -1,0 +1,209 @@
+"""The target worker: evaluates blocks, chooses what the target says, and owns the text."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import ClassVar
+
+from outrider import decoding, wire
+from outrider.engine import Cancelled, Engine, EngineFault
+from outrider.errors import BadRequest, OutriderError, ProtocolError
+from outrider.sampling import Sampling, Scores, Token, choose, logprob
+from outrider_services.worker import Worker, failure
+
+
+@dataclass(slots=True)
+class Sequence:
+    """A request's text, and the block that waits to be verified behind it."""
+
+    slot: int
+    tokens: list[Token]
+    sampling: Sampling
+    logprobs: bool
+    round: int = 0
+    drafted: tuple[Token, ...] | None = ()  # None: nothing to do
+    elapsed_s: float = 0.0
+    faults: int = 0
+    open: bool = True
+
+
+class TargetWorker(Worker):
+    role: ClassVar[wire.Role] = "target"
+
+    def __init__(self, engine: Engine, owner: ThreadPoolExecutor, step_s: float) -> None:
+        super().__init__(engine, owner, step_s)
+        self._sequences: dict[int, Sequence] = {}
+        self._turns: deque[int] = deque()  # requests with something to compute, in turn
+        self._running: int | None = None
+        self._questions: set[asyncio.Task[None]] = set()
+
+    def handle(self, message: wire.Message) -> None:
+        match message:
+            case wire.Verify():
+                self._verify(message)
+            case wire.Open():
+                self._open(message)
+            case wire.Close(request):
+                self._close(request)
+            case wire.Tokenize() | wire.Detokenize() | wire.Render() | wire.Labels():
+                task = asyncio.ensure_future(self._answer(message))
+                self._questions.add(task)
+                task.add_done_callback(self._questions.discard)
+
+    def forget(self) -> None:
+        for request in list(self._sequences):
+            self._close(request)
+
+    # ---- requests -------------------------------------------------------------------------------
+
+    def _open(self, message: wire.Open) -> None:
+        try:
+            slot, sampling = self.admit(message.tokens, message.sampling)
+        except OutriderError as exc:
+            self.send(failure(message.request, exc))
+            return
+        self._sequences[message.request] = Sequence(
+            slot, list(message.tokens), sampling, message.logprobs
+        )
+        self._queue(message.request)
+
+    def _verify(self, message: wire.Verify) -> None:
+        sequence = self._sequences.get(message.request)
+        if sequence is None:
+            return  # closed in the meantime
+        info = self.engine.info
+        room = min(self.chunk, info.context - len(sequence.tokens)) - 1
+        if (
+            sequence.drafted is not None
+            or message.round <= sequence.round
+            or message.base != len(sequence.tokens)
+            or len(message.drafted) > max(room, 0)
+            or any(token >= info.vocabulary.size for token in message.drafted)
+        ):
+            exc = ProtocolError(f"round {message.round} does not follow from round {sequence.round}")
+            self.send(failure(message.request, exc))
+            return
+        sequence.round, sequence.drafted = message.round, message.drafted
+        self._queue(message.request)
+
+    def _close(self, request: int) -> None:
+        sequence = self._sequences.pop(request, None)
+        if sequence is None:
+            return
+        sequence.open = False
+        if request == self._running:
+            self.engine.cancel()
+        self.slots.give_back(sequence.slot)
+        self.wake()
+
+    def _queue(self, request: int) -> None:
+        self._turns.append(request)
+        self.wake()
+
+    # ---- computing ------------------------------------------------------------------------------
+
+    async def compute(self) -> bool:
+        if self.slots.dirty:
+            await self.owned(lambda: self.slots.clean(self.engine))
+        if not self._turns:
+            return False
+        request = self._turns.popleft()
+        sequence = self._sequences.get(request)
+        if sequence is None or sequence.drafted is None:
+            return True
+        drafted = sequence.drafted
+        self._running = request
+        try:
+            verdict = await self.owned(lambda: self._evaluate(request, sequence, drafted))
+        except Cancelled:
+            verdict = None  # closed, which the next turn finds
+        except (EngineFault, OutriderError, ValueError) as exc:
+            # the sequence is empty now; what it held is evaluated again, but not forever
+            sequence.faults += 1
+            verdict = None
+            if sequence.faults > 1:
+                self.send(failure(request, exc))
+                self._close(request)
+        finally:
+            self._running = None
+        if not sequence.open:
+            return True
+        if verdict is None:
+            self._turns.append(request)  # the rest of the prompt, after the others' turns
+            return True
+        sequence.tokens.extend(verdict.tokens)
+        sequence.drafted, sequence.elapsed_s = None, 0.0
+        self.send(verdict)
+        return True
+
+    def _evaluate(
+        self, request: int, sequence: Sequence, drafted: tuple[Token, ...]
+    ) -> wire.Verdict | None:
+        """On the owner thread: one pass; None while text before the block is still to be evaluated."""
+        began = time.perf_counter()
+        base, slot = len(sequence.tokens), sequence.slot
+        known = self.engine.length(slot)
+        if base + len(drafted) - known > self.chunk:
+            ahead = sequence.tokens[known : min(known + self.chunk, base - 1)]
+            self.engine.extend(slot, ahead, 0)
+            sequence.elapsed_s += time.perf_counter() - began
+            return None
+        block = [*sequence.tokens[known:], *drafted]
+        rows = self.engine.extend(slot, block, len(drafted) + 1)
+        choices = self._choices(sequence, drafted, rows)
+        verdict = decoding.verify(drafted, choices, self._ends)
+        logprobs = None
+        if sequence.logprobs:
+            pairs = zip(rows, verdict.tokens, strict=False)
+            logprobs = tuple(logprob(row, token) for row, token in pairs)
+        if verdict.accepted < len(drafted):
+            self.engine.rewind(slot, base + verdict.accepted)
+        pieces = tuple(map(self.engine.piece, verdict.tokens))
+        elapsed_s = sequence.elapsed_s + time.perf_counter() - began
+        return wire.Verdict(
+            request, sequence.round, base, verdict.accepted, verdict.tokens, pieces, logprobs, elapsed_s
+        )
+
+    @property
+    def _ends(self) -> tuple[Token, ...]:
+        return self.engine.info.vocabulary.ends
+
+    @staticmethod
+    def _choices(sequence: Sequence, drafted: tuple[Token, ...], rows: Scores) -> Iterator[Token]:
+        """The target's choice at each row, given the prefix which that row really has."""
+        history = list(sequence.tokens)
+        for at, row in enumerate(rows):
+            yield choose(row, sequence.sampling, history, len(history)).token
+            history.extend(drafted[at : at + 1])
+
+    # ---- questions about text -------------------------------------------------------------------
+
+    async def _answer(self, question: wire.Message) -> None:
+        engine = self.engine
+        ask: Callable[[], wire.Message]
+        match question:
+            case wire.Tokenize(call, text, special):
+                ask = lambda: wire.Tokens(call, tuple(engine.tokenize(text, special=special)))  # noqa: E731
+            case wire.Detokenize(call, tokens):
+                ask = lambda: wire.Rendered(call, self._text(tokens))  # noqa: E731
+            case wire.Render(call, messages):
+                ask = lambda: wire.Rendered(call, engine.render(messages))  # noqa: E731
+            case wire.Labels(call, start, count):
+                ids = range(start, min(start + count, engine.info.vocabulary.size))
+                ask = lambda: wire.LabelTexts(call, tuple(map(engine.label, ids)))  # noqa: E731
+            case _:
+                return
+        try:
+            self.send(await asyncio.to_thread(ask))
+        except Exception as exc:  # whatever a text does to the tokenizer, the worker goes on
+            self.send(failure(call, exc))
+
+    def _text(self, tokens: tuple[Token, ...]) -> str:
+        if any(token >= self.engine.info.vocabulary.size for token in tokens):
+            raise BadRequest("a token id is not in the vocabulary", "tokens")
+        return b"".join(map(self.engine.piece, tokens)).decode("utf-8", "replace")

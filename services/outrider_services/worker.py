@@ -1,0 +1,261 @@
+"""What both workers are: a loop that talks to the coordinator, and one thread that owns the model.
+
+The loop never computes. It takes every message at once, so a cancellation reaches a decode that is
+running, and heartbeats go on while the model works.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets
+import socket
+import statistics
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, fields
+from typing import ClassVar, TypeVar
+
+import outrider
+from outrider import wire
+from outrider.engine import Engine
+from outrider.errors import BadRequest, ConnectionFailed, OutriderError, Overloaded, from_code
+from outrider.sampling import Sampling, Token
+from outrider.transport import Link, PeerGone
+
+log = logging.getLogger(__name__)
+
+BEAT_S = 0.25
+RETRY_S = 0.05
+SILENCE_S = 60.0  # a worker whose coordinator is silent for so long ends
+CHUNK = 128  # most tokens of one evaluation while prefilling: what a cancellation may have to wait for
+
+Loader = Callable[[Callable[[float], None]], Engine]
+Status = Callable[[str, float | str], None]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Connection:
+    """How a worker reaches its coordinator."""
+
+    address: str
+    timeout_s: float  # for the first answer
+
+
+class Worker(ABC):
+    """One role: subclasses say what to do with its messages and what to compute next."""
+
+    role: ClassVar[wire.Role]
+
+    def __init__(self, engine: Engine, owner: ThreadPoolExecutor, step_s: float) -> None:
+        self.engine = engine
+        self.chunk = min(CHUNK, engine.info.chunk)
+        self.steps = 0
+        self.busy = False
+        self.slots = Slots(engine.info.slots)
+        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._owner = owner
+        self._step_s = step_s
+        self._link: Link | None = None
+        self._incarnation = secrets.randbits(62)
+        self._heard = 0.0
+        self._welcomed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._work = asyncio.Event()
+
+    # ---- for the subclasses ---------------------------------------------------------------------
+
+    @abstractmethod
+    def handle(self, message: wire.Message) -> None:
+        """Take one message of this role's; must not wait."""
+
+    @abstractmethod
+    async def compute(self) -> bool:
+        """Do one piece of work; False: there is none."""
+
+    @abstractmethod
+    def forget(self) -> None:
+        """Drop all requests: the coordinator knows none of them."""
+
+    def admit(self, tokens: tuple[Token, ...], sampling: wire.Sampling) -> tuple[int, Sampling]:
+        """A slot for a new request and its settings. Raises OutriderError where it cannot be served."""
+        info = self.engine.info
+        values = {field.name: getattr(sampling, field.name) for field in fields(Sampling)}
+        settings = Sampling(**values)
+        if not 0 < len(tokens) < info.context:
+            raise BadRequest(f"{len(tokens)} tokens do not fit the context of {info.context}")
+        if max(tokens) >= info.vocabulary.size:
+            raise BadRequest(f"token {max(tokens)} is not in the vocabulary", "prompt")
+        return self.slots.take(), settings
+
+    def send(self, message: wire.Message) -> None:
+        """Send, or do without: a coordinator that is gone has forgotten the request too."""
+        if self._link is None:
+            return
+        try:
+            self._link.send(message)
+        except PeerGone as exc:
+            log.debug("not sent: %s (%s)", type(message).__name__, exc)
+
+    async def owned(self, function: Callable[[], T]) -> T:
+        """Run `function` on the thread that owns the model."""
+        self.steps += 1
+        self.busy = True
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._owner, function)
+        finally:
+            self.busy = False
+
+    def wake(self) -> None:
+        """There may be something to compute."""
+        self._work.set()
+
+    # ---- running --------------------------------------------------------------------------------
+
+    async def run(self, connection: Connection, status: Status) -> None:
+        """Serve until cancelled or refused. Raises OutriderError."""
+        self._link = Link(connection.address, self._on_message)
+        tasks = [asyncio.ensure_future(c) for c in (self._beat(), self._compute_forever())]
+        try:
+            await self._join(connection)
+            if self._welcomed.done():
+                status("ready", 1.0)
+            await asyncio.wait([self.ended, *tasks], return_when=asyncio.FIRST_COMPLETED)
+            for task in [self.ended, *tasks]:
+                if task.done():
+                    task.result()
+        finally:
+            self.engine.cancel()
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            self._link.close()
+
+    async def _join(self, connection: Connection) -> None:
+        deadline = time.monotonic() + connection.timeout_s
+        while not (self._welcomed.done() or self.ended.done()):
+            if time.monotonic() > deadline:
+                raise ConnectionFailed(
+                    f"no coordinator answers at {connection.address}; start one with `outrider serve`"
+                )
+            self.send(self._hello())
+            answers = {self.ended, self._welcomed}
+            await asyncio.wait(answers, timeout=RETRY_S, return_when=asyncio.FIRST_COMPLETED)
+
+    def _on_message(self, message: wire.Message) -> None:
+        self._heard = time.monotonic()
+        match message:
+            case wire.Welcome():
+                self.forget()
+                if not self._welcomed.done():
+                    self._welcomed.set_result(None)
+            case wire.Who():
+                self.send(self._hello())
+            case wire.Refused(code, reason):
+                if not self.ended.done():
+                    self.ended.set_exception(from_code(code, reason))
+            case wire.Ping():
+                pass
+            case _:
+                self.handle(message)
+
+    async def _beat(self) -> None:
+        while True:
+            await asyncio.sleep(BEAT_S)
+            if self._welcomed.done():
+                self.send(wire.Beat(self.steps, self.busy))
+                if time.monotonic() - self._heard > SILENCE_S:
+                    raise ConnectionFailed(f"the coordinator has been silent for {SILENCE_S:.0f} s")
+
+    async def _compute_forever(self) -> None:
+        while True:
+            self._work.clear()
+            while await self.compute():
+                pass
+            await self._work.wait()
+
+    def _hello(self) -> wire.Hello:
+        info = self.engine.info
+        on_processor = info.device.startswith("cpu")
+        cores = ",".join(map(str, sorted(os.sched_getaffinity(0)))) if on_processor else ""
+        return wire.Hello(
+            protocol=wire.PROTOCOL,
+            version=outrider.__version__,
+            role=self.role,
+            incarnation=self._incarnation,
+            model=info.name[:256],
+            fingerprint=wire.Fingerprint(**asdict(info.vocabulary)),
+            context=info.context,
+            slots=info.slots,
+            device=info.device[:256],
+            cores=f"{socket.gethostname()}:{cores}"[:256] if cores else "",
+            step_s=self._step_s,
+        )
+
+
+async def serve(
+    make: Callable[[Engine, ThreadPoolExecutor, float], Worker],
+    load: Loader,
+    connection: Connection,
+    status: Status,
+) -> None:
+    """Load the model on its owner thread, join the coordinator, serve, and free the model."""
+    loop = asyncio.get_running_loop()
+    owner = ThreadPoolExecutor(1, thread_name_prefix="engine")
+    try:
+        report = lambda done: loop.call_soon_threadsafe(status, "loading", done)  # noqa: E731
+        engine = await loop.run_in_executor(owner, load, report)
+        try:
+            step_s = await loop.run_in_executor(owner, calibrate, engine)
+            await make(engine, owner, step_s).run(connection, status)
+        finally:
+            await loop.run_in_executor(owner, engine.close)
+    finally:
+        owner.shutdown()
+
+
+def calibrate(engine: Engine, repeats: int = 3) -> float:
+    """Median seconds of appending one token to a short text; the sequence is freed afterwards."""
+    token: Token = min(5, engine.info.vocabulary.size - 1)
+    engine.extend(0, [token] * min(4, engine.info.chunk), 0)
+    seconds = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        engine.extend(0, [token], 1)
+        seconds.append(time.perf_counter() - began)
+    engine.rewind(0, 0)
+    return statistics.median(seconds)
+
+
+class Slots:
+    """The engine's sequences. What one held is forgotten on the owner thread, before it is used."""
+
+    def __init__(self, count: int) -> None:
+        self._free = list(range(count))
+        self._used: set[int] = set()
+
+    @property
+    def dirty(self) -> bool:
+        return bool(self._used)
+
+    def take(self) -> int:
+        if not self._free:
+            raise Overloaded("every sequence of the worker is taken")
+        return self._free.pop(0)
+
+    def give_back(self, slot: int) -> None:
+        self._free.append(slot)
+        self._used.add(slot)
+
+    def clean(self, engine: Engine) -> None:
+        """On the owner thread."""
+        while self._used:
+            engine.rewind(self._used.pop(), 0)
+
+
+def failure(request: int, exc: Exception) -> wire.Failed:
+    code = exc.code if isinstance(exc, OutriderError) else "internal_error"
+    return wire.Failed(request, code, f"{exc!s:.1000}")

@@ -1,0 +1,59 @@
+"""Pipelined speculative decoding for GGUF models: the library for clients of a pipeline.
+
+    async with outrider.connect() as client:
+        stream = await client.create_completion("The future of AI is", max_tokens=100, stream=True)
+        async for fragment in stream:
+            print(fragment.text, end="")
+"""
+
+__version__ = "0.1.0"
+
+from outrider.client import (
+    AsyncClient,
+    Client,
+    Completion,
+    Fragment,
+    Stream,
+    Token,
+    connect,
+)
+from outrider.errors import (
+    BadRequest,
+    ConfigError,
+    ConnectionFailed,
+    IncompatiblePair,
+    InternalError,
+    ModelNotFound,
+    ModelUnusable,
+    OutriderError,
+    Overloaded,
+    ProtocolError,
+    RequestTimeout,
+    UnknownRequest,
+    WorkerLost,
+)
+from outrider.stats import Report
+
+__all__ = [
+    "AsyncClient",
+    "BadRequest",
+    "Client",
+    "Completion",
+    "ConfigError",
+    "ConnectionFailed",
+    "Fragment",
+    "IncompatiblePair",
+    "InternalError",
+    "ModelNotFound",
+    "ModelUnusable",
+    "OutriderError",
+    "Overloaded",
+    "ProtocolError",
+    "Report",
+    "RequestTimeout",
+    "Stream",
+    "Token",
+    "UnknownRequest",
+    "WorkerLost",
+    "connect",
+]

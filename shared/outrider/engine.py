@@ -1,0 +1,87 @@
+"""What a worker asks of a model: one interface, kept by `outrider.llama` and `outrider.toy`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from outrider.sampling import Scores, Token
+
+
+class Cancelled(Exception):
+    """`Engine.extend` was cut short by `cancel`; the sequence has its former length."""
+
+
+class EngineFault(Exception):
+    """The engine could not evaluate; the sequence it concerned is empty and may be filled again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """The fingerprint by which two models are known to speak the same tokens."""
+
+    kind: str  # "bpe", "spm", ..., as the model file says
+    size: int
+    bos: Token | None
+    eos: Token | None
+    adds_bos: bool
+    adds_eos: bool
+    ends: tuple[Token, ...]  # ascending ids after which a generation is over
+    digest: str  # SHA-256 over the texts of all ids, in order, each with its length
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    name: str
+    vocabulary: Vocabulary
+    context: int  # tokens that one sequence can hold
+    slots: int  # sequences held at once, ids 0 … slots − 1
+    chunk: int  # most tokens that one `extend` takes
+    device: str  # "cpu, 1 thread on core 0"
+
+
+class Engine(Protocol):
+    """One model and its KV cache.
+
+    `extend`, `rewind` and `close` belong to one owner thread; everything else may be called
+    from any thread.
+    """
+
+    info: ModelInfo
+
+    def extend(self, slot: int, tokens: Sequence[Token], rows: int) -> Scores:
+        """Append `tokens` to the sequence in `slot` and return the logits that follow its last ones.
+
+        The result has shape (rows, vocabulary), float32, the last row following the last token;
+        `rows` ≤ len(tokens), 0 for none. It is a view that the next `extend` overwrites.
+        Raises `Cancelled`, `EngineFault`, or ValueError for arguments out of range (checked before
+        anything is touched).
+        """
+
+    def rewind(self, slot: int, length: int) -> None:
+        """Keep only the first `length` tokens of the sequence in `slot`; 0 frees it."""
+
+    def length(self, slot: int) -> int:
+        """How many tokens the sequence in `slot` holds."""
+
+    def cancel(self) -> None:
+        """Cut short the `extend` that is running, if one is; it raises `Cancelled`."""
+
+    def tokenize(self, text: str, *, special: bool) -> list[Token]:
+        """Token ids of `text`; with `special`, markers such as `<|im_end|>` become control tokens.
+
+        A begin-of-text token is added where the model asks for one.
+        """
+
+    def piece(self, token: Token) -> bytes:
+        """The bytes that `token` adds to the text (a part of a character, perhaps); b"" for control tokens."""
+
+    def label(self, token: Token) -> str:
+        """The vocabulary's own text of `token`, control tokens included, for comparing and showing."""
+
+    def render(self, messages: Sequence[tuple[str, str]]) -> str:
+        """The model's chat template around (role, content) pairs, ending where the answer begins."""
+
+    def close(self) -> None:
+        """Free the model and its cache."""

@@ -1,0 +1,279 @@
+"""The engine over llama.cpp: one GGUF model and its KV cache, through the ctypes bindings.
+
+The only module that imports llama_cpp, and only when a model is loaded. An invalid call kills the
+process inside the C library, so everything is checked here first. One thread owns an engine: it
+calls `load`, `extend`, `rewind` and `close`; the rest may be called from any thread until `close`.
+
+Each slot is a stream of its own in the KV cache: what one request computes cannot depend, in any
+bit, on what the others do.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import ctypes
+import functools
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from outrider.engine import Cancelled, EngineFault, ModelInfo
+from outrider.errors import InternalError, ModelUnusable
+from outrider.llama_setup import (
+    CANNOT_TAKE_BACK,
+    LlamaSettings,
+    available_memory,
+    cache_size,
+    check_file,
+    check_kind,
+    check_memory,
+    describe_device,
+    forward_log,
+    load_model,
+    make_context,
+    metadata,
+)
+from outrider.llama_text import TextModel
+from outrider.sampling import Scores, Token
+
+__all__ = ["LlamaEngine", "LlamaSettings", "prepare_environment"]
+
+DONE, ABORTED = 0, 2  # what llama_decode returns; everything else is a fault
+
+
+class Batch:
+    """The arrays of one call of llama_decode; C reads them where they are, so they never move."""
+
+    def __init__(self, lib: Any, capacity: int) -> None:
+        def pointer(array: NDArray[Any], to: Any) -> Any:
+            return array.ctypes.data_as(ctypes.POINTER(to))
+
+        self.tokens = np.zeros(capacity, np.int32)
+        self.positions = np.zeros(capacity, np.int32)
+        self.wanted = np.zeros(capacity, np.int8)
+        self.slot = np.zeros(1, np.int32)  # all rows belong to it
+        self._one = np.ones(capacity, np.int32)
+        self._slots = np.full(capacity, self.slot.ctypes.data, np.uint64)
+        self.c = lib.llama_batch(
+            0,
+            pointer(self.tokens, ctypes.c_int32),
+            None,
+            pointer(self.positions, ctypes.c_int32),
+            pointer(self._one, ctypes.c_int32),
+            pointer(self._slots, ctypes.POINTER(ctypes.c_int32)),
+            pointer(self.wanted, ctypes.c_int8),
+        )
+
+    def fill(self, slot: int, start: int, tokens: NDArray[Any], rows: int) -> Any:
+        n = len(tokens)
+        self.tokens[:n] = tokens
+        self.positions[:n] = np.arange(start, start + n)
+        self.wanted[: n - rows] = 0
+        self.wanted[n - rows : n] = 1
+        self.slot[0] = slot
+        self.c.n_tokens = n
+        return self.c
+
+
+class LlamaEngine:
+    """`outrider.engine.Engine` over one GGUF file; made by `LlamaEngine.load`."""
+
+    def __init__(
+        self, lib: Any, model: Any, context: Any, info: ModelInfo, text: TextModel
+    ) -> None:
+        self.info = info
+        self._lib, self._model, self._context, self._text = lib, model, context, text
+        self._memory = lib.llama_get_memory(context)
+        self._batch = Batch(lib, info.chunk)
+        self._lengths = [0] * info.slots
+        # llama.cpp asks after every graph node whether to stop. A Python callback would wait for
+        # the interpreter each time; libc's strlen of this buffer is 0 or 1 and waits for nothing.
+        self._stop = (ctypes.c_char * 2)()
+        self._asks = ctypes.cast(ctypes.CDLL(None).strlen, lib.ggml_abort_callback)
+        lib.llama_set_abort_callback(context, self._asks, ctypes.addressof(self._stop))
+
+    @classmethod
+    def load(
+        cls,
+        path: Path,
+        settings: LlamaSettings,
+        progress: Callable[[float], None] | None = None,
+        available: Callable[[], int] = available_memory,
+    ) -> LlamaEngine:
+        """Open the model in `path`; `progress` is told the loaded share, 0 to 1.
+
+        Raises `ModelNotFound` or `ModelUnusable`. What `progress` raises ends the loading.
+        """
+        size = check_file(path)
+        if settings.gpu_layers == 0:
+            check_memory(path, size, available(), "its weights")
+        lib = library(settings.exact)
+        with contextlib.ExitStack() as undo:
+            model = load_model(lib, path, settings, progress)
+            undo.callback(lib.llama_model_free, model)
+            check_kind(lib, path, model)
+            if settings.gpu_layers == 0:
+                needed = cache_size(lib, model, settings)
+                check_memory(path, needed, available(), "its KV cache")
+            context = make_context(lib, path, model, settings)
+            undo.callback(lib.llama_free, context)
+            text = TextModel(lib, model)
+            info = ModelInfo(
+                name=metadata(lib, model, "general.name") or path.stem,
+                vocabulary=text.vocabulary,
+                context=lib.llama_n_ctx_seq(context),
+                slots=lib.llama_n_seq_max(context),
+                chunk=lib.llama_n_batch(context),
+                device=describe_device(lib, settings),
+            )
+            engine = cls(lib, model, context, info, text)
+            engine._check_rollback(path)
+            undo.pop_all()
+        return engine
+
+    def extend(self, slot: int, tokens: Sequence[Token], rows: int) -> Scores:
+        """Append `tokens` to `slot`; see `Engine.extend`. On a GPU a `cancel` has no effect.
+
+        The result lies in llama.cpp's own buffer: not even to be read after the next call.
+        """
+        ids = self._checked(slot, tokens, rows)
+        before = self._lengths[slot]
+        self._stop[0] = b"\0"
+        code = self._lib.llama_decode(self._context, self._batch.fill(slot, before, ids, rows))
+        if code == ABORTED and self._cut(slot, before):
+            raise Cancelled
+        if code != DONE:
+            self._clear(slot)
+            raise EngineFault(f"llama.cpp could not evaluate {len(ids)} tokens (code {code})")
+        self._lengths[slot] = before + len(ids)
+        shape = (rows, self.info.vocabulary.size)
+        if rows == 0:
+            return np.empty(shape, np.float32)
+        scores: Scores = np.ctypeslib.as_array(
+            self._lib.llama_get_logits(self._context), shape=shape
+        )
+        return scores
+
+    def rewind(self, slot: int, length: int) -> None:
+        self._check_slot(slot)
+        if not 0 <= length <= self._lengths[slot]:
+            raise ValueError(f"cannot rewind {self._lengths[slot]} tokens to {length}")
+        if length == 0:
+            self._clear(slot)
+        elif length < self._lengths[slot]:
+            if not self._cut(slot, length):
+                self._clear(slot)
+                raise EngineFault(f"llama.cpp could not rewind slot {slot} to {length} tokens")
+            self._lengths[slot] = length
+
+    def length(self, slot: int) -> int:
+        self._check_slot(slot)
+        return self._lengths[slot]
+
+    def cancel(self) -> None:
+        self._stop[0] = b"\1"
+
+    def tokenize(self, text: str, *, special: bool) -> list[Token]:
+        return self._text.tokenize(text, special)
+
+    def piece(self, token: Token) -> bytes:
+        return self._text.piece(token)
+
+    def label(self, token: Token) -> str:
+        return self._text.label(token)
+
+    def render(self, messages: Sequence[tuple[str, str]]) -> str:
+        return self._text.render(messages)
+
+    def close(self) -> None:
+        """Free the model and its cache; nothing else may be called afterwards."""
+        if self._context is None:
+            return
+        self._lib.llama_set_abort_callback(self._context, self._lib.ggml_abort_callback(), None)
+        self._lib.llama_free(self._context)
+        self._lib.llama_model_free(self._model)
+        self._context = self._model = None
+
+    def _checked(self, slot: int, tokens: Sequence[Token], rows: int) -> NDArray[Any]:
+        self._check_slot(slot)
+        ids = np.asarray(tokens)
+        if ids.ndim != 1 or not 1 <= len(ids) <= self.info.chunk:
+            raise ValueError(f"an array of {ids.shape} tokens, not 1 to {self.info.chunk} of them")
+        if ids.dtype.kind not in "iu":
+            raise ValueError("a token is not an integer of at most 64 bits")
+        if ids.min() < 0 or ids.max() >= self.info.vocabulary.size:
+            raise ValueError(f"a token is not in the vocabulary of {self.info.vocabulary.size}")
+        if not 0 <= rows <= len(ids):
+            raise ValueError(f"{rows} rows of {len(ids)} tokens")
+        if self._lengths[slot] + len(ids) > self.info.context:
+            raise ValueError(
+                f"{len(ids)} tokens after {self._lengths[slot]} exceed the context "
+                f"of {self.info.context}"
+            )
+        return ids
+
+    def _check_slot(self, slot: int) -> None:
+        if self._context is None:
+            raise ValueError("the engine is closed")
+        if not 0 <= slot < self.info.slots:
+            raise ValueError(f"slot {slot} is not one of {self.info.slots}")
+
+    def _cut(self, slot: int, length: int) -> bool:
+        """Remove all after `length` from the cache; whether exactly that is left."""
+        removed = self._lib.llama_memory_seq_rm(self._memory, slot, length, -1)
+        left = self._lib.llama_memory_seq_pos_max(self._memory, slot) + 1
+        return bool(removed and left == length)
+
+    def _clear(self, slot: int) -> None:
+        self._lengths[slot] = 0
+        if not self._cut(slot, 0):
+            raise InternalError(f"llama.cpp cannot clear slot {slot}")
+
+    def _check_rollback(self, path: Path) -> None:
+        """Refuse a memory that only forgets whole sequences; drafts are rolled back in parts."""
+        try:
+            for _ in range(2):
+                self.extend(0, [0], 0)
+        except EngineFault as exc:
+            raise ModelUnusable(f"{path}: a first evaluation failed; {exc}") from exc
+        removable = self._cut(0, 1)
+        self._clear(0)
+        if not removable:
+            raise ModelUnusable(f"{path}: {CANNOT_TAKE_BACK}")
+
+
+def prepare_environment(exact: bool) -> None:
+    """Set what llama.cpp reads from the environment, once, when it is first used."""
+    os.environ.setdefault("GGML_NO_BACKTRACE", "1")  # otherwise dying takes most of a second
+    os.environ.setdefault("KMP_BLOCKTIME", "10")  # ms that an idle OpenMP thread holds its core
+    if exact:
+        os.environ["GGML_CPU_TILED_MM"] = "0"  # a kernel that starts at 8 rows, rounding otherwise
+
+
+def library(exact: bool = False) -> Any:
+    """The bindings of llama.cpp, initialised, its log going to ours."""
+    prepare_environment(exact)
+    return _library()[0]
+
+
+@functools.cache
+def _library() -> tuple[Any, Any]:
+    """The bindings and the log callback, which must live as long as they do."""
+    try:
+        import llama_cpp.llama_cpp as lib
+    except ImportError as exc:
+        raise ModelUnusable(
+            f"a model needs llama-cpp-python: pip install 'outrider[llama]' ({exc})"
+        ) from exc
+    forward = lib.llama_log_callback(forward_log)
+    lib.llama_log_set(forward, None)
+    # C must not call into an interpreter that has shut down: libc's `abs` ignores what it is told
+    silent = ctypes.cast(ctypes.CDLL(None).abs, lib.llama_log_callback)
+    atexit.register(lib.llama_log_set, silent, None)
+    lib.llama_backend_init()
+    return lib, forward

@@ -1,0 +1,239 @@
+"""What comes before there is an engine: settings, and checks of the file, the memory and the model.
+
+`lib` is the module of bindings, handed in by `outrider.llama`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+import os
+import re
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from outrider.errors import ModelNotFound, ModelUnusable
+
+log = logging.getLogger("outrider.llama")
+
+# name: (enum ggml_type, bytes for one value)
+CACHE_TYPES = {
+    "f32": (0, 4.0),
+    "f16": (1, 2.0),
+    "bf16": (30, 2.0),
+    "q8_0": (8, 34 / 32),
+    "q4_0": (2, 18 / 32),
+}
+GIB = 2.0**30
+MOST_SLOTS = 256  # LLAMA_MAX_SEQ
+CANNOT_TAKE_BACK = "this kind of model cannot take back single tokens, as drafting needs"
+
+
+@dataclass(frozen=True, slots=True)
+class LlamaSettings:
+    context: int  # tokens per slot; rounded up to a multiple of 256
+    slots: int
+    threads: int
+    gpu_layers: int = 0  # -1: all, where the build can
+    batch: int = 512  # most tokens of one `extend`
+    ubatch: int = 512  # most tokens of one pass over the weights
+    flash_attention: bool = True
+    exact: bool = False  # logits of a token do not depend on how many are evaluated with it
+    cache_type_k: str = "f16"
+    cache_type_v: str = "f16"
+
+    def __post_init__(self) -> None:
+        for name in ("context", "slots", "threads", "batch", "ubatch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1")
+        if not self.slots <= min(self.batch, MOST_SLOTS):
+            raise ValueError(f"slots must be at most {min(self.batch, MOST_SLOTS)}")
+        for cache_type in (self.cache_type_k, self.cache_type_v):
+            if cache_type not in CACHE_TYPES:
+                raise ValueError(
+                    f"cache type {cache_type!r} is not one of {', '.join(CACHE_TYPES)}"
+                )
+        if self.cache_type_v.startswith("q") and not self.flash_attention:
+            raise ValueError(f"cache_type_v = {self.cache_type_v!r} needs flash_attention")
+        if self.exact and self.gpu_layers:
+            raise ValueError("exact logits need gpu_layers = 0")
+
+    @property
+    def rounded_context(self) -> int:
+        return -(-self.context // 256) * 256
+
+    @property
+    def used_threads(self) -> int:
+        """A second thread splits the attention of a lone row, which rounds differently."""
+        return 1 if self.exact else self.threads
+
+
+def available_memory() -> int:
+    return int(psutil.virtual_memory().available)
+
+
+# enum ggml_log_level: 1 debug (thousands of lines), 2 info, 3 warning, 4 error, 5 continued line
+LEVELS = {2: logging.DEBUG, 3: logging.WARNING, 4: logging.ERROR}
+complaints: deque[str] = deque(maxlen=8)  # llama.cpp's latest errors: it returns none
+
+
+def forward_log(level: int, text: bytes, _: Any) -> None:
+    if level not in LEVELS:
+        return
+    line = text.decode("utf-8", "replace").strip()
+    if level == 4:
+        complaints.append(line)
+    log.log(LEVELS[level], "%s", line)
+
+
+def filled(struct: Any, **values: Any) -> Any:
+    """`struct` with `values`: a ctypes structure takes any attribute, misspelt ones too."""
+    unknown = values.keys() - {field[0] for field in struct._fields_}
+    if unknown:
+        raise TypeError(f"{type(struct).__name__} has no {', '.join(sorted(unknown))}")
+    for name, value in values.items():
+        setattr(struct, name, value)
+    return struct
+
+
+def check_file(path: Path) -> int:
+    """The size of the model in bytes, all its parts taken together."""
+    try:
+        with path.open("rb") as file:
+            magic = file.read(4)
+    except FileNotFoundError as exc:
+        raise ModelNotFound(f"{path}: no such file") from exc
+    except OSError as exc:
+        raise ModelUnusable(f"{path}: cannot be read ({exc.strerror})") from exc
+    if magic != b"GGUF":
+        raise ModelUnusable(f"{path}: not a GGUF file")
+    part = re.fullmatch(r"(.*)-\d{5}-of-(\d{5})\.gguf", path.name)
+    parts = path.parent.glob(f"{part[1]}-?????-of-{part[2]}.gguf") if part else [path]
+    return sum(file.stat().st_size for file in parts)
+
+
+def check_memory(path: Path, needed: float, available: float, what: str) -> None:
+    if needed > available:
+        raise ModelUnusable(
+            f"{path}: {what} would take about {needed / GIB:.1f} GiB of memory, "
+            f"{available / GIB:.1f} GiB are available"
+        )
+
+
+def load_model(
+    lib: Any, path: Path, settings: LlamaSettings, progress: Callable[[float], None] | None
+) -> Any:
+    failure: list[BaseException] = []
+
+    def report(share: float, _: Any) -> bool:
+        try:
+            if progress:
+                progress(share)
+        except BaseException as exc:  # it cannot pass through C
+            failure.append(exc)
+        return not failure
+
+    # repacked weights round differently from 4 rows on; the AMX kernels do not
+    repack = not settings.exact or has_amx(lib)
+    callback = lib.llama_progress_callback(report)
+    params = filled(
+        lib.llama_model_default_params(),
+        n_gpu_layers=settings.gpu_layers,
+        use_extra_bufts=repack,
+        progress_callback=callback,
+    )
+    complaints.clear()
+    model = lib.llama_model_load_from_file(os.fsencode(path), params)
+    if failure:
+        if model:
+            lib.llama_model_free(model)
+        raise failure[0]
+    if not model:
+        raise ModelUnusable(f"{path}: llama.cpp cannot load this file ({reasons()})")
+    return model
+
+
+def reasons() -> str:
+    """Why llama.cpp failed, in its own words: the first is the cause, the rest its consequences."""
+    return complaints[0] if complaints else "it does not say why"
+
+
+def has_amx(lib: Any) -> bool:
+    built = b"AMX_INT8 = 1" in lib.llama_print_system_info()
+    with contextlib.suppress(OSError):
+        return built and "amx_int8" in Path("/proc/cpuinfo").read_text()
+    return False
+
+
+def check_kind(lib: Any, path: Path, model: Any) -> None:
+    if lib.llama_model_is_recurrent(model) or lib.llama_model_is_hybrid(model):
+        raise ModelUnusable(f"{path}: {CANNOT_TAKE_BACK}")
+    if lib.llama_model_has_encoder(model) or not lib.llama_model_has_decoder(model):
+        raise ModelUnusable(f"{path}: not a model that continues a text")
+    if lib.llama_model_is_diffusion(model):
+        raise ModelUnusable(f"{path}: a diffusion model does not generate token by token")
+    if lib.llama_vocab_type(lib.llama_model_get_vocab(model)) == 0:
+        raise ModelUnusable(f"{path}: the file holds no vocabulary")
+
+
+def metadata(lib: Any, model: Any, key: str) -> str | None:
+    buffer = ctypes.create_string_buffer(256)
+    length = lib.llama_model_meta_val_str(model, key.encode(), buffer, len(buffer))
+    return buffer.value.decode("utf-8", "replace") if length >= 0 else None
+
+
+def cache_size(lib: Any, model: Any, settings: LlamaSettings) -> float:
+    """Bytes of the KV cache of all slots, about: every layer taken to be like the first."""
+    family = metadata(lib, model, "general.architecture")
+    head = lib.llama_model_n_embd(model) // max(1, lib.llama_model_n_head(model))
+    k_head = int(metadata(lib, model, f"{family}.attention.key_length") or head)
+    v_head = int(metadata(lib, model, f"{family}.attention.value_length") or head)
+    k_bytes, v_bytes = CACHE_TYPES[settings.cache_type_k][1], CACHE_TYPES[settings.cache_type_v][1]
+    heads = lib.llama_model_n_layer(model) * lib.llama_model_n_head_kv(model)
+    token = heads * (k_head * k_bytes + v_head * v_bytes)
+    return float(settings.slots * settings.rounded_context * token)
+
+
+def make_context(lib: Any, path: Path, model: Any, settings: LlamaSettings) -> Any:
+    context = settings.rounded_context
+    params = filled(
+        lib.llama_context_default_params(),
+        n_ctx=context * settings.slots,
+        n_batch=min(settings.batch, context),
+        n_ubatch=min(settings.batch, settings.ubatch),
+        n_seq_max=settings.slots,
+        n_threads=settings.used_threads,
+        n_threads_batch=settings.used_threads,
+        flash_attn_type=1 if settings.flash_attention else 0,
+        type_k=CACHE_TYPES[settings.cache_type_k][0],
+        type_v=CACHE_TYPES[settings.cache_type_v][0],
+        swa_full=True,  # else a sliding window forgets what a rollback needs
+        kv_unified=False,
+    )
+    complaints.clear()
+    handle = lib.llama_init_from_model(model, params)
+    if not handle:
+        needed = cache_size(lib, model, settings) / GIB
+        raise ModelUnusable(
+            f"{path}: llama.cpp cannot set up a KV cache of about {needed:.1f} GiB, "
+            f"{settings.slots} slots of {context} tokens ({reasons()})"
+        )
+    return handle
+
+
+def describe_device(lib: Any, settings: LlamaSettings) -> str:
+    threads = settings.used_threads
+    text = f"cpu, {threads} thread{'s' if threads > 1 else ''}"
+    if hasattr(os, "sched_getaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        text += f" on core{'s' if len(cores) > 1 else ''} {', '.join(map(str, cores))}"
+    if settings.gpu_layers and lib.llama_supports_gpu_offload():
+        layers = "all" if settings.gpu_layers < 0 else settings.gpu_layers
+        return f"gpu, {layers} layers; {text}"
+    return text

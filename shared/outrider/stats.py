@@ -1,0 +1,159 @@
+"""What a request counts and times; the words are defined once, here.
+
+created = verified + discarded + hits, once the request is over, and
+generated = (accepted − truncated) + corrections + bonuses + plain.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from dataclasses import dataclass, field
+
+Interval = tuple[float, float]
+
+
+class Lane:
+    """When one worker computed for the request; intervals come in order and never overlap."""
+
+    def __init__(self) -> None:
+        self.busy_s = 0.0
+        self.recent: deque[Interval] = deque(maxlen=1024)
+
+    def add(self, interval: Interval) -> None:
+        self.busy_s += interval[1] - interval[0]
+        self.recent.append(interval)
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """A request's figures as everybody sees them; None where a ratio is not defined (yet)."""
+
+    generated_tokens: int
+    drafted_tokens: int  # created: received from the draft worker
+    verified_tokens: int
+    accepted_tokens: int
+    discarded_tokens: int
+    truncated_tokens: int  # accepted, but behind the end of the answer
+    corrections: int
+    bonuses: int
+    plain_tokens: int
+    hits: int  # not verified, but equal to the target's own token there
+    verify_rounds: int
+    acceptance_rate: float | None  # accepted / verified
+    mean_accepted_length: float | None  # 1 + accepted / verify rounds
+    overlap: float | None  # share of the draft's computing during which the target computed too
+    target_busy: float | None  # share of the generation time
+    draft_busy: float | None
+    time_to_first_token_s: float | None  # waiting for a sequence included
+    prefill_s: float | None
+    decode_s: float | None  # generation time: from the end of prefill to the last commit
+    tokens_per_s: float | None
+    speedup: float | None  # over the target alone
+    speedup_kind: str | None  # "measured" or "estimate"
+    mode: str
+    seed: int
+
+
+@dataclass(slots=True)
+class Stats:
+    """What a session counts; seconds are on the coordinator's clock.
+
+    Workers report how long they computed, and the interval is taken to end when the report came:
+    on another machine both lanes are late by their link's latency.
+    """
+
+    mode: str = "plain"
+    seed: int = 0
+    submitted: float = 0.0
+    started: float = 0.0
+    step_s: float = 0.0  # one plain step of the target, measured when it was loaded
+    created: int = 0
+    verified: int = 0
+    accepted: int = 0
+    truncated: int = 0
+    own: Counter[str] = field(default_factory=Counter)  # the target's: corrected, bonus, plain
+    hits: int = 0
+    rounds: int = 0  # verify rounds: target passes over at least one drafted token
+    discarded: Counter[str] = field(default_factory=Counter)  # by reason
+    prefilled: float | None = None
+    last_commit: float | None = None
+    both_s: float = 0.0
+    target: Lane = field(default_factory=Lane)
+    draft: Lane = field(default_factory=Lane)
+
+    @property
+    def generated(self) -> int:
+        return self.accepted - self.truncated + self.own.total()
+
+    def count(self, block: int, accepted: int, now: float) -> None:
+        """A target pass has returned: `accepted` of the `block` drafted tokens were verified."""
+        self.prefilled = now if self.prefilled is None else self.prefilled
+        self.last_commit = now
+        self.rounds += block > 0
+        self.verified += block
+        self.accepted += accepted
+
+    def computed(self, lane: Lane, ended: float, elapsed_s: float) -> None:
+        """Note that the worker of `lane` computed for `elapsed_s` until `ended`; prefill is apart."""
+        if self.prefilled is None or ended <= self.prefilled:
+            return
+        start = max(ended - elapsed_s, self.prefilled)
+        if lane.recent:
+            start = max(start, lane.recent[-1][1])  # a report that was delayed on its way
+        if start >= ended:
+            return
+        lane.add((start, ended))
+        other = self.draft if lane is self.target else self.target
+        # whichever report comes second counts what the two intervals share
+        self.both_s += sum(
+            max(0.0, min(ended, b) - max(start, a)) for a, b in _since(other.recent, start)
+        )
+
+    def report(self) -> Report:
+        """The figures so far."""
+        decode_s = _difference(self.last_commit, self.prefilled)
+        # alone, the target would have taken a step for each token but prefill's
+        speedup = _ratio((self.generated - 1) * self.step_s, decode_s)
+        return Report(
+            generated_tokens=self.generated,
+            drafted_tokens=self.created,
+            verified_tokens=self.verified,
+            accepted_tokens=self.accepted,
+            discarded_tokens=self.discarded.total(),
+            truncated_tokens=self.truncated,
+            corrections=self.own["corrected"],
+            bonuses=self.own["bonus"],
+            plain_tokens=self.own["plain"],
+            hits=self.hits,
+            verify_rounds=self.rounds,
+            acceptance_rate=_ratio(self.accepted, self.verified),
+            mean_accepted_length=1 + self.accepted / self.rounds if self.rounds else None,
+            overlap=_ratio(self.both_s, self.draft.busy_s),
+            target_busy=_ratio(self.target.busy_s, decode_s),
+            draft_busy=_ratio(self.draft.busy_s, decode_s),
+            time_to_first_token_s=_difference(self.prefilled, self.submitted),
+            prefill_s=_difference(self.prefilled, self.started),
+            decode_s=decode_s,
+            tokens_per_s=_ratio(self.generated, decode_s),
+            speedup=speedup or None,
+            speedup_kind="estimate" if speedup else None,
+            mode=self.mode,
+            seed=self.seed,
+        )
+
+
+def _since(intervals: deque[Interval], start: float) -> list[Interval]:
+    found: list[Interval] = []
+    for interval in reversed(intervals):
+        if interval[1] <= start:
+            break
+        found.append(interval)
+    return found
+
+
+def _ratio(part: float, whole: float | None) -> float | None:
+    return part / whole if whole else None
+
+
+def _difference(end: float | None, start: float | None) -> float | None:
+    return None if end is None or start is None else end - start

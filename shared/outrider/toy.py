@@ -1,0 +1,311 @@
+"""An engine without a model file: a deterministic little language, scored as a real model scores.
+
+Its vocabulary is the 256 bytes, an end token and a few control tokens, so any text round-trips.
+The scores are a function of the seed and the prefix alone: a hash of the prefix picks the next word
+of a short list, and the row favours that word's next byte over a few other plausible ones. A draft
+gives the target's row wherever another hash of the prefix falls below `agreement`; elsewhere it
+favours a different token, and is less sure of itself. Time is made up too: `extend` takes what
+`ToyCosts` say without using the processor, like a device of its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from outrider.engine import Cancelled, ModelInfo, Vocabulary
+from outrider.sampling import Scores, Token
+
+END = 256
+CONTROLS = ("<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
+SMALLEST = 256 + len(CONTROLS)
+
+_TEXT = (
+    "a after almost amber and anchor before behind beyond bright candle carries distant drift "
+    "echo ember evening falls far finds gentle harbour hollow in into island lantern leaves "
+    "light meadow morning never north of old over quiet rain remembers river road runs silver "
+    "slow small so stone story, the the the through tide under until valley, wander water, "
+    "where while wind winter with wonder. yellow café naïve Zürich señor über 中文 東京 🚀 🌊"
+)
+WORDS = tuple(word.encode() for word in _TEXT.split())
+SPACE = ord(" ")
+BREAKS = frozenset(b" \n\t")
+
+LIKELY, UNLIKELY, CONTROL = 6.0, -12.0, -60.0  # logits: no noise below temperature 1.6 spans 66
+
+
+def _followers() -> dict[bytes, tuple[int, ...]]:
+    """The bytes that may follow each beginning of a word, a space after a whole one."""
+    found: dict[bytes, set[int]] = {}
+    for word in WORDS:
+        for cut, byte in enumerate((*word, SPACE)):
+            found.setdefault(word[:cut], set()).add(byte)
+    return {start: tuple(sorted(following)) for start, following in found.items()}
+
+
+FOLLOWERS = _followers()
+LONGEST = max(map(len, WORDS))
+
+
+@dataclass(frozen=True, slots=True)
+class ToyCosts:
+    """Seconds that `extend` takes: for the rows asked for, and for each other token."""
+
+    first_row_s: float = 0.0
+    row_s: float = 0.0  # each further row
+    prefill_row_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        _require(min(self.first_row_s, self.row_s, self.prefill_row_s) >= 0, "costs are below 0")
+
+    def of(self, tokens: int, rows: int) -> float:
+        decoding = self.first_row_s + self.row_s * (rows - 1) if rows else 0.0
+        return decoding + self.prefill_row_s * (tokens - rows)
+
+
+@dataclass(frozen=True, slots=True)
+class ToySettings:
+    role: Literal["target", "draft"] = "target"
+    seed: int = 0  # which language: the same for both of a pair
+    agreement: float = 0.8  # probability, at each position, that a draft favours the target's token
+    context: int = 2048
+    slots: int = 4
+    chunk: int = 512
+    costs: ToyCosts = field(default_factory=ToyCosts)
+    vocabulary_size: int = SMALLEST  # control tokens fill what is more than bytes
+    vocabulary_variant: int = (
+        0  # each value another label for the last id: a pair that does not fit
+    )
+    end_probability: float = 0.0  # that the target ends where a word would begin
+
+    def __post_init__(self) -> None:
+        _require(
+            self.role in ("target", "draft"), f"role {self.role!r} is neither target nor draft"
+        )
+        _require(0 <= self.agreement <= 1, "agreement is not from 0 to 1")
+        _require(0 <= self.end_probability <= 1, "end_probability is not from 0 to 1")
+        _require(
+            min(self.context, self.slots, self.chunk) > 0, "context, slots or chunk is below 1"
+        )
+        _require(self.vocabulary_size >= SMALLEST, f"vocabulary_size is below {SMALLEST}")
+
+
+class _State(NamedTuple):
+    """All that the scores after a prefix depend on."""
+
+    prefix: bytes  # rolling hash of the whole prefix
+    word_from: bytes  # the same at the start of the current word
+    word: bytes  # its bytes so far, cut where they are more than any word has
+
+
+class ToyEngine:
+    """An `Engine` that needs no file: for tests, demonstrations, measurements of all the rest."""
+
+    def __init__(self, settings: ToySettings | None = None) -> None:
+        self.settings = settings = settings or ToySettings()
+        self._labels = _labels(settings)
+        self._controls = {label: 256 + n for n, label in enumerate(self._labels[256:])}
+        self._control = re.compile("|".join(map(re.escape, self._controls)))
+        root = _digest(b"toy", settings.seed.to_bytes(16, "little", signed=True))
+        # per slot, the state after each token, so that `rewind` only forgets
+        self._states = [[_State(root, root, b"")] for _ in range(settings.slots)]
+        self._scores = np.zeros((settings.chunk, settings.vocabulary_size), np.float32)
+        self._lock = threading.Lock()
+        self._busy = False
+        self._cut = threading.Event()
+        self._closed = False
+        self.info = ModelInfo(
+            name=f"toy-{settings.role}",
+            vocabulary=_vocabulary(self._labels),
+            context=settings.context,
+            slots=settings.slots,
+            chunk=settings.chunk,
+            device="toy",
+        )
+
+    def extend(self, slot: int, tokens: Sequence[Token], rows: int) -> Scores:
+        begin = time.monotonic()
+        states = self._slot(slot)
+        self._check(tokens, rows, len(states) - 1)
+        with self._lock:
+            self._busy = True
+            self._cut.clear()
+        try:
+            self._scores.fill(np.nan)  # so that a view kept too long is noticed
+            before = len(states)
+            for token in tokens:
+                states.append(_advance(states[-1], token))
+            for row, state in enumerate(states[len(states) - rows :]):
+                self._score(state, self._scores[row])
+            remaining = begin + self.settings.costs.of(len(tokens), rows) - time.monotonic()
+            if remaining > 0:
+                self._cut.wait(remaining)
+        finally:
+            with self._lock:
+                self._busy = False
+        if self._cut.is_set():
+            del states[before:]
+            raise Cancelled
+        return self._scores[:rows]
+
+    def _slot(self, slot: int) -> list[_State]:
+        _require(not self._closed, "the engine is closed")
+        _require(0 <= slot < self.settings.slots, f"no slot {slot}")
+        return self._states[slot]
+
+    def _check(self, tokens: Sequence[Token], rows: int, held: int) -> None:
+        count, settings = len(tokens), self.settings
+        _require(1 <= count <= settings.chunk, f"{count} tokens, not 1 to {settings.chunk}")
+        _require(0 <= rows <= count, f"{rows} rows of {count} tokens")
+        _require(held + count <= settings.context, f"{held} + {count} tokens overflow the context")
+        for token in tokens:
+            _require(0 <= token < settings.vocabulary_size, f"no token {token}")
+
+    def _score(self, state: _State, row: Scores) -> None:
+        """Write the logits that follow `state`."""
+        noise = _digest(state.prefix, b"row", size=48)
+        row[:256] = UNLIKELY
+        row[256:] = CONTROL
+        favourite = self._favourite(state)
+        for byte, logit in _alternatives(state.word, noise):
+            row[byte] = logit
+        row[favourite] = LIKELY
+        if self.settings.role == "draft" and not _below(state, b"agree", self.settings.agreement):
+            row[favourite] = UNLIKELY
+            other = int(row[:256].argmax())
+            row[favourite] = row[other]
+            row[other] += (LIKELY - row[other]) / 4  # ahead by less than the target's favourite
+
+    def _favourite(self, state: _State) -> Token:
+        """The token that the target finds likeliest."""
+        if not state.word and _below(state, b"end", self.settings.end_probability):
+            return END
+        draw = int.from_bytes(state.word_from[:4], "little")
+        word = WORDS[draw % len(WORDS)] + b" "
+        if word.startswith(state.word) and word != state.word:
+            return word[len(state.word)]
+        following = FOLLOWERS.get(state.word, (SPACE,))  # a word that was not our idea
+        return following[draw % len(following)]
+
+    def rewind(self, slot: int, length: int) -> None:
+        states = self._slot(slot)
+        _require(0 <= length < len(states), f"cannot keep {length} of {len(states) - 1} tokens")
+        del states[length + 1 :]
+
+    def length(self, slot: int) -> int:
+        return len(self._slot(slot)) - 1
+
+    def cancel(self) -> None:
+        with self._lock:
+            if self._busy:
+                self._cut.set()
+
+    def tokenize(self, text: str, *, special: bool) -> list[Token]:
+        if not special:
+            return list(text.encode(errors="replace"))
+        tokens: list[Token] = []
+        done = 0
+        for found in self._control.finditer(text):
+            tokens += text[done : found.start()].encode(errors="replace")
+            tokens.append(self._controls[found.group()])
+            done = found.end()
+        return tokens + list(text[done:].encode(errors="replace"))
+
+    def piece(self, token: Token) -> bytes:
+        _require(0 <= token < self.settings.vocabulary_size, f"no token {token}")
+        return bytes((token,)) if token < 256 else b""
+
+    def label(self, token: Token) -> str:
+        _require(0 <= token < self.settings.vocabulary_size, f"no token {token}")
+        return self._labels[token]
+
+    def render(self, messages: Sequence[tuple[str, str]]) -> str:
+        for role, _ in messages:
+            _require(f"<|{role}|>" in CONTROLS[1:], f"the template has no role {role!r}")
+        turns = [f"<|{role}|>{content}<|end|>" for role, content in messages]
+        return "".join(turns) + "<|assistant|>"
+
+    def close(self) -> None:
+        self._closed = True
+
+
+def _require(condition: bool, otherwise: str) -> None:
+    if not condition:
+        raise ValueError(otherwise)
+
+
+def _digest(*parts: bytes, size: int = 8) -> bytes:
+    return hashlib.blake2b(b"".join(parts), digest_size=size).digest()
+
+
+def _below(state: _State, purpose: bytes, probability: float) -> bool:
+    """True with `probability`, always the same way for the same prefix and purpose."""
+    return int.from_bytes(_digest(state.prefix, purpose), "little") < probability * 2**64
+
+
+def _advance(state: _State, token: Token) -> _State:
+    prefix = _digest(state.prefix, token.to_bytes(4, "little"))
+    if token in BREAKS or token >= 256:
+        return _State(prefix, prefix, b"")
+    word = state.word if len(state.word) > LONGEST else state.word + bytes((token,))
+    return _State(prefix, state.word_from, word)
+
+
+def _alternatives(word: bytes, noise: bytes) -> list[tuple[Token, float]]:
+    """What else may follow: up to eight bytes that go on with other words, and rarer slips."""
+    following = FOLLOWERS.get(word, ())
+    turn = noise[-1] % len(following) if following else 0
+    others = (following[turn:] + following[:turn])[:8]
+    slips: list[Token] = []
+    if word and _is_text(word):  # never inside a character
+        slips = [SPACE, *(ord("a") + draw % 26 for draw in noise[-4:-1])]
+    rare = [
+        (byte, LIKELY - 4.0 - 4.0 * draw / 256)
+        for byte, draw in zip(slips, noise[8:], strict=False)
+    ]
+    return rare + [
+        (byte, LIKELY - 0.2 - 7.0 * draw / 256) for byte, draw in zip(others, noise, strict=False)
+    ]
+
+
+def _is_text(word: bytes) -> bool:
+    try:
+        word.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _labels(settings: ToySettings) -> list[str]:
+    byte_labels = [
+        chr(n) if chr(n).isprintable() and n < 128 else f"<0x{n:02X}>" for n in range(256)
+    ]
+    reserved = [f"<|reserved_{n}|>" for n in range(settings.vocabulary_size - SMALLEST)]
+    labels = [*byte_labels, *CONTROLS, *reserved]
+    if settings.vocabulary_variant:
+        labels[-1] = f"<|variant_{settings.vocabulary_variant}|>"
+    return labels
+
+
+def _vocabulary(labels: Sequence[str]) -> Vocabulary:
+    digest = hashlib.sha256()
+    for label in labels:
+        text = label.encode()
+        digest.update(len(text).to_bytes(4, "little") + text)
+    return Vocabulary(
+        kind="bytes",
+        size=len(labels),
+        bos=None,
+        eos=END,
+        adds_bos=False,
+        adds_eos=False,
+        ends=(END,),
+        digest=digest.hexdigest(),
+    )
