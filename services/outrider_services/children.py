@@ -17,7 +17,7 @@ from typing import Any
 import uvloop
 
 from outrider.engine import Engine
-from outrider.errors import InternalError, ModelNotFound, OutriderError
+from outrider.errors import ConfigError, InternalError, ModelNotFound, OutriderError
 from outrider.transport import Router, check_exposure, socket_path
 from outrider_services import options
 from outrider_services.coordinator import Coordinator, Defaults
@@ -45,7 +45,11 @@ def worker(role: str, settings: Settings, address: str, parent_fd: int | None) -
     make = TargetWorker if role == "target" else DraftWorker
 
     def load(progress: Callable[[float], None]) -> Engine:
-        return _toy(role, settings) if settings.pipeline.backend == "toy" else _llama(settings, progress)
+        return (
+            _toy(role, settings)
+            if settings.pipeline.backend == "toy"
+            else _llama(settings, progress)
+        )
 
     _run(serve(make, load, connection, say), parent_fd, lambda: None)
 
@@ -74,6 +78,7 @@ async def _coordinate(settings: Settings, name: str) -> None:
         say("ready", 1.0)
         await core.run()
     finally:
+        await core.close()
         router.close()
         path.unlink(missing_ok=True)
 
@@ -85,13 +90,16 @@ def _llama(settings: Settings, progress: Callable[[float], None]) -> Engine:
     if not target.model:
         raise ModelNotFound("say which model: -m FILE")
     threads = min(target.threads, len(os.sched_getaffinity(0)))
-    chosen = LlamaSettings(
-        context=target.ctx,
-        slots=pipeline.parallel,
-        threads=threads,
-        gpu_layers=target.ngl,
-        exact=pipeline.exact,
-    )
+    try:
+        chosen = LlamaSettings(
+            context=target.ctx,
+            slots=pipeline.parallel,
+            threads=threads,
+            gpu_layers=target.ngl,
+            exact=pipeline.exact,
+        )
+    except ValueError as exc:
+        raise ConfigError(str(exc)) from None
     return LlamaEngine.load(Path(target.model), chosen, progress)
 
 
@@ -114,7 +122,9 @@ def _toy(role: str, settings: Settings) -> Engine:
     )
 
 
-def _run(main: Coroutine[Any, Any, None], parent_fd: int | None, clean_up: Callable[[], None]) -> None:
+def _run(
+    main: Coroutine[Any, Any, None], parent_fd: int | None, clean_up: Callable[[], None]
+) -> None:
     """Run until done, until SIGTERM, or until the launcher is gone."""
 
     async def wrapped() -> None:

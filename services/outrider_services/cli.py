@@ -58,7 +58,11 @@ def dispatch(arguments: Sequence[str]) -> int:
     (verb or parser).check_flags(arguments)
     parsed = parser.parse_args(arguments)
     settings = options.settings(
-        {k: tuple(v) if isinstance(v, list) else v for k, v in vars(parsed).items() if k in options.OPTIONS},
+        {
+            k: tuple(v) if isinstance(v, list) else v
+            for k, v in vars(parsed).items()
+            if k in options.OPTIONS
+        },
         parsed.config,
     )
     logging.basicConfig(
@@ -85,9 +89,13 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
 
     models_and_more = ("target", "draft", "pipeline", "toy", "log")
     _run_flags(verb("run", run, "generate text", (*models_and_more, "sampling")))
-    serve = verb("serve", serving.serve, "start a pipeline and keep it up", (*models_and_more, "coordinator"))
+    serve = verb(
+        "serve", serving.serve, "start a pipeline and keep it up", (*models_and_more, "coordinator")
+    )
     serve.add_argument("--name", default="default", help="what clients call it (default: default)")
-    serve.add_argument("--pull", action="store_true", help="fetch the default pair if it is missing")
+    serve.add_argument(
+        "--pull", action="store_true", help="fetch the default pair if it is missing"
+    )
     _worker_verbs(verb, verbs)
     pull = verb("pull", _pull, "fetch a model, or the default pair", ("pipeline",))
     pull.add_argument("model", nargs="?", help="hf://user/repo[:quant]; default: the default pair")
@@ -96,7 +104,9 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     ps.add_argument("--json", action="store_true", help="as a JSON array")
     stop = verb("stop", _stop, "end a pipeline, once its requests are finished")
     stop.add_argument("name", nargs="?", default="default", help="name or address")
-    child = verb("coordinator", _coordinator, argparse.SUPPRESS, ("draft", "pipeline", "coordinator", "log"))
+    child = verb(
+        "coordinator", _coordinator, argparse.SUPPRESS, ("draft", "pipeline", "coordinator", "log")
+    )
     child.add_argument("--name", default="default")
     child.add_argument("--parent-fd", type=int)
     # a verb for the launcher alone
@@ -106,7 +116,9 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
 
 def _common(parser: Parser, sections: Sequence[str], call: Any) -> None:
     add_options(parser, sections)
-    parser.add_argument("--config", metavar="FILE", help="configuration file (TOML) [OUTRIDER_CONFIG]")
+    parser.add_argument(
+        "--config", metavar="FILE", help="configuration file (TOML) [OUTRIDER_CONFIG]"
+    )
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     parser.set_defaults(call=call)
 
@@ -117,11 +129,21 @@ def _run_flags(parser: Parser) -> None:
     add("-p", "--prompt", "-prompt", dest="prompt_flag", metavar="TEXT", help="the prompt")
     add("-f", "--file", metavar="FILE", help="read the prompt from a file")
     add("--chat", action="store_true", help="apply the model's chat template to the prompt")
-    add("-v", "--verbose", "-verbose", nargs="?", const="true", default="false", metavar="BOOL",
-        help="show each drafted token and its fate on stderr")
+    add(
+        "-v",
+        "--verbose",
+        "-verbose",
+        nargs="?",
+        const="true",
+        default="false",
+        metavar="BOOL",
+        help="show each drafted token and its fate on stderr",
+    )
     add("-o", "--output", choices=("text", "json"), default="text", help="what goes to stdout")
     add("--connect", metavar="PIPELINE", help="use a pipeline that is up: its name or address")
-    add("--baseline", action="store_true", help="measure the speed-up: generate again in plain mode")
+    add(
+        "--baseline", action="store_true", help="measure the speed-up: generate again in plain mode"
+    )
     add("--no-stats", action="store_true", help="no statistics on stderr")
     add("--trace", metavar="FILE", help="write when each worker computed, as Chrome trace JSON")
     add("--pull", action="store_true", help="fetch the default pair if it is missing")
@@ -134,7 +156,9 @@ def _worker_verbs(verb: Any, verbs: dict[str, Parser]) -> None:
         text = f"the {role} worker; its flags mean its own model"
         added = roles.add_parser(role, help=text, description=text)
         _common(added, ("target", "pipeline", "toy", "log"), _worker)
-        added.add_argument("--connect", required=True, metavar="ADDRESS", help="the coordinator's address")
+        added.add_argument(
+            "--connect", required=True, metavar="ADDRESS", help="the coordinator's address"
+        )
         added.add_argument("--parent-fd", type=int, help=argparse.SUPPRESS)
         added.set_defaults(role=role)
         verbs[f"worker {role}"] = added
@@ -204,7 +228,7 @@ def _stop(settings: options.Settings, parsed: Any) -> int:
             await client.stop()
         path = address_of(parsed.name).removeprefix("ipc://")
         for _ in range(600):
-            if not os.path.exists(path):
+            if not await asyncio.to_thread(os.path.exists, path):
                 return
             await asyncio.sleep(0.1)
         raise ConfigError(f"{parsed.name} is still finishing its requests")

@@ -151,13 +151,9 @@ class DraftWorker(Worker):
         stream.tokens.append(choice.token)
         elapsed_s = time.perf_counter() - began
         confidence = min(choice.confidence, 1.0)
-        self.send(
-            wire.Drafted(request, lineage, end, (choice.token,), (confidence,), elapsed_s)
-        )
+        self.send(wire.Drafted(request, lineage, end, (choice.token,), (confidence,), elapsed_s))
 
-    def _evaluate(
-        self, stream: Stream, start: int, tokens: list[Token], end: int
-    ) -> Choice | None:
+    def _evaluate(self, stream: Stream, start: int, tokens: list[Token], end: int) -> Choice | None:
         """On the owner thread: the token at position `end`, once all before it is evaluated."""
         if self.engine.length(stream.slot) > start:
             self.engine.rewind(stream.slot, start)

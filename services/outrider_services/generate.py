@@ -39,7 +39,9 @@ def read_prompt(parsed: Any, stdin: TextIO) -> str:
     """The prompt from argument, `-p`, file or piped stdin, in that order. Raises OutriderError."""
     if parsed.prompt is not None:
         if parsed.prompt.endswith(".gguf"):
-            raise BadRequest(f"{parsed.prompt} looks like a model; say -m {parsed.prompt}", "prompt")
+            raise BadRequest(
+                f"{parsed.prompt} looks like a model; say -m {parsed.prompt}", "prompt"
+            )
         return str(parsed.prompt)
     if parsed.prompt_flag is not None:
         return str(parsed.prompt_flag)
@@ -116,7 +118,7 @@ async def _run(settings: Settings, parsed: Any, prompt: str, request: dict[str, 
             plain = await client.create_completion(prompt, **{**request, "mode": "plain"})
             report = measured(report, plain.stats)
         if parsed.trace:
-            Path(parsed.trace).write_text(json.dumps(chrome_trace(result.trace or ())))
+            write_trace(parsed.trace, result.trace or ())
         printer.result(result, report)
     return interrupts.status
 
@@ -144,7 +146,7 @@ async def _generate(
 
 
 class Interrupts:
-    """The first Ctrl-C ends the generation and shows what there is; the second, and SIGTERM, quit."""
+    """The first Ctrl-C ends the answer and shows what there is; the second, and SIGTERM, quit."""
 
     def __init__(self) -> None:
         self.status = 0
@@ -255,11 +257,19 @@ def statistics(r: Report) -> str:
             f"Acceptance rate: {show(r.acceptance_rate, '.2%')} (accepted / verified)",
             f"Mean accepted length: {show(r.mean_accepted_length, '.2f')}",
             f"Overlap: {show(r.overlap, '.0%')} of draft compute",
-            f"Generation time: {show(r.decode_s, '.2f')}s (prefill {show(r.prefill_s, '.2f')}s apart)",
+            f"Generation time: {show(r.decode_s, '.2f')}s "
+            f"(prefill {show(r.prefill_s, '.2f')}s apart)",
             f"Tokens per second: {show(r.tokens_per_s, '.2f')}",
             f"Speed-up vs target alone: {sign}{show(r.speedup, '.2f')}x{kind}",
         )
     )
+
+
+def write_trace(path: str, lanes: tuple[Lane, ...]) -> None:
+    try:
+        Path(path).write_text(json.dumps(chrome_trace(lanes)))
+    except OSError as exc:
+        raise ConfigError(f"cannot write the trace to {path}: {exc.strerror}") from None
 
 
 def chrome_trace(lanes: tuple[Lane, ...]) -> dict[str, Any]:
@@ -267,7 +277,13 @@ def chrome_trace(lanes: tuple[Lane, ...]) -> dict[str, Any]:
     start = min((began for _, began, _, _ in lanes), default=0.0)
     threads = {"target": 1, "draft": 2}
     events: list[dict[str, Any]] = [
-        {"ph": "M", "name": "thread_name", "pid": 1, "tid": tid, "args": {"name": f"{lane} compute"}}
+        {
+            "ph": "M",
+            "name": "thread_name",
+            "pid": 1,
+            "tid": tid,
+            "args": {"name": f"{lane} compute"},
+        }
         for lane, tid in threads.items()
     ]
     events += [

@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from outrider.client import connect
 from outrider.errors import (
@@ -69,7 +70,9 @@ class Launcher:
         settings, address = self.settings, f"ipc://{self._socket}"
         sections = ("draft", "pipeline", "coordinator", "log")
         children = [
-            Child("coordinator", ["coordinator", f"--name={self.name}", *to_flags(settings, sections)])
+            Child(
+                "coordinator", ["coordinator", f"--name={self.name}", *to_flags(settings, sections)]
+            )
         ]
         if settings.target.place == "spawn":
             children.append(Child("target", worker_arguments("target", settings, address)))
@@ -170,13 +173,14 @@ class Launcher:
 
     async def _until_ready(self, child: Child) -> None:
         ready = asyncio.ensure_future(child.ready.wait())
-        await asyncio.wait([ready, self.failed], return_when=asyncio.FIRST_COMPLETED)
+        await first_of(ready, self.failed)
         ready.cancel()
         if self.failed.done():
             self.failed.result()
 
     async def _watch(self, child: Child, process: asyncio.subprocess.Process) -> None:
-        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout
+        assert process.stderr
         await asyncio.gather(
             self._read_states(child, process.stdout), self._forward(child, process.stderr)
         )
@@ -236,6 +240,11 @@ class Launcher:
     async def _forward(self, child: Child, stream: asyncio.StreamReader) -> None:
         async for line in stream:
             self._log(child.role, line.decode("utf-8", "replace").rstrip())
+
+
+async def first_of(*futures: asyncio.Future[Any]) -> None:
+    """Wait until one of them is done."""
+    await asyncio.wait(futures, return_when=asyncio.FIRST_COMPLETED)
 
 
 def worker_arguments(role: str, settings: Settings, address: str) -> list[str]:

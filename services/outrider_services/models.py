@@ -146,7 +146,7 @@ def choose_file(files: Iterable[str], quant: str = "") -> str | None:
     """The GGUF file of that quantisation, in any case; without one Q4_K_M, else the first."""
     # a projector belongs to a model that sees; alone it answers nothing
     models = sorted(f for f in files if f.lower().endswith(".gguf") and "mmproj" not in f.lower())
-    wanted = re.compile(rf"(^|[-._/]){re.escape(quant or 'Q4_K_M')}[-._/]", re.IGNORECASE)
+    wanted = re.compile(rf"(^|[-._/]){re.escape(quant or 'Q4_K_M')}[-./]", re.IGNORECASE)
     matching = [file for file in models if wanted.search(file)]
     return next(iter(matching if quant else matching + models), None)
 

@@ -31,6 +31,7 @@ def opt(default: Any, flags: str, help: str, metavar: str | None = None) -> Any:
     return field(default=default, metadata=metadata)
 
 
+# fmt: off
 @dataclass(frozen=True, slots=True)
 class Target:
     model: str | None = opt(None, "-m --model -model", "target model: a GGUF file or hf://user/repo[:quant]", "FILE")
@@ -65,7 +66,7 @@ class Sampling:
     repeat_penalty: float = opt(1.0, "--repeat-penalty", "penalise repetition; 1: off", "X")
     presence_penalty: float = opt(0.0, "--presence-penalty", "penalise tokens that occurred", "X")
     frequency_penalty: float = opt(0.0, "--frequency-penalty", "penalise tokens for each occurrence", "X")
-    logit_bias: tuple[str, ...] = opt((), "--logit-bias", "change a token's logit, such as 15043+1 or 2-inf", "ID±X")
+    logit_bias: tuple[str, ...] = opt((), "--logit-bias", "change a token's logit, such as 15043+1 or 2-inf", "ID+X")
     seed: int = opt(-1, "-s --seed -seed", "seed of the sampling; -1: random, and shown", "N")
     stop: tuple[str, ...] = opt((), "--stop -r --reverse-prompt", "stop before this text (repeatable)", "TEXT")
     ignore_eos: bool = opt(False, "--ignore-eos", "never choose an end token")
@@ -112,6 +113,7 @@ class Settings:
     log: Log = Log()
 
 
+# fmt: on
 @dataclass(frozen=True, slots=True)
 class Option:
     key: str  # "draft.n_max"
@@ -156,7 +158,9 @@ def _options() -> dict[str, Option]:
         for f in dataclasses.fields(kind):
             key = f"{section.name}.{f.name}"
             m = f.metadata
-            found[key] = Option(key, hints[f.name], f.default, tuple(m["flags"]), m["help"], m["metavar"])
+            found[key] = Option(
+                key, hints[f.name], f.default, tuple(m["flags"]), m["help"], m["metavar"]
+            )
     return found
 
 
@@ -181,7 +185,7 @@ def from_file(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is not TOML: {exc}") from None
     values, wrong = {}, []
     for section, table in tables.items():
-        for name, value in (table.items() if isinstance(table, dict) else [("", table)]):
+        for name, value in table.items() if isinstance(table, dict) else [("", table)]:
             key = f"{section}.{name}" if name else section
             option = OPTIONS.get(key)
             if option is None:
@@ -258,7 +262,12 @@ def check(settings: Settings) -> Settings:
         ("--spec-draft-n-min", draft.n_min, 0, draft.n_max),
         ("--spec-draft-p-min", draft.p_min, 0, 1),
         ("--parallel", pipeline.parallel, 1, 64),
-        ("--n-predict", 1 if settings.sampling.n_predict is None else settings.sampling.n_predict, 1, 1 << 20),
+        (
+            "--n-predict",
+            1 if settings.sampling.n_predict is None else settings.sampling.n_predict,
+            1,
+            1 << 20,
+        ),
         ("--ready-timeout", pipeline.ready_timeout_s, 1, 86400),
     ):
         if not least <= value <= most:
@@ -331,7 +340,9 @@ def _add(group: Any, option: Option) -> None:
     if option.repeats:
         more["action"] = "append"
     elif option.kind is bool:
-        more.update(nargs="?", const=True, metavar=None if option.metavar is None else option.metavar)
+        more.update(
+            nargs="?", const=True, metavar=None if option.metavar is None else option.metavar
+        )
     elif get_origin(option.kind) is Literal:
         more["metavar"] = "{" + ",".join(get_args(option.kind)) + "}"
     group.add_argument(

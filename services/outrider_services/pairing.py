@@ -16,7 +16,7 @@ PADDING = 128
 FIRST_COMPARED = 5
 BATCH = 2048
 
-Texts = Callable[[int, int], Awaitable[tuple[str, ...]]]  # of ids start … start + count − 1
+Texts = Callable[[int, int], Awaitable[tuple[str, ...]]]  # of ids start … start + count - 1
 
 
 async def check_pair(

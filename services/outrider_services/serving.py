@@ -1,4 +1,4 @@
-"""`outrider serve`, and what it shares with `outrider run`: which models, and the launcher's news."""
+"""`outrider serve`, and what `outrider run` shares with it: which models, how far they are."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rich.console import Console
 
 from outrider.errors import ModelNotFound
 from outrider_services import models
-from outrider_services.launcher import Launcher
+from outrider_services.launcher import Launcher, first_of
 from outrider_services.options import Settings
 from outrider_services.progress import progress_reporter
 
@@ -48,7 +48,7 @@ def with_paths(settings: Settings, *, fetch: bool) -> Settings:
             return str(models.resolve(name, fetch=may, offline=offline, progress=progress))
 
         target_path, draft_path = find(target.model, target.hf), find(draft.model, draft.hf)
-        if target_path is None:
+        if target_path is None and target.place == "spawn":
             pair = models.default_pair(fetch=fetch, offline=offline, progress=progress)
             target_path = str(pair[0])
             draft_path = draft_path or str(pair[1])
@@ -107,29 +107,28 @@ def serve(settings: Settings, parsed: Any) -> int:
 
 
 async def _serve(settings: Settings, name: str) -> int:
-    stop: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-    status = cancel_on_signals(stop)
+    stop = signalled()
     draft = has_draft(settings)
     news = News()
     launcher = Launcher(settings, name, news.report, news.log, draft=draft)
     with news:
         entered = asyncio.ensure_future(launcher.__aenter__())
-        await asyncio.wait([entered, stop], return_when=asyncio.FIRST_COMPLETED)
+        await first_of(entered, stop)
         if not entered.done():
             entered.cancel()
             await asyncio.wait([entered])
-            return status()
+            return stop.result()
         entered.result()
     try:
         if not draft and settings.draft.place == "spawn":
             tell("No draft model was given: generating in plain mode.")
         where = [name, *launcher.addresses]
         tell(f"Ready: outrider run --connect {' | '.join(where)}")
-        await asyncio.wait([launcher.failed, stop], return_when=asyncio.FIRST_COMPLETED)
-        if launcher.failed.done():
-            launcher.failed.result()
-            return 0
-        return status()
+        await first_of(launcher.failed, stop)
+        if stop.done():
+            return stop.result()
+        launcher.failed.result()
+        return 0
     finally:
         await launcher.stop()
 
@@ -140,9 +139,10 @@ def has_draft(settings: Settings) -> bool:
     return there and settings.draft.n_max > 0 and settings.pipeline.mode != "plain"
 
 
-def cancel_on_signals(stop: asyncio.Future[int]) -> Any:
-    """Resolve `stop` on SIGINT or SIGTERM; returns a function giving the exit status for it."""
+def signalled() -> asyncio.Future[int]:
+    """Becomes the exit status that SIGINT or SIGTERM asks for."""
     loop = asyncio.get_running_loop()
+    stop: asyncio.Future[int] = loop.create_future()
 
     def on(number: int) -> None:
         if not stop.done():
@@ -150,4 +150,4 @@ def cancel_on_signals(stop: asyncio.Future[int]) -> Any:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, on, number)
-    return lambda: stop.result() if stop.done() else 0
+    return stop

@@ -50,7 +50,7 @@ class TargetWorker(Worker):
                 self._open(message)
             case wire.Close(request):
                 self._close(request)
-            case wire.Tokenize() | wire.Detokenize() | wire.Render() | wire.Labels():
+            case wire.Tokenize() | wire.Detokenize() | wire.Render() | wire.Chat() | wire.Labels():
                 task = asyncio.ensure_future(self._answer(message))
                 self._questions.add(task)
                 task.add_done_callback(self._questions.discard)
@@ -85,7 +85,9 @@ class TargetWorker(Worker):
             or len(message.drafted) > max(room, 0)
             or any(token >= info.vocabulary.size for token in message.drafted)
         ):
-            exc = ProtocolError(f"round {message.round} does not follow from round {sequence.round}")
+            exc = ProtocolError(
+                f"round {message.round} does not follow from round {sequence.round}"
+            )
             self.send(failure(message.request, exc))
             return
         sequence.round, sequence.drafted = message.round, message.drafted
@@ -144,7 +146,7 @@ class TargetWorker(Worker):
     def _evaluate(
         self, request: int, sequence: Sequence, drafted: tuple[Token, ...]
     ) -> wire.Verdict | None:
-        """On the owner thread: one pass; None while text before the block is still to be evaluated."""
+        """On the owner thread: one pass; None while there is text before the block to evaluate."""
         began = time.perf_counter()
         base, slot = len(sequence.tokens), sequence.slot
         known = self.engine.length(slot)
@@ -166,7 +168,14 @@ class TargetWorker(Worker):
         pieces = tuple(map(self.engine.piece, verdict.tokens))
         elapsed_s = sequence.elapsed_s + time.perf_counter() - began
         return wire.Verdict(
-            request, sequence.round, base, verdict.accepted, verdict.tokens, pieces, logprobs, elapsed_s
+            request,
+            sequence.round,
+            base,
+            verdict.accepted,
+            verdict.tokens,
+            pieces,
+            logprobs,
+            elapsed_s,
         )
 
     @property
@@ -193,6 +202,8 @@ class TargetWorker(Worker):
                 ask = lambda: wire.Rendered(call, self._text(tokens))  # noqa: E731
             case wire.Render(call, messages):
                 ask = lambda: wire.Rendered(call, engine.render(messages))  # noqa: E731
+            case wire.Chat(call, messages):
+                ask = lambda: wire.Tokens(call, tuple(self._chat(messages)))  # noqa: E731
             case wire.Labels(call, start, count):
                 ids = range(start, min(start + count, engine.info.vocabulary.size))
                 ask = lambda: wire.LabelTexts(call, tuple(map(engine.label, ids)))  # noqa: E731
@@ -202,6 +213,24 @@ class TargetWorker(Worker):
             self.send(await asyncio.to_thread(ask))
         except Exception as exc:  # whatever a text does to the tokenizer, the worker goes on
             self.send(failure(call, exc))
+
+    def _chat(self, messages: tuple[tuple[str, str], ...]) -> list[Token]:
+        """The template's markers become control tokens, those that somebody typed do not."""
+        engine = self.engine
+        contents = [content for _, content in messages]
+        if all(
+            engine.tokenize(c, special=True) == engine.tokenize(c, special=False) for c in contents
+        ):
+            return engine.tokenize(engine.render(messages), special=True)
+        # private-use characters in the contents' places, to cut the rendered text there
+        places = [chr(0xE000) + f"{n}" + chr(0xE001) for n in range(len(messages))]
+        rendered = engine.render([(role, p) for (role, _), p in zip(messages, places, strict=True)])
+        tokens: list[Token] = []
+        for place, content in zip(places, contents, strict=True):
+            before, _, rendered = rendered.partition(place)
+            tokens += engine.tokenize(before, special=True) if before else []
+            tokens += engine.tokenize(content, special=False) if content else []
+        return tokens + engine.tokenize(rendered, special=True)
 
     def _text(self, tokens: tuple[Token, ...]) -> str:
         if any(token >= self.engine.info.vocabulary.size for token in tokens):

@@ -31,7 +31,9 @@ log = logging.getLogger(__name__)
 BEAT_S = 0.25
 RETRY_S = 0.05
 SILENCE_S = 60.0  # a worker whose coordinator is silent for so long ends
-CHUNK = 128  # most tokens of one evaluation while prefilling: what a cancellation may have to wait for
+CHUNK = (
+    128  # most tokens of one evaluation while prefilling: what a cancellation may have to wait for
+)
 
 Loader = Callable[[Callable[[float], None]], Engine]
 Status = Callable[[str, float | str], None]
@@ -81,7 +83,7 @@ class Worker(ABC):
         """Drop all requests: the coordinator knows none of them."""
 
     def admit(self, tokens: tuple[Token, ...], sampling: wire.Sampling) -> tuple[int, Sampling]:
-        """A slot for a new request and its settings. Raises OutriderError where it cannot be served."""
+        """A slot for a new request, and its settings. Raises OutriderError."""
         info = self.engine.info
         values = {field.name: getattr(sampling, field.name) for field in fields(Sampling)}
         settings = Sampling(**values)
@@ -139,7 +141,7 @@ class Worker(ABC):
         while not (self._welcomed.done() or self.ended.done()):
             if time.monotonic() > deadline:
                 raise ConnectionFailed(
-                    f"no coordinator answers at {connection.address}; start one with `outrider serve`"
+                    f"no coordinator answers at {connection.address}; start one: `outrider serve`"
                 )
             self.send(self._hello())
             answers = {self.ended, self._welcomed}
@@ -206,8 +208,11 @@ async def serve(
     loop = asyncio.get_running_loop()
     owner = ThreadPoolExecutor(1, thread_name_prefix="engine")
     try:
-        report = lambda done: loop.call_soon_threadsafe(status, "loading", done)  # noqa: E731
-        engine = await loop.run_in_executor(owner, load, report)
+
+        def report(done: float) -> None:
+            loop.call_soon_threadsafe(status, "loading", done)
+
+        engine: Engine = await loop.run_in_executor(owner, load, report)
         try:
             step_s = await loop.run_in_executor(owner, calibrate, engine)
             await make(engine, owner, step_s).run(connection, status)

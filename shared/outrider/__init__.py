@@ -1,9 +1,9 @@
 """Pipelined speculative decoding for GGUF models: the library for clients of a pipeline.
 
-    async with outrider.connect() as client:
-        stream = await client.create_completion("The future of AI is", max_tokens=100, stream=True)
-        async for fragment in stream:
-            print(fragment.text, end="")
+async with outrider.connect() as client:
+    stream = await client.create_completion("The future of AI is", max_tokens=100, stream=True)
+    async for fragment in stream:
+        print(fragment.text, end="")
 """
 
 __version__ = "0.1.0"

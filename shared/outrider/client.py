@@ -1,4 +1,4 @@
-"""The client library: `connect()` gives an asynchronous client, `Client` is its synchronous twin."""
+"""The client library: `connect()` gives an asynchronous client, `Client` is its sync twin."""
 
 from __future__ import annotations
 
@@ -13,7 +13,13 @@ from types import TracebackType
 from typing import Any, Literal, TypeVar
 
 from outrider import wire
-from outrider.errors import ConnectionFailed, InternalError, OutriderError, RequestTimeout, from_code
+from outrider.errors import (
+    ConnectionFailed,
+    InternalError,
+    OutriderError,
+    RequestTimeout,
+    from_code,
+)
 from outrider.sampling import Sampling
 from outrider.stats import Report
 from outrider.transport import Link, PeerGone, address_of
@@ -134,7 +140,8 @@ class Stream:
         text = "".join(fragment.text for fragment in self.fragments)
         logprobs = tuple(t.logprob for t in tokens if t.logprob is not None)
         prompt = len(self.prompt_token_ids)
-        assert self.stats is not None and self.finish_reason is not None  # it has ended
+        assert self.stats  # it has ended
+        assert self.finish_reason
         return Completion(
             id=f"cmpl-{self._call}",
             object="text_completion",
@@ -239,7 +246,9 @@ class AsyncClient:
         submit = wire.Submit(
             call=call,
             prompt=prompt if isinstance(prompt, str) else tuple(prompt),
-            messages=None if messages is None else tuple((m["role"], m["content"]) for m in messages),
+            messages=None
+            if messages is None
+            else tuple((m["role"], m["content"]) for m in messages),
             sampling=wire.Sampling(**asdict(sampling)),
             n_predict=max_tokens,
             stop=(stop,) if isinstance(stop, str) else tuple(stop),
@@ -325,7 +334,7 @@ class AsyncClient:
             except TimeoutError:
                 if time.monotonic() - self._heard > SILENCE_S:
                     raise ConnectionFailed(
-                        f"the coordinator of {self.pipeline!r} went away in the middle of the answer"
+                        f"the coordinator of {self.pipeline!r} went away before the answer ended"
                     ) from None
 
     def _forget(self, call: int) -> None:
@@ -355,9 +364,7 @@ class Client:
         """As `AsyncClient.create_completion`."""
         return self._answer(self._client.create_completion(prompt, **settings))
 
-    def create_chat_completion(
-        self, messages: Sequence[Mapping[str, str]], **settings: Any
-    ) -> Any:
+    def create_chat_completion(self, messages: Sequence[Mapping[str, str]], **settings: Any) -> Any:
         """As `AsyncClient.create_chat_completion`."""
         return self._answer(self._client.create_chat_completion(messages, **settings))
 

@@ -36,7 +36,7 @@ class ModelInfo:
     name: str
     vocabulary: Vocabulary
     context: int  # tokens that one sequence can hold
-    slots: int  # sequences held at once, ids 0 … slots − 1
+    slots: int  # sequences held at once, ids 0 … slots - 1
     chunk: int  # most tokens that one `extend` takes
     device: str  # "cpu, 1 thread on core 0"
 
@@ -51,7 +51,7 @@ class Engine(Protocol):
     info: ModelInfo
 
     def extend(self, slot: int, tokens: Sequence[Token], rows: int) -> Scores:
-        """Append `tokens` to the sequence in `slot` and return the logits that follow its last ones.
+        """Append `tokens` to the sequence in `slot`; return the logits that follow the last ones.
 
         The result has shape (rows, vocabulary), float32, the last row following the last token;
         `rows` ≤ len(tokens), 0 for none. It is a view that the next `extend` overwrites.
@@ -75,13 +75,13 @@ class Engine(Protocol):
         """
 
     def piece(self, token: Token) -> bytes:
-        """The bytes that `token` adds to the text (a part of a character, perhaps); b"" for control tokens."""
+        """The bytes that `token` adds to the text, perhaps a part of a character."""
 
     def label(self, token: Token) -> str:
-        """The vocabulary's own text of `token`, control tokens included, for comparing and showing."""
+        """The vocabulary's own text of `token`, also of control tokens: to compare, to show."""
 
     def render(self, messages: Sequence[tuple[str, str]]) -> str:
-        """The model's chat template around (role, content) pairs, ending where the answer begins."""
+        """The chat template around (role, content) pairs, ending where the answer begins."""
 
     def close(self) -> None:
         """Free the model and its cache."""

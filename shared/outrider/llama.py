@@ -248,7 +248,10 @@ class LlamaEngine:
 
 
 def prepare_environment(exact: bool) -> None:
-    """Set what llama.cpp reads from the environment, once, when it is first used."""
+    """Set what llama.cpp reads from the environment, once, when it is first used.
+
+    Hence all engines of a process should agree on `exact`.
+    """
     os.environ.setdefault("GGML_NO_BACKTRACE", "1")  # otherwise dying takes most of a second
     os.environ.setdefault("KMP_BLOCKTIME", "10")  # ms that an idle OpenMP thread holds its core
     if exact:

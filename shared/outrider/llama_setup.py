@@ -78,8 +78,9 @@ def available_memory() -> int:
     return int(psutil.virtual_memory().available)
 
 
-# enum ggml_log_level: 1 debug (thousands of lines), 2 info, 3 warning, 4 error, 5 continued line
-LEVELS = {2: logging.DEBUG, 3: logging.WARNING, 4: logging.ERROR}
+# enum ggml_log_level: 1 debug (thousands of lines), 2 info, 3 warning, 4 error, 5 continued line;
+# an error comes back to us as well, and is ours to tell: a cancelled decode is four of them
+LEVELS = {2: logging.DEBUG, 3: logging.INFO, 4: logging.INFO}
 complaints: deque[str] = deque(maxlen=8)  # llama.cpp's latest errors: it returns none
 
 

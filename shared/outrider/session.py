@@ -21,11 +21,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from outrider.policy import Policy
 from outrider.sampling import Token
 from outrider.stats import Lane, Stats
 from outrider.text import TextStream
+
+Kind = Literal["drafted", "corrected", "bonus", "plain"]
+Reason = Literal["stop", "length", "cancelled"]
 
 PATIENCE_S = (0.02, 0.5)  # least and most wait for one drafted token
 OFFENCES = 3  # malformed drafts after which a request does without its draft worker
@@ -103,7 +107,7 @@ class CommittedToken:
     id: Token
     piece: bytes
     position: int
-    kind: str  # drafted, corrected, bonus, plain
+    kind: Kind
     logprob: float | None
 
 
@@ -119,7 +123,7 @@ class Emit:
 
 @dataclass(frozen=True, slots=True)
 class Finish:
-    reason: str  # stop, length, cancelled
+    reason: Reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,13 +247,14 @@ class Session:
 
     # ---- the text -------------------------------------------------------------------------------
 
-    def _commit(self, block: int, verdict: RoundResult) -> tuple[Emit, str | None]:
+    def _commit(self, block: int, verdict: RoundResult) -> tuple[Emit, Reason | None]:
         """Append what was chosen up to the end of the answer, and say why that was reached."""
         accepted = verdict.accepted
-        own = "plain" if not block else "bonus" if accepted == block else "corrected"
-        text, reason, done = "", None, []
+        own: Kind = "plain" if not block else "bonus" if accepted == block else "corrected"
+        text, done = "", []
+        reason: Reason | None = None
         for at, (token, piece) in enumerate(zip(verdict.tokens, verdict.pieces, strict=True)):
-            kind = "drafted" if at < accepted else own
+            kind: Kind = "drafted" if at < accepted else own
             logprob = verdict.logprobs[at] if verdict.logprobs is not None else None
             done.append(CommittedToken(token, piece, len(self.tokens), kind, logprob))
             self.tokens.append(token)
@@ -273,7 +278,9 @@ class Session:
         ended = bool(tokens) and accepted == len(tokens) and tokens[-1] in self.task.ends
         if accepted > block or not (ended or len(tokens) == accepted + 1):
             return f"{accepted} accepted of {block}, but {len(tokens)} tokens"
-        if len(verdict.pieces) != len(tokens) or (logprobs is not None and len(logprobs) != len(tokens)):
+        if len(verdict.pieces) != len(tokens) or (
+            logprobs is not None and len(logprobs) != len(tokens)
+        ):
             return "not one text for each token"
         if any(token >= self.task.vocabulary for token in tokens):
             return "a token outside its vocabulary"

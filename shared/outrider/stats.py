@@ -1,7 +1,7 @@
 """What a request counts and times; the words are defined once, here.
 
 created = verified + discarded + hits, once the request is over, and
-generated = (accepted − truncated) + corrections + bonuses + plain.
+generated = (accepted - truncated) + corrections + bonuses + plain.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class Stats:
         self.accepted += accepted
 
     def computed(self, lane: Lane, ended: float, elapsed_s: float) -> None:
-        """Note that the worker of `lane` computed for `elapsed_s` until `ended`; prefill is apart."""
+        """The worker of `lane` computed for `elapsed_s` until `ended`; prefill is left out."""
         if self.prefilled is None or ended <= self.prefilled:
             return
         start = max(ended - elapsed_s, self.prefilled)

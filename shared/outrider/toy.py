@@ -40,6 +40,8 @@ BREAKS = frozenset(b" \n\t")
 
 LIKELY, UNLIKELY, CONTROL = 6.0, -12.0, -60.0  # logits: no noise below temperature 1.6 spans 66
 
+WAKING_S = 1e-4  # a wait overshoots by about this much
+
 
 def _followers() -> dict[bytes, tuple[int, ...]]:
     """The bytes that may follow each beginning of a word, a space after a whole one."""
@@ -145,8 +147,8 @@ class ToyEngine:
             for row, state in enumerate(states[len(states) - rows :]):
                 self._score(state, self._scores[row])
             remaining = begin + self.settings.costs.of(len(tokens), rows) - time.monotonic()
-            if remaining > 0:
-                self._cut.wait(remaining)
+            if remaining > WAKING_S:
+                self._cut.wait(remaining - WAKING_S)
         finally:
             with self._lock:
                 self._busy = False

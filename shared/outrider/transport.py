@@ -55,7 +55,7 @@ class _Endpoint:
         self._socket: zmq.Socket[bytes] = self._context.socket(kind)
         for option, value in OPTIONS.items():
             self._socket.setsockopt(option, value)
-        self._fd: int = self._socket.getsockopt(zmq.FD)
+        self._fd = int(self._socket.getsockopt(zmq.FD))
         self._loop.add_reader(self._fd, self._drain)
         self.closed = False
 
@@ -66,7 +66,7 @@ class _Endpoint:
             raise PeerGone(exc.strerror) from exc
         finally:
             # sending may swallow the descriptor's edge of a message that has just come
-            if not self.closed and self._socket.getsockopt(zmq.EVENTS) & zmq.POLLIN:
+            if not self.closed and int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
                 self._loop.call_soon(self._drain)
 
     def _drain(self) -> None:
@@ -106,7 +106,7 @@ class Router(_Endpoint):
         self._on_message, self._on_bad_frame = on_message, on_bad_frame
         self._on_disconnect = on_disconnect
         self._monitor: zmq.Socket[bytes] = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
-        self._monitor_fd: int = self._monitor.getsockopt(zmq.FD)
+        self._monitor_fd = int(self._monitor.getsockopt(zmq.FD))
         self._loop.add_reader(self._monitor_fd, self._drain_monitor)
         self.addresses: list[str] = []
 
@@ -193,7 +193,9 @@ def socket_path(name: str) -> Path:
         raise ConfigError(f"{name!r} cannot name a pipeline: use letters, digits, '-', '_' and '.'")
     path = runtime_dir() / f"{name}.sock"
     if len(bytes(path)) > 100:  # the kernel's limit is 107
-        raise ConfigError(f"the socket path {path} is too long; set XDG_RUNTIME_DIR to a shorter one")
+        raise ConfigError(
+            f"the socket path {path} is too long; set XDG_RUNTIME_DIR to a shorter one"
+        )
     return path
 
 

@@ -238,8 +238,15 @@ class Render(Tagged, frozen=True):
     messages: Annotated[tuple[tuple[Word, Text], ...], Meta(max_length=1024)]
 
 
+class Chat(Tagged, frozen=True):
+    """The token ids of a conversation, where markers typed in its contents are plain text."""
+
+    call: Id
+    messages: Annotated[tuple[tuple[Word, Text], ...], Meta(max_length=1024)]
+
+
 class Labels(Tagged, frozen=True):
-    """The vocabulary's texts of ids start … start + count − 1."""
+    """The vocabulary's texts of ids start … start + count - 1."""
 
     call: Id
     start: Count
@@ -335,7 +342,7 @@ Message = (
     Hello | Welcome | Refused | Who | Beat | Ping
     | Open | Verify | Verdict | Close | Failed
     | Draft | Commit | Drafted
-    | Tokenize | Detokenize | Render | Labels | Tokens | Rendered | LabelTexts
+    | Tokenize | Detokenize | Render | Chat | Labels | Tokens | Rendered | LabelTexts
     | Submit | Cancel | Health | Stop | Started | Fragment | Finished | HealthReport
 )  # fmt: skip
 

@@ -1,0 +1,226 @@
+"""The workers of a pipeline: who has joined, whether they fit, whether they are still alive."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+
+import outrider
+from outrider import wire
+from outrider.errors import (
+    IncompatiblePair,
+    OutriderError,
+    ProtocolError,
+    RequestTimeout,
+    WorkerLost,
+    from_code,
+)
+from outrider_services.pairing import check_pair
+
+log = logging.getLogger(__name__)
+
+ANSWER_S = 10.0  # for a question to a worker
+BEAT_LOST_S = 1.0  # four missing heartbeats
+
+Tell = Callable[[bytes, wire.Message], None]
+
+
+@dataclass(slots=True)
+class Member:
+    """A worker that was welcomed, on the one connection that speaks for it."""
+
+    peer: bytes
+    hello: wire.Hello
+    heard: float
+    moved: float  # when it last finished an evaluation, or had none to do
+    steps: int = 0
+
+    def stall_s(self) -> float:
+        """No evaluation takes longer: 128 rows at the price of single ones, and half more."""
+        return max(8.0, 200 * self.hello.step_s)
+
+
+class Roster:
+    """At most one target worker and one draft worker."""
+
+    def __init__(
+        self,
+        tell: Tell,
+        on_joined: Callable[[wire.Role], None],
+        on_lost: Callable[[wire.Role, str], None],
+    ) -> None:
+        self.refusals: dict[str, str] = {}
+        self._tell, self._on_joined, self._on_lost = tell, on_joined, on_lost
+        self._members: dict[wire.Role, Member] = {}
+        self._joining: dict[bytes, asyncio.Task[None]] = {}
+        self._answers: dict[int, asyncio.Future[Any]] = {}
+        self._questions = 0
+
+    # ---- who is there ---------------------------------------------------------------------------
+
+    def get(self, role: wire.Role) -> Member | None:
+        return self._members.get(role)
+
+    @property
+    def members(self) -> list[Member]:
+        return list(self._members.values())
+
+    def target(self) -> Member:
+        """Raises WorkerLost where there is none."""
+        if target := self._members.get("target"):
+            return target
+        refused = self.refusals.get("target")
+        why = f": {refused}" if refused else "; it may be loading, or being restarted"
+        raise WorkerLost(f"no target worker is connected{why}", "target")
+
+    def role_of(self, peer: bytes) -> wire.Role | None:
+        """The role that `peer` speaks for. One that nobody knows is asked who it is."""
+        for role, member in self._members.items():
+            if member.peer == peer:
+                member.heard = time.monotonic()
+                return role
+        if peer not in self._joining:
+            self._tell(peer, wire.Who())
+        return None
+
+    # ---- joining --------------------------------------------------------------------------------
+
+    def on_hello(self, peer: bytes, hello: wire.Hello) -> None:
+        known = self._members.get(hello.role)
+        again = known is not None and known.hello.incarnation == hello.incarnation
+        if peer in self._joining or (known and again and known.peer == peer):
+            return  # it is being looked at, or was welcomed already
+        if hello.protocol != wire.PROTOCOL:
+            reason = (
+                f"the {hello.role} worker speaks protocol {hello.protocol} (outrider "
+                f"{hello.version}), the coordinator {wire.PROTOCOL} "
+                f"(outrider {outrider.__version__})"
+            )
+            self._refuse(peer, hello.role, ProtocolError(reason))
+        elif known and not again:
+            reason = f"there is a {hello.role} worker already"
+            self._tell(peer, wire.Refused("invalid_config", reason))
+        else:
+            if known:
+                self.lose(hello.role, f"the {hello.role} worker's connection was interrupted")
+            self._joining[peer] = asyncio.ensure_future(self._join(peer, hello))
+
+    async def _join(self, peer: bytes, hello: wire.Hello) -> None:
+        now = time.monotonic()
+        member = Member(peer, hello, now, now)
+        other = self._members.get("draft" if hello.role == "target" else "target")
+        try:
+            if other:
+                await self._check(*((member, other) if hello.role == "target" else (other, member)))
+        except OutriderError as exc:
+            if hello.role == "draft" or other is None:
+                self._refuse(peer, hello.role, exc)
+                return
+            # the target is what matters: the draft has to go
+            self._refuse(other.peer, "draft", exc)
+            self.lose("draft", str(exc))
+        finally:
+            self._joining.pop(peer, None)
+        if hello.role in self._members:
+            self._tell(
+                peer, wire.Refused("invalid_config", f"there is a {hello.role} worker already")
+            )
+            return
+        member.heard = member.moved = time.monotonic()
+        self._members[hello.role] = member
+        self.refusals.pop(hello.role, None)
+        self._tell(peer, wire.Welcome())
+        log.info("%s worker: %s on %s", hello.role, hello.model, hello.device)
+        self._on_joined(hello.role)
+
+    async def _check(self, target: Member, draft: Member) -> None:
+        def texts(member: Member) -> Callable[[int, int], Awaitable[tuple[str, ...]]]:
+            async def ask(start: int, count: int) -> tuple[str, ...]:
+                answer = await self.ask(member, lambda call: wire.Labels(call, start, count))
+                if not isinstance(answer, wire.LabelTexts) or len(answer.texts) != count:
+                    raise IncompatiblePair("a worker cannot tell the texts of its tokens")
+                return answer.texts
+
+            return ask
+
+        fingerprints = target.hello.fingerprint, draft.hello.fingerprint
+        await check_pair(*fingerprints, texts(target), texts(draft))
+
+    def _refuse(self, peer: bytes, role: wire.Role, error: OutriderError) -> None:
+        log.warning("%s worker refused: %s", role, error)
+        self.refusals[role] = str(error)
+        self._tell(peer, wire.Refused(error.code, str(error)))
+
+    # ---- leaving --------------------------------------------------------------------------------
+
+    def on_beat(self, role: wire.Role, beat: wire.Beat) -> None:
+        member = self._members[role]
+        if beat.steps != member.steps or not beat.busy:
+            member.steps, member.moved = beat.steps, member.heard
+
+    def look(self) -> None:
+        """Drop whoever has fallen silent or makes no progress; called a few times a second."""
+        now = time.monotonic()
+        for role, member in list(self._members.items()):
+            if now - member.heard > BEAT_LOST_S:
+                self.lose(role, f"the {role} worker has not been heard of for {BEAT_LOST_S:.0f} s")
+            elif now - member.moved > member.stall_s():
+                self._tell(member.peer, wire.Refused(WorkerLost.code, "it makes no progress"))
+                self.lose(role, f"the {role} worker makes no progress")
+
+    def on_gone(self, peer: bytes) -> None:
+        """The connection `peer` has ended."""
+        if task := self._joining.pop(peer, None):
+            task.cancel()
+        for role, member in list(self._members.items()):
+            if member.peer == peer:
+                self.lose(role, f"the {role} worker is gone")
+
+    def lose(self, role: wire.Role, why: str) -> None:
+        if self._members.pop(role, None) is not None:
+            log.warning("%s", why)
+            self._on_lost(role, why)
+
+    # ---- questions ------------------------------------------------------------------------------
+
+    async def ask(self, member: Member, question: Callable[[int], wire.Message]) -> Any:
+        """Send the question under a number of its own and wait for the answer, but not for long."""
+        self._questions += 1
+        call = self._questions
+        answer = self._answers[call] = asyncio.get_running_loop().create_future()
+        try:
+            self._tell(member.peer, question(call))
+            return await asyncio.wait_for(answer, ANSWER_S)
+        except TimeoutError:
+            role = member.hello.role
+            raise RequestTimeout(
+                f"the {role} worker has not answered in {ANSWER_S:.0f} s"
+            ) from None
+        finally:
+            del self._answers[call]
+
+    def on_answer(self, message: wire.Message) -> bool:
+        """Whether `message` answers a question; then whoever asked has it now."""
+        match message:
+            case wire.Tokens(call) | wire.Rendered(call) | wire.LabelTexts(call):
+                result: Any = message
+            case wire.Failed(call, code, reason) if call in self._answers:
+                result = from_code(code, reason)
+            case _:
+                return False
+        future = self._answers.get(call)
+        if future is not None and not future.done():
+            if isinstance(result, OutriderError):
+                future.set_exception(result)
+            else:
+                future.set_result(result)
+        return True
+
+    async def close(self) -> None:
+        for task in list(self._joining.values()):
+            task.cancel()
+        await asyncio.gather(*self._joining.values(), return_exceptions=True)

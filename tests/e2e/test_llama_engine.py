@@ -1,0 +1,399 @@
+"""The engine over llama.cpp on real models, set up to be exact: logits are compared bit for bit."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from outrider import llama
+from outrider.engine import Cancelled, EngineFault
+from outrider.errors import BadRequest, ModelNotFound, ModelUnusable
+from outrider.llama import LlamaEngine, LlamaSettings
+from outrider.sampling import Scores, Token
+
+pytestmark = [pytest.mark.model, pytest.mark.timeout(180)]
+
+TEXT = "A hash table stores pairs of keys and values; the place of a pair follows from its key."
+MIXED = "Zoë says: 你好, мир! 👩‍👩‍👧 🙂 — naïve\tcafé\n\n"
+EXACT = LlamaSettings(context=1024, slots=2, threads=1, batch=1024, ubatch=64, exact=True)
+BLOCK = 8
+
+
+@pytest.fixture(scope="module")
+def engine(test_model: Path) -> Iterator[LlamaEngine]:
+    engine = LlamaEngine.load(test_model, EXACT)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="module", params=["test_model", "default_draft", "default_target"])
+def each_engine(request: pytest.FixtureRequest) -> Iterator[LlamaEngine]:
+    engine = LlamaEngine.load(request.getfixturevalue(request.param), EXACT)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(autouse=True)
+def cache_agrees_with_the_lengths(request: pytest.FixtureRequest) -> Iterator[None]:
+    """After every test each slot holds what the engine says, and is emptied."""
+    yield
+    for name in {"engine", "each_engine"} & set(request.fixturenames):
+        used: LlamaEngine = request.getfixturevalue(name)
+        for slot in range(used.info.slots):
+            assert cached(used, slot) == used.length(slot)
+            used.rewind(slot, 0)
+
+
+def cached(engine: LlamaEngine, slot: int) -> int:
+    end: int = engine._lib.llama_memory_seq_pos_max(engine._memory, slot)
+    return end + 1
+
+
+def fresh(engine: LlamaEngine, tokens: list[Token], rows: int) -> Scores:
+    """The logits of a prefill into an empty slot."""
+    engine.rewind(1, 0)
+    return engine.extend(1, tokens, rows).copy()
+
+
+def equal(one: Scores, other: Scores) -> bool:
+    return one.shape == other.shape and np.array_equal(one, other)
+
+
+def test_prefilling_in_chunks_equals_prefilling_at_once(engine: LlamaEngine) -> None:
+    tokens = engine.tokenize(TEXT, special=False)
+    chunks = [tokens[:1], tokens[1:4], tokens[4:5], tokens[5:13], tokens[13:]]
+    rows = np.concatenate([engine.extend(0, chunk, len(chunk)).copy() for chunk in chunks])
+    assert equal(rows, fresh(engine, tokens, len(tokens)))
+
+
+def test_only_the_last_rows_are_returned(engine: LlamaEngine) -> None:
+    tokens = engine.tokenize(TEXT, special=False)
+    every = fresh(engine, tokens, len(tokens))
+    for rows in (0, 1, 3):
+        engine.rewind(0, 0)
+        scores = engine.extend(0, tokens, rows)
+        assert scores.dtype == np.float32
+        assert equal(scores, every[len(tokens) - rows :])
+
+
+def test_after_a_rejection_at_each_position_the_cache_equals_a_fresh_prefill(
+    each_engine: LlamaEngine,
+) -> None:
+    tokens = each_engine.tokenize(TEXT, special=False)
+    prompt, drafted, (correction, follower) = tokens[:8], tokens[12 : 12 + BLOCK], tokens[9:11]
+    each_engine.extend(0, prompt[:-1], 0)
+    for accepted in range(BLOCK + 1):
+        each_engine.rewind(0, len(prompt) - 1)
+        each_engine.extend(0, [prompt[-1], *drafted], BLOCK + 1)
+        each_engine.rewind(0, len(prompt) + accepted)
+        after = each_engine.extend(0, [correction, follower], 2).copy()
+        committed = [*prompt, *drafted[:accepted], correction, follower]
+        assert each_engine.length(0) == len(committed)
+        assert equal(after, fresh(each_engine, committed, 2)), f"{accepted} accepted"
+
+
+def test_control_a_rejected_token_left_in_the_cache_is_noticed(engine: LlamaEngine) -> None:
+    tokens = engine.tokenize(TEXT, special=False)
+    prompt, drafted, correction = tokens[:8], tokens[12:16], tokens[9]
+    engine.extend(0, [*prompt, *drafted], 0)
+    engine.rewind(0, len(prompt) + 3)
+    stale = engine.extend(0, [correction], 1).copy()
+    assert not equal(stale, fresh(engine, [*prompt, *drafted[:2], correction], 1))
+
+
+def test_slots_do_not_influence_each_other(engine: LlamaEngine) -> None:
+    tokens = engine.tokenize(TEXT, special=False)
+    alone = np.concatenate([engine.extend(0, [token], 1).copy() for token in tokens[:6]])
+    engine.rewind(0, 0)
+    together = []
+    for token in tokens[:6]:
+        engine.extend(1, tokens[3:9], 2)
+        together.append(engine.extend(0, [token], 1).copy())
+        engine.rewind(1, engine.length(1) - 4)
+    assert equal(alone, np.concatenate(together))
+
+
+def test_a_cancelled_prefill_leaves_the_former_length_and_a_sound_cache(
+    engine: LlamaEngine,
+) -> None:
+    tokens = engine.tokenize(TEXT, special=False)
+    engine.extend(0, tokens[:8], 0)
+    done = threading.Event()
+
+    def keep_cancelling() -> None:
+        while not done.wait(0.05):  # long enough for some of the passes of 64 rows to be over
+            engine.cancel()
+
+    thread = threading.Thread(target=keep_cancelling)
+    thread.start()
+    try:
+        with pytest.raises(Cancelled):
+            engine.extend(0, (tokens * 64)[:1000], 1)
+    finally:
+        done.set()
+        thread.join()
+    assert engine.length(0) == cached(engine, 0) == 8
+    assert equal(engine.extend(0, tokens[8:10], 2), fresh(engine, tokens[:10], 2))
+
+
+def test_a_cancel_that_comes_too_late_does_not_touch_the_next_call(engine: LlamaEngine) -> None:
+    engine.cancel()
+    assert engine.extend(0, [1, 2, 3], 1).shape[0] == 1
+
+
+class Broken:
+    """The bindings, but for some functions that answer as told."""
+
+    def __init__(self, lib: Any, **answers: Any) -> None:
+        self._lib, self._answers = lib, answers
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self._answers:
+            return lambda *_: self._answers[name]
+        return getattr(self._lib, name)
+
+
+@pytest.mark.parametrize("code", [1, -1, -2, -3])
+def test_a_failed_evaluation_empties_its_slot_and_no_other(
+    engine: LlamaEngine, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine.extend(0, [1, 2, 3], 0)
+    engine.extend(1, [4, 5], 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "_lib", Broken(engine._lib, llama_decode=code))
+        with pytest.raises(EngineFault, match=f"2 tokens .code {code}."):
+            engine.extend(0, [6, 7], 1)
+    assert [engine.length(0), engine.length(1)] == [0, 2]
+    assert [cached(engine, 0), cached(engine, 1)] == [0, 2]
+    assert equal(engine.extend(0, [6, 7], 1), fresh(engine, [6, 7], 1))
+
+
+def test_a_rewind_that_the_cache_refuses_is_a_fault(
+    engine: LlamaEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine.extend(0, [1, 2, 3], 0)
+    cut = engine._cut
+    monkeypatch.setattr(engine, "_cut", lambda slot, length: length == 0 and cut(slot, length))
+    with pytest.raises(EngineFault, match="rewind slot 0 to 1"):
+        engine.rewind(0, 1)
+    assert engine.length(0) == cached(engine, 0) == 0
+
+
+@pytest.mark.parametrize(
+    ("answers", "words"),
+    [
+        ({"llama_model_is_recurrent": True}, "cannot take back single tokens"),
+        ({"llama_model_is_hybrid": True}, "cannot take back single tokens"),
+        ({"llama_model_has_decoder": False}, "continues a text"),
+        ({"llama_model_is_diffusion": True}, "token by token"),
+        ({"llama_vocab_type": 0}, "no vocabulary"),
+        ({"llama_memory_seq_pos_max": -1}, "cannot take back single tokens"),
+        ({"llama_decode": -3}, "first evaluation failed"),
+        ({"llama_init_from_model": None}, "KV cache of about 0.0 GiB, 2 slots of 1024 tokens"),
+    ],
+    ids=str,
+)
+def test_a_model_that_cannot_serve_is_refused(
+    answers: dict[str, Any], words: str, test_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = Broken(llama.library(exact=True), **answers)
+    monkeypatch.setattr(llama, "library", lambda exact: broken)
+    with pytest.raises(ModelUnusable, match=words):
+        LlamaEngine.load(test_model, EXACT)
+
+
+@pytest.mark.parametrize(
+    ("slot", "tokens", "rows"),
+    [
+        pytest.param(-1, [1], 1, id="negative-slot"),
+        pytest.param(2, [1], 1, id="slot-too-high"),
+        pytest.param(0, [], 0, id="no-tokens"),
+        pytest.param(0, [1] * 1025, 1, id="longer-than-a-chunk"),
+        pytest.param(0, [1] * 1021, 1, id="beyond-the-context"),
+        pytest.param(0, [-1], 1, id="negative-token"),
+        pytest.param(0, [49_152], 1, id="token-beyond-the-vocabulary"),
+        pytest.param(0, [2**31], 1, id="token-beyond-int32"),
+        pytest.param(0, [2**70], 1, id="token-beyond-int64"),
+        pytest.param(0, [1.5], 1, id="fractional-token"),
+        pytest.param(0, [[1, 2]], 1, id="nested-tokens"),
+        pytest.param(0, [1, 2], 3, id="more-rows-than-tokens"),
+        pytest.param(0, [1, 2], -1, id="negative-rows"),
+    ],
+)
+def test_arguments_out_of_range_leave_everything_as_it_was(
+    engine: LlamaEngine, slot: int, tokens: list[Any], rows: int
+) -> None:
+    text = engine.tokenize(TEXT, special=False)
+    engine.extend(0, text[:4], 0)
+    with pytest.raises(ValueError):  # noqa: PT011 - each case has words of its own
+        engine.extend(slot, tokens, rows)
+    assert [engine.length(0), engine.length(1)] == [4, 0]
+    assert equal(engine.extend(0, text[4:6], 1), fresh(engine, text[:6], 1))
+
+
+def test_a_rewind_goes_only_backwards(engine: LlamaEngine) -> None:
+    engine.extend(0, [1, 2, 3], 0)
+    for slot, length in ((0, 4), (0, -1), (1, 1), (2, 0)):
+        with pytest.raises(ValueError, match=r"rewind|slot"):
+            engine.rewind(slot, length)
+    assert engine.length(0) == 3
+
+
+def test_a_context_can_be_filled_to_the_last_token_and_rewound(test_model: Path) -> None:
+    settings = LlamaSettings(context=200, slots=1, threads=1, batch=128, exact=True)
+    engine = LlamaEngine.load(test_model, settings)
+    assert (engine.info.context, engine.info.chunk) == (256, 128)  # as llama.cpp rounds them
+    engine.extend(0, [5] * 128, 0)
+    engine.extend(0, [6] * 128, 1)
+    with pytest.raises(ValueError, match="context of 256"):
+        engine.extend(0, [1], 1)
+    engine.rewind(0, 255)
+    assert engine.extend(0, [7], 1).shape == (1, engine.info.vocabulary.size)
+    engine.close()
+
+
+def test_the_pieces_of_a_text_are_its_bytes(each_engine: LlamaEngine) -> None:
+    for text in (TEXT, MIXED):
+        tokens = each_engine.tokenize(text, special=False)
+        assert b"".join(map(each_engine.piece, tokens)) == text.encode()
+    assert each_engine.tokenize("", special=False) == []
+
+
+def test_markers_are_control_tokens_only_if_asked_for(engine: LlamaEngine) -> None:
+    (marker,) = engine.tokenize("<|im_end|>", special=True)
+    assert engine.label(marker) == "<|im_end|>"
+    assert engine.piece(marker) == b""
+    assert marker in engine.info.vocabulary.ends
+    typed = engine.tokenize("<|im_end|>", special=False)
+    assert marker not in typed
+    assert b"".join(map(engine.piece, typed)) == b"<|im_end|>"
+
+
+def test_a_token_beyond_the_vocabulary_has_neither_piece_nor_label(engine: LlamaEngine) -> None:
+    for token in (-1, engine.info.vocabulary.size):
+        for ask in (engine.piece, engine.label):
+            with pytest.raises(ValueError, match="not in the vocabulary"):
+                ask(token)
+
+
+def test_text_that_is_not_unicode_is_a_bad_request(engine: LlamaEngine) -> None:
+    with pytest.raises(BadRequest, match="character 1"):
+        engine.tokenize("a\ud800", special=False)
+    with pytest.raises(BadRequest, match="NUL"):
+        engine.render([("user", "a\0b")])
+
+
+def test_a_chat_is_rendered_up_to_the_answer(engine: LlamaEngine) -> None:
+    question = MIXED * 200  # longer than the first buffer
+    text = engine.render([("system", "Be brief."), ("user", question)])
+    assert text.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nZoë")
+    assert text.endswith("<|im_end|>\n<|im_start|>assistant\n")
+    assert text.count("👩‍👩‍👧") == 200
+
+
+def test_the_default_pair_has_one_vocabulary_and_another_model_another(
+    default_target: Path, default_draft: Path, engine: LlamaEngine
+) -> None:
+    settings = LlamaSettings(context=256, slots=1, threads=1)
+    found = []
+    for path in (default_target, default_draft, default_draft):
+        one = LlamaEngine.load(path, settings)
+        found.append(one.info.vocabulary)
+        one.close()
+    assert found[0] == found[1] == found[2]
+    assert found[0].digest != engine.info.vocabulary.digest
+
+
+def test_a_closed_engine_refuses_to_work(test_model: Path) -> None:
+    settings = LlamaSettings(context=256, slots=1, threads=1)
+    shares: list[float] = []
+    engine = LlamaEngine.load(test_model, settings, shares.append)
+    assert shares == sorted(shares)
+    assert shares[-1] == 1.0
+    engine.close()
+    engine.close()
+    for call in (lambda: engine.extend(0, [1], 1), lambda: engine.rewind(0, 0)):
+        with pytest.raises(ValueError, match="closed"):
+            call()
+
+
+def test_what_the_progress_callback_raises_ends_the_loading(test_model: Path) -> None:
+    def stop(share: float) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        LlamaEngine.load(test_model, EXACT, stop)
+
+
+def head(model: Path, path: Path, size: int) -> None:
+    with model.open("rb") as file:
+        path.write_bytes(file.read(size))
+
+
+@pytest.mark.parametrize(
+    ("write", "error", "words"),
+    [
+        pytest.param(lambda m, p: None, ModelNotFound, "no such file", id="missing"),
+        pytest.param(lambda m, p: p.mkdir(), ModelUnusable, "cannot be read", id="directory"),
+        pytest.param(lambda m, p: p.write_bytes(b""), ModelUnusable, "not a GGUF", id="empty"),
+        pytest.param(lambda m, p: p.write_bytes(b"<html>"), ModelUnusable, "not a GGUF", id="html"),
+        pytest.param(
+            lambda m, p: p.write_bytes(b"GGUF" + bytes(range(256)) * 9),
+            ModelUnusable,
+            "cannot load",
+            id="garbage",
+        ),
+        pytest.param(
+            lambda m, p: head(m, p, 1000), ModelUnusable, "cannot load", id="cut-in-the-head"
+        ),
+        pytest.param(
+            lambda m, p: head(m, p, 50_000_000), ModelUnusable, "cannot load", id="cut-short"
+        ),
+    ],
+)
+def test_a_bad_file_is_refused_in_one_sentence(
+    write: Callable[[Path, Path], Any],
+    error: type[Exception],
+    words: str,
+    test_model: Path,
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "model.gguf"
+    write(test_model, path)
+    with pytest.raises(error, match=words) as caught:
+        LlamaEngine.load(path, EXACT)
+    assert type(caught.value) is error
+    assert "\n" not in str(caught.value)
+
+
+def test_a_model_that_does_not_fit_into_memory_is_refused(test_model: Path) -> None:
+    with pytest.raises(ModelUnusable, match=r"weights would take about 0\.1 GiB.* 0\.0 GiB are"):
+        LlamaEngine.load(test_model, EXACT, available=lambda: 1000)
+
+
+def test_a_cache_that_does_not_fit_into_memory_is_refused(test_model: Path) -> None:
+    settings = LlamaSettings(context=8192, slots=64, threads=1)
+    with pytest.raises(ModelUnusable, match=r"KV cache would take about 11\.2 GiB"):
+        LlamaEngine.load(test_model, settings, available=lambda: 2**30)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"slots": 0},
+        {"slots": 300},
+        {"slots": 8, "batch": 4},
+        {"cache_type_k": "q3"},
+        {"cache_type_v": "q8_0", "flash_attention": False},
+        {"exact": True, "gpu_layers": 1},
+    ],
+    ids=str,
+)
+def test_settings_that_cannot_work_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"slots|cache|exact"):
+        LlamaSettings(**{"context": 256, "slots": 1, "threads": 1, **wrong})

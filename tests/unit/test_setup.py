@@ -1,0 +1,358 @@
+from __future__ import annotations
+
+import importlib.machinery
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPTS = ROOT / "scripts"
+AMX = frozenset({"avx512f", "amx_tile", "amx_int8"})
+
+
+def load(name: str) -> ModuleType:
+    loader = importlib.machinery.SourceFileLoader(f"scripts_{name}", str(SCRIPTS / name))
+    spec = importlib.util.spec_from_loader(loader.name, loader)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[loader.name] = module  # dataclasses look their module up
+    loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def setup() -> Iterator[Any]:
+    sys.path.insert(0, str(SCRIPTS))
+    without_bytecode, sys.dont_write_bytecode = sys.dont_write_bytecode, True
+    yield load("setup")
+    sys.dont_write_bytecode = without_bytecode
+    sys.path.remove(str(SCRIPTS))
+    for name in ("scripts_setup", "toolchain"):
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def toolchain(setup: Any) -> Any:
+    return sys.modules["toolchain"]
+
+
+def program(directory: Path, name: str, script: str) -> None:
+    directory.mkdir(exist_ok=True)
+    (directory / name).write_text(f"#!/bin/sh\n{script}\n")
+    (directory / name).chmod(0o755)
+
+
+def compiler(directory: Path, name: str, version: str, family: str, build: str = "exit 1") -> None:
+    case = f'case "$1" in --version) echo {family} {version};; -dumpversion) echo {version};;'
+    program(directory, name, f"{case} *) {build};; esac")
+
+
+def clang(directory: Path, number: int, build: str) -> None:
+    suffix = f"-{number}" if number else ""
+    for name in ("clang", "clang++"):
+        compiler(directory, name + suffix, f"{number}.1.0", "Debian clang version", build)
+
+
+OPENMP = 'for last; do :; done; printf "#!/bin/sh\\n" >"$last"; chmod +x "$last"'
+NO_OPENMP = "exit 1"
+
+
+@pytest.fixture
+def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A PATH of our making, with gcc 12 on it."""
+    tools = tmp_path / "bin"
+    for name in ("gcc", "g++"):
+        compiler(tools, name, "12", "Debian GCC")
+    (tools / "chmod").symlink_to("/bin/chmod")
+    monkeypatch.setenv("PATH", str(tools))
+    return tools
+
+
+# --- the compiler ---
+
+
+@pytest.mark.parametrize(
+    ("number", "build", "chosen"),
+    [
+        pytest.param(19, OPENMP, "clang++-19", id="clang-with-openmp"),
+        pytest.param(19, NO_OPENMP, "g++", id="clang-without-openmp"),
+        pytest.param(16, OPENMP, "g++", id="clang-too-old"),
+    ],
+)
+def test_a_clang_is_taken_if_new_and_able(
+    toolchain: Any, path: Path, number: int, build: str, chosen: str
+) -> None:
+    clang(path, number, build)
+    found = toolchain.choose_compiler({})
+    assert Path(found.cxx).name == chosen
+    assert Path(found.cc).name == chosen.replace("clang++", "clang").replace("g++", "gcc")
+
+
+def test_the_newest_clang_is_taken(toolchain: Any, path: Path) -> None:
+    for number in (17, 20, 18):
+        clang(path, number, OPENMP)
+    assert toolchain.choose_compiler({}).major == 20
+
+
+@pytest.mark.parametrize(
+    "environ", [{"CXX": "g++"}, {"CC": "gcc"}, {"CC": "gcc", "CXX": "g++"}], ids=str
+)
+def test_a_named_compiler_is_taken_before_any_other(
+    toolchain: Any, path: Path, environ: dict[str, str]
+) -> None:
+    clang(path, 19, OPENMP)
+    found = toolchain.choose_compiler(environ)
+    assert (Path(found.cc).name, Path(found.cxx).name) == ("gcc", "g++")
+    assert (found.is_clang, found.major) == (False, 12)
+
+
+def test_a_named_compiler_that_is_missing_is_told(toolchain: Any, path: Path) -> None:
+    with pytest.raises(toolchain.NoCompiler, match="g\\+\\+-99"):
+        toolchain.choose_compiler({"CXX": "g++-99"})
+
+
+def test_without_a_compiler_one_sentence_says_so(toolchain: Any, path: Path) -> None:
+    (path / "g++").unlink()
+    with pytest.raises(toolchain.NoCompiler, match=r"no C\+\+ compiler found; install one"):
+        toolchain.choose_compiler({})
+
+
+# --- its flags ---
+
+
+@pytest.mark.parametrize(
+    ("is_clang", "major", "machine", "cpu_flags", "first", "choices"),
+    [
+        pytest.param(False, 12, "x86_64", AMX, "KEEP_TILE_STORES", 2, id="gcc-12-amx"),
+        pytest.param(False, 13, "x86_64", AMX, "KEEP_TILE_STORES", 2, id="gcc-13-amx"),
+        pytest.param(False, 14, "x86_64", AMX, "", 2, id="gcc-14-amx"),
+        pytest.param(True, 13, "x86_64", AMX, "", 2, id="clang-13-amx"),
+        pytest.param(True, 19, "x86_64", AMX, "", 2, id="clang-19-amx"),
+        pytest.param(False, 12, "x86_64", frozenset({"avx2"}), "", 1, id="gcc-12-without-amx"),
+        pytest.param(False, 12, "aarch64", frozenset({"asimd"}), "", 1, id="gcc-12-arm"),
+    ],
+)
+def test_flags_fit_compiler_and_processor(
+    toolchain: Any,
+    is_clang: bool,
+    major: int,
+    machine: str,
+    cpu_flags: frozenset[str],
+    first: str,
+    choices: int,
+) -> None:
+    built_with = toolchain.Compiler("cc", "c++", is_clang, major, "")
+    found = toolchain.flag_choices(built_with, toolchain.Processor(machine, "", cpu_flags))
+    assert found[0] == (getattr(toolchain, first) if first else ())
+    assert found[1:] == [toolchain.NO_AMX][: choices - 1]
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "model", "flags"),
+    [
+        pytest.param(
+            "model name\t: Xeon\nflags\t\t: fpu amx_tile\n\nmodel name\t: Other\n",
+            "Xeon",
+            {"fpu", "amx_tile"},
+            id="x86",
+        ),
+        pytest.param(
+            "Features\t: fp asimd\nCPU part\t: 0xd40\n", "0xd40", {"fp", "asimd"}, id="arm"
+        ),
+        pytest.param("", "", set(), id="empty"),
+    ],
+)
+def test_the_first_processor_is_read(
+    toolchain: Any, tmp_path: Path, cpuinfo: str, model: str, flags: set[str]
+) -> None:
+    (tmp_path / "cpuinfo").write_text(cpuinfo)
+    found = toolchain.processor(tmp_path / "cpuinfo")
+    assert (found.model.strip(), found.flags) == (model, flags)
+    assert toolchain.processor(tmp_path / "absent").flags == frozenset()
+
+
+# --- what was done already ---
+
+
+@pytest.fixture
+def project(setup: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The set-up script, working in a directory of ours, its pip calls only noted down."""
+    monkeypatch.setattr(setup, "STAMP", tmp_path / "stamp.json")
+    monkeypatch.setattr(setup, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(setup, "LOG", tmp_path / "setup.log")
+    monkeypatch.setattr(setup, "PYTHON", Path(sys.executable))
+    monkeypatch.setattr(setup, "make_venv", lambda: None)
+    monkeypatch.setattr(setup, "say", lambda text: None)
+    monkeypatch.setattr(setup, "choose_compiler", lambda environ: None)
+    setup.pip_calls = []
+    monkeypatch.setattr(setup, "pip", lambda *args, env=None: setup.pip_calls.append(args))
+    return setup
+
+
+def machine(setup: Any, *flags: str) -> Any:
+    return setup.Processor("x86_64", "some processor", frozenset(flags))
+
+
+def test_what_is_set_up_is_known_until_something_changes(
+    project: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cpu = machine(project, "avx2")
+    monkeypatch.setattr(project, "install_llama", lambda *args: None)
+    assert not project.is_current({"llama"}, cpu)
+    project.set_up({"llama", "test"}, cpu)
+    assert project.is_current({"llama", "test"}, cpu)
+    assert project.is_current({"llama"}, cpu)
+    assert not project.is_current({"llama"}, machine(project, "avx2", "avx512f"))
+    monkeypatch.setattr(project, "ROOT", project.ROOT / "scripts" / "..")
+    assert not project.is_current({"llama"}, cpu)
+
+
+def test_an_interrupted_set_up_is_not_taken_for_a_whole_one(
+    project: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    cpu = machine(project)
+    monkeypatch.setattr(project, "install_llama", lambda *args: None)
+    project.set_up({"llama"}, cpu)
+    monkeypatch.setattr(project, "install_llama", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        project.set_up({"llama", "test"}, cpu)
+    assert not project.is_current({"llama"}, cpu)
+
+
+@pytest.mark.parametrize("damage", ["", "{}", "[1]", "nonsense", '{"key": 1, "extras": null}'])
+def test_a_damaged_stamp_means_setting_up_again(project: Any, damage: str) -> None:
+    project.STAMP.write_text(damage)
+    assert not project.is_current({"llama"}, machine(project))
+
+
+# --- the wheel ---
+
+
+@pytest.fixture
+def wheels(project: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The cached wheel for one set of flags; `builds` lists what was built."""
+    project.builds = []
+
+    def pip(command: str, *args: str, env: Any = None) -> None:
+        if command == "wheel":
+            project.builds.append(env)
+            done = Path(args[args.index("--wheel-dir") + 1])
+            done.mkdir()
+            (done / "llama.whl").touch()
+            if project.dies:
+                raise KeyboardInterrupt
+
+    project.dies = False
+    monkeypatch.setattr(project, "pip", pip)
+    monkeypatch.delenv("CMAKE_ARGS", raising=False)
+    monkeypatch.setenv("CFLAGS", "-g")
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "0")
+    return project
+
+
+def wheel(setup: Any, flags: tuple[str, ...] = (), text: str = "gcc 12", cpu: str = "avx2") -> Any:
+    built_with = setup.Compiler("/bin/cc", "/bin/c++", False, 12, text)
+    return setup.cached_wheel("llama==1", built_with, machine(setup, cpu), flags)
+
+
+def test_a_wheel_is_built_once_for_each_thing_that_shapes_it(wheels: Any) -> None:
+    first = wheel(wheels)
+    assert first.exists()
+    assert wheel(wheels) == first
+    assert len(wheels.builds) == 1
+    others = {wheel(wheels, flags=("-x",)), wheel(wheels, text="gcc 13"), wheel(wheels, cpu="amx")}
+    assert len(others | {first}) == len(wheels.builds) == 4
+
+
+def test_a_build_that_was_cut_off_is_never_used(wheels: Any) -> None:
+    wheels.dies = True
+    with pytest.raises(KeyboardInterrupt):
+        wheel(wheels)
+    wheels.dies = False
+    assert wheel(wheels).exists()
+    assert len(wheels.builds) == 2
+    assert not list((wheels.CACHE / "wheels").glob(".building-*"))
+
+
+def test_a_build_keeps_the_users_flags_and_stays_native(wheels: Any) -> None:
+    wheel(wheels, flags=("-fno-dse",))
+    (env,) = wheels.builds
+    assert (env["CC"], env["CXX"], env["CFLAGS"]) == ("/bin/cc", "/bin/c++", "-g -fno-dse")
+    assert env["CXXFLAGS"].split()[-1] == "-fno-dse"
+    assert "-DLLAVA_BUILD=OFF" in env["CMAKE_ARGS"]
+    assert "SOURCE_DATE_EPOCH" not in env
+
+
+def test_a_library_that_crashes_is_built_again_without_amx(
+    wheels: Any, toolchain: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wheels, "is_proved", lambda wheel: len(wheels.builds) == 2)
+    gcc = toolchain.Compiler("cc", "c++", False, 12, "gcc 12")
+    wheels.install_llama("llama==1", gcc, machine(wheels, "amx_tile"))
+    assert [env["CFLAGS"] for env in wheels.builds] == [
+        "-g -fno-tree-dse -fno-dse",
+        "-g -mno-amx-tile -mno-amx-int8 -mno-amx-bf16",
+    ]
+    monkeypatch.setattr(wheels, "is_proved", lambda wheel: False)
+    with pytest.raises(wheels.Failure, match="gcc 12 builds crashes; name another compiler"):
+        wheels.install_llama("llama==1", gcc, machine(wheels, "amx_tile"))
+
+
+@pytest.mark.parametrize(
+    ("probe", "proved", "verdict"),
+    [
+        pytest.param("kill -SEGV $$", False, "crashes", id="crash"),
+        pytest.param("exit 0", True, "decodes", id="decodes"),
+    ],
+)
+def test_the_proof_is_remembered_beside_the_wheel(
+    project: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    probe: str,
+    proved: bool,
+    verdict: str,
+) -> None:
+    program(tmp_path, "python", f'case "$1" in -c) echo model.gguf;; *) {probe};; esac')
+    monkeypatch.setattr(project, "PYTHON", tmp_path / "python")
+    assert project.is_proved(tmp_path / "llama.whl") is proved
+    (remembered,) = tmp_path.glob("verdict-*")
+    assert remembered.read_text() == verdict
+    monkeypatch.setattr(project, "PYTHON", tmp_path / "gone")
+    assert project.is_proved(tmp_path / "llama.whl") is proved
+    # another probe asks anew
+    (tmp_path / "probe.py").write_text("")
+    monkeypatch.setattr(project, "PROBE", tmp_path / "probe.py")
+    with pytest.raises(FileNotFoundError):
+        project.is_proved(tmp_path / "llama.whl")
+
+
+def test_without_a_test_model_nothing_is_remembered(
+    project: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program(tmp_path, "python", "exit 1")
+    monkeypatch.setattr(project, "PYTHON", tmp_path / "python")
+    assert project.is_proved(tmp_path / "llama.whl")
+    assert not list(tmp_path.glob("verdict-*"))
+
+
+def test_a_failing_command_is_told_with_its_last_lines(project: Any) -> None:
+    with pytest.raises(project.Failure, match=r"it failed; .*setup\.log, its end:\n(.*\n)*  why"):
+        project.run(["sh", "-c", "echo before; echo why >&2; exit 3"], "it failed")
+
+
+@pytest.mark.parametrize("script", ["run", "test", "check", "setup", "../.ci/run"])
+def test_scripts_can_be_run(script: str) -> None:
+    assert os.access(SCRIPTS / script, os.X_OK)
+    if script != "setup":
+        subprocess.run(["bash", "-n", str(SCRIPTS / script)], check=True)
