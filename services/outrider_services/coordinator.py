@@ -330,7 +330,9 @@ class Coordinator:
         stats = Stats(mode, sampling.seed, request.submitted, step_s=target.hello.step_s)
         request.session, request.sampling = Session(task, policy, stats), sampling
         self._running[request.id] = request
-        self._tell(request.client, wire.Started(submit.call, mode, request.tokens))
+        self._tell(
+            request.client, wire.Started(submit.call, target.hello.model, mode, request.tokens)
+        )
         drafts = self._roster.get("draft") is not None
         self._advance(request, lambda session, now: session.start(now, drafts))
 

@@ -97,7 +97,9 @@ def same_model(settings: Settings) -> Settings:
     pipeline = settings.pipeline
     if pipeline.mode == "auto":
         pipeline = replace(pipeline, mode="pipelined")
-    return replace(settings, draft=replace(draft, model=settings.target.model), pipeline=pipeline)
+    # a draft as slow as its target is never ahead: without whole blocks there were none to see
+    draft = replace(draft, model=settings.target.model, n_min=draft.n_max)
+    return replace(settings, draft=draft, pipeline=pipeline)
 
 
 async def _run(settings: Settings, parsed: Any, prompt: str, request: dict[str, Any]) -> int:

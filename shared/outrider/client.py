@@ -92,6 +92,7 @@ class Stream:
     """An answer as it is committed: iterate over its fragments. Leaving `async with` cancels it."""
 
     def __init__(self, client: AsyncClient, call: int) -> None:
+        self.model = ""
         self.prompt_token_ids: tuple[int, ...] = ()
         self.fragments: list[Fragment] = []
         self.stats: Report | None = None  # live; None until the first fragment
@@ -108,7 +109,7 @@ class Stream:
             message = await self._client._next(self._inbox)
             match message:
                 case wire.Started():
-                    self.prompt_token_ids = message.prompt_tokens
+                    self.model, self.prompt_token_ids = message.model, message.prompt_tokens
                 case wire.Fragment():
                     return self._take(message)
                 case wire.Finished():
@@ -146,7 +147,7 @@ class Stream:
             id=f"cmpl-{self._call}",
             object="text_completion",
             created=int(time.time()),
-            model=self._client.model,
+            model=self.model,
             choices=(CompletionChoice(text, 0, self.finish_reason, logprobs or None),),
             usage=Usage(prompt, len(tokens), prompt + len(tokens)),
             tokens=tokens,
@@ -168,7 +169,6 @@ class AsyncClient:
 
     def __init__(self, pipeline: str = "default", *, timeout_s: float = 3.0) -> None:
         self.pipeline, self.timeout_s = pipeline, timeout_s
-        self.model = ""
         self._calls = itertools.count(1)
         self._inboxes: dict[int, asyncio.Queue[wire.Message | OutriderError]] = {}
         self._link: Link | None = None
@@ -178,18 +178,18 @@ class AsyncClient:
         address = address_of(self.pipeline)
         self._link = Link(address, self._on_message)
         try:
-            health = await self._reach(address)
+            await self._reach(address)
         except BaseException:
             self._link.close()
             raise
-        self.model = health.get("workers", {}).get("target", {}).get("model", "")
         return self
 
-    async def _reach(self, address: str) -> dict[str, Any]:
+    async def _reach(self, address: str) -> None:
         deadline = time.monotonic() + self.timeout_s
         while True:
             try:
-                return await self.health(timeout_s=max(0.1, deadline - time.monotonic()))
+                await self.health(timeout_s=max(0.1, deadline - time.monotonic()))
+                return
             except (ConnectionFailed, RequestTimeout):
                 if time.monotonic() > deadline:
                     raise ConnectionFailed(

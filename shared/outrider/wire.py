@@ -303,6 +303,7 @@ class Stop(Tagged, frozen=True):
 
 class Started(Tagged, frozen=True):
     call: Id
+    model: Word
     mode: Word
     prompt_tokens: TokenIds
 

@@ -1,0 +1,118 @@
+"""The promise, on real models: draft, mode and block length change no token of the output.
+
+Bit-exact set-up (`--exact`): a worker's logits do not depend on how many rows are evaluated at
+once, so equality is a hard test.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from outrider import Client, Completion
+
+pytestmark = [pytest.mark.model, pytest.mark.timeout(300)]
+
+COMMAND = [sys.executable, "-m", "outrider_services.cli"]
+PROMPT = "The future of AI is"
+GREEDY: dict[str, Any] = {"temperature": 0.0}
+SAMPLED: dict[str, Any] = {"temperature": 0.8, "seed": 7}
+LENGTH = {0.0: 96, 0.8: 40}
+SPLIT = ("--exact", "--target-cores=0", "--draft-cores=1", "--ctx=512", "--parallel=2")
+
+
+@pytest.fixture(scope="module")
+def pair(serve: Any, default_target: Any, default_draft: Any) -> Client:
+    client: Client = serve("-m", default_target, "-md", default_draft, *SPLIT)
+    return client
+
+
+def ids(completion: Completion) -> list[int]:
+    return [token.id for token in completion.tokens]
+
+
+@pytest.fixture(scope="module", params=[GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def settings(request: pytest.FixtureRequest) -> dict[str, Any]:
+    return dict(request.param)
+
+
+@pytest.fixture(scope="module")
+def plain(pair: Client, settings: dict[str, Any]) -> Completion:
+    answer = pair.create_completion(
+        PROMPT, max_tokens=LENGTH[settings["temperature"]], mode="plain", **settings
+    )
+    assert isinstance(answer, Completion)
+    return answer
+
+
+@pytest.mark.parametrize("n_draft", [1, 3, 8])
+@pytest.mark.parametrize("mode", ["sync", "pipelined"])
+def test_every_mode_and_block_length_says_the_same(
+    pair: Client, plain: Completion, settings: dict[str, Any], mode: str, n_draft: int
+) -> None:
+    answer = pair.create_completion(PROMPT, max_tokens=96, mode=mode, n_draft=n_draft, **settings)
+    assert ids(answer) == ids(plain)
+    assert answer.text == plain.text
+    assert len(answer.tokens) == LENGTH[settings["temperature"]]
+    assert answer.stats.verified_tokens > 0
+
+
+def test_another_seed_says_something_else(pair: Client) -> None:
+    said = {
+        pair.create_completion(PROMPT, max_tokens=12, temperature=0.8, seed=seed).text
+        for seed in (7, 8)
+    }
+    assert len(said) == 2
+
+
+def test_penalties_and_filters_see_the_prefix_that_each_row_really_has(pair: Client) -> None:
+    settings: dict[str, Any] = {
+        "temperature": 0.7, "seed": 3, "top_k": 40, "top_p": 0.95, "min_p": 0.02,
+        "repeat_penalty": 1.3, "presence_penalty": 0.2, "frequency_penalty": 0.1,
+        "logit_bias": {13: -2.0}, "max_tokens": 40,
+    }  # fmt: skip
+    modes = ("plain", "sync", "pipelined")
+    said = [ids(pair.create_completion(PROMPT, mode=mode, **settings)) for mode in modes]
+    assert said[0] == said[1] == said[2]
+
+
+def test_two_clients_at_once_get_the_texts_they_would_get_alone(pair: Client) -> None:
+    prompts = ("The capital of France is", "def fibonacci(n):")
+    alone = [ids(pair.create_completion(p, max_tokens=24, **GREEDY)) for p in prompts]
+    streams = [
+        pair.create_completion(p, max_tokens=24, mode="pipelined", stream=True, **GREEDY)
+        for p in prompts
+    ]
+    assert [ids(stream.result()) for stream in streams] == alone
+
+
+def test_text_in_other_scripts_comes_in_whole_characters(pair: Client) -> None:
+    stream = pair.create_completion(
+        "用三句话解释什么是哈希表，并使用表情符号 🎉：", max_tokens=48, stream=True, **GREEDY
+    )
+    texts = [fragment.text for fragment in stream]
+    answer = stream.result()
+    assert "".join(texts) == answer.text
+    assert "\ufffd" not in answer.text.rstrip("\ufffd")
+    assert any(ord(character) > 0x3000 for character in answer.text)
+
+
+def test_the_same_model_demonstration_accepts_everything(default_draft: Path) -> None:
+    def run(*flags: str) -> Any:
+        common = ["-m", str(default_draft), "--exact", "-t=1", "-n=64", "-o=json", f"-p={PROMPT}"]
+        done = subprocess.run([*COMMAND, "run", *common, *flags], capture_output=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout), done.stderr.decode()
+
+    for sampling in (["--temperature=0"], ["--temperature=0.8", "--seed=7"]):
+        (alone, _), (demonstrated, told) = run("--mode=plain", *sampling), run(*sampling)
+        assert demonstrated["token_ids"] == alone["token_ids"]
+        assert demonstrated["mode"] == "pipelined"
+        assert demonstrated["stats"]["acceptance_rate"] == 1.0
+        assert demonstrated["stats"]["verified_tokens"] > 30
+        assert "demonstrates" in told
