@@ -79,6 +79,7 @@ async def _coordinate(settings: Settings, name: str) -> None:
         await core.run()
     finally:
         await core.close()
+        await asyncio.sleep(0.05)  # a moment for the last messages to leave
         router.close()
         path.unlink(missing_ok=True)
 
@@ -149,5 +150,7 @@ def _run(
     try:
         uvloop.run(wrapped())
     except OutriderError as exc:
-        say("error", exc.code, str(exc))
-        raise
+        if parent_fd is None:
+            raise
+        say("error", exc.code, str(exc))  # the launcher's to tell
+        sys.exit(exc.exit_code)

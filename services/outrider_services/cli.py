@@ -56,7 +56,7 @@ def dispatch(arguments: Sequence[str]) -> int:
     if verb and arguments[0] == "worker" and len(arguments) > 1:
         verb = verbs.get(f"worker {arguments[1]}", verb)
     (verb or parser).check_flags(arguments)
-    parsed = parser.parse_args(arguments)
+    parsed = parser.parse_args((verb or parser).with_values(arguments))
     settings = options.settings(
         {
             k: tuple(v) if isinstance(v, list) else v
@@ -191,7 +191,7 @@ def _ls(settings: options.Settings, parsed: Any) -> int:
     table = Table("model", "GiB", "file", box=None)
     for model in models.local_models():
         table.add_row(model.name, f"{model.bytes / 2**30:.2f}", str(model.path))
-    Console(soft_wrap=True).print(table)
+    _show(table)
     return 0
 
 
@@ -206,8 +206,13 @@ def _ps(settings: options.Settings, parsed: Any) -> int:
         names = [workers.get(role, {}).get("model", "-") for role in ("target", "draft")]
         counts = [str(requests["running"]), str(requests["waiting"])]
         table.add_row(one["name"], one["status"], one["mode"], *names, *counts)
-    Console(soft_wrap=True).print(table)
+    _show(table)
     return 0
+
+
+def _show(table: Table) -> None:
+    """Whole lines where a program reads them: no path is cut to a width that nobody has."""
+    Console(width=None if sys.stdout.isatty() else 10_000).print(table)
 
 
 async def _pipelines() -> list[dict[str, Any]]:

@@ -87,14 +87,14 @@ class Coordinator:
         self._next_id = secrets.randbits(61) + (1 << 61)
         self._tasks: set[asyncio.Task[None]] = set()
         self._began = time.monotonic()
-        self._stopping = False
+        self._stopping = self._closed = False
         self.stopped = asyncio.Event()
 
     # ---- messages -------------------------------------------------------------------------------
 
     def on_message(self, peer: bytes, message: wire.Message) -> None:
         """Take one message; nothing that a peer sends raises."""
-        if self._bad_frames.get(peer, 0) >= BAD_FRAMES:
+        if self._closed or self._bad_frames.get(peer, 0) >= BAD_FRAMES:
             return
         match message:
             case wire.Verdict() | wire.Drafted() | wire.Beat() | wire.Failed():
@@ -107,7 +107,7 @@ class Coordinator:
                 self._clients.add(peer)
                 self._spawn(self._forward(peer, message))
             case _:
-                if not self._roster.on_answer(message):
+                if not self._roster.on_answer(peer, message):
                     self.on_bad_frame(peer, ProtocolError(f"unexpected {type(message).__name__}"))
 
     def on_bad_frame(self, peer: bytes, error: ProtocolError) -> None:
@@ -136,7 +136,8 @@ class Coordinator:
                 await asyncio.wait_for(self.stopped.wait(), LOOK_S)
 
     async def close(self) -> None:
-        """End what still runs, each request with one error."""
+        """End what still runs, each request with one error; whoever leaves now may."""
+        self._closed = True
         for task in self._tasks:
             task.cancel()
         for request in list(self._requests.values()):
@@ -147,7 +148,7 @@ class Coordinator:
     # ---- workers --------------------------------------------------------------------------------
 
     def _on_worker(self, peer: bytes, message: wire.Message) -> None:
-        if self._roster.on_answer(message):
+        if self._roster.on_answer(peer, message):
             return
         role = self._roster.role_of(peer)
         match role, message:
@@ -214,6 +215,8 @@ class Coordinator:
             self._fail(request, WorkerLost(why, role))
 
     def _on_gone(self, peer: bytes) -> None:
+        if self._closed:
+            return
         self._roster.on_gone(peer)
         if peer in self._clients:
             self._clients.discard(peer)

@@ -8,7 +8,7 @@ import secrets
 import signal
 import sys
 from contextlib import AsyncExitStack
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -16,6 +16,7 @@ import uvloop
 
 from outrider.client import AsyncClient, Completion, Fragment, Lane, Stream, connect
 from outrider.errors import BadRequest, ConfigError
+from outrider.sampling import Sampling
 from outrider.stats import Report
 from outrider_services.launcher import Launcher
 from outrider_services.options import Settings
@@ -37,23 +38,24 @@ def run(settings: Settings, parsed: Any) -> int:
 
 def read_prompt(parsed: Any, stdin: TextIO) -> str:
     """The prompt from argument, `-p`, file or piped stdin, in that order. Raises OutriderError."""
-    if parsed.prompt is not None:
-        if parsed.prompt.endswith(".gguf"):
-            raise BadRequest(
-                f"{parsed.prompt} looks like a model; say -m {parsed.prompt}", "prompt"
-            )
-        return str(parsed.prompt)
-    if parsed.prompt_flag is not None:
-        return str(parsed.prompt_flag)
+    given, source = parsed.prompt, "the command line"
+    if given is not None and given.endswith(".gguf"):
+        raise BadRequest(f"{given} looks like a model; say -m {given}", "prompt")
+    text: str | None = parsed.prompt_flag if given is None else given
     try:
-        if parsed.file is not None:
-            return Path(parsed.file).read_text()
-        text = "" if stdin is None or stdin.isatty() else stdin.read()
+        if text is None and parsed.file is not None:
+            source = parsed.file
+            text = Path(source).read_text("utf-8")
+        elif text is None:
+            source = "stdin"
+            text = "" if stdin is None or stdin.isatty() else stdin.read()
+            text = text or DEFAULT_PROMPT
+        text.encode()  # what is no text may come as surrogates, on the command line above all
     except OSError as exc:
-        raise BadRequest(f"cannot read the prompt from {parsed.file}: {exc.strerror}") from None
-    except UnicodeDecodeError:
-        raise BadRequest(f"the prompt from {parsed.file or 'stdin'} is not UTF-8 text") from None
-    return text or DEFAULT_PROMPT
+        raise BadRequest(f"cannot read the prompt from {source}: {exc.strerror}") from None
+    except UnicodeError:
+        raise BadRequest(f"the prompt from {source} is not UTF-8 text") from None
+    return text
 
 
 def arguments(settings: Settings, parsed: Any) -> dict[str, Any]:
@@ -63,9 +65,12 @@ def arguments(settings: Settings, parsed: Any) -> dict[str, Any]:
     seed = sampling.pop("seed")
     if parsed.verbose not in ("true", "false"):
         raise ConfigError(f"--verbose must be true or false, not {parsed.verbose!r}")
+    bias = dict(map(read_bias, sampling["logit_bias"]))
+    names = {field.name for field in fields(Sampling)} & sampling.keys()
+    Sampling(**{name: sampling[name] for name in names} | {"logit_bias": tuple(bias.items())})
     return {
         **sampling,
-        "logit_bias": dict(map(read_bias, sampling["logit_bias"])),
+        "logit_bias": bias,
         "max_tokens": DEFAULT_LENGTH if n_predict is None else n_predict,
         "seed": secrets.randbits(31) if seed < 0 else seed,
         "mode": settings.pipeline.mode,
@@ -104,6 +109,21 @@ def same_model(settings: Settings) -> Settings:
 
 async def _run(settings: Settings, parsed: Any, prompt: str, request: dict[str, Any]) -> int:
     interrupts = Interrupts()
+    try:
+        await _answer(settings, parsed, prompt, request, interrupts)
+    except asyncio.CancelledError:
+        if not interrupts.status:
+            raise
+    return interrupts.status
+
+
+async def _answer(
+    settings: Settings,
+    parsed: Any,
+    prompt: str,
+    request: dict[str, Any],
+    interrupts: Interrupts,
+) -> None:
     async with AsyncExitStack() as stack:
         name = parsed.connect
         if name is None:
@@ -122,7 +142,6 @@ async def _run(settings: Settings, parsed: Any, prompt: str, request: dict[str, 
         if parsed.trace:
             write_trace(parsed.trace, result.trace or ())
         printer.result(result, report)
-    return interrupts.status
 
 
 async def _start(stack: AsyncExitStack, settings: Settings, name: str) -> None:

@@ -92,6 +92,7 @@ class Launcher:
                     await self._start(worker)
                 for worker in workers:
                     await self._until_ready(worker)
+                await self._until_joined({worker.role for worker in workers})
         except TimeoutError:
             await self.stop()
             limit = self.settings.pipeline.ready_timeout_s
@@ -177,6 +178,14 @@ class Launcher:
         ready.cancel()
         if self.failed.done():
             self.failed.result()
+
+    async def _until_joined(self, roles: set[str]) -> None:
+        """A draft that joined before its target is refused only now, should they not fit."""
+        async with connect(f"ipc://{self._socket}") as client:
+            while not roles <= (await client.health())["workers"].keys():
+                await first_of(asyncio.ensure_future(asyncio.sleep(0.02)), self.failed)
+                if self.failed.done():
+                    self.failed.result()
 
     async def _watch(self, child: Child, process: asyncio.subprocess.Process) -> None:
         assert process.stdout

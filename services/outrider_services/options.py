@@ -318,6 +318,17 @@ class Parser(argparse.ArgumentParser):
             if not self._negative_number_matcher.match(name):
                 raise ConfigError(f"unknown flag {name}{nearest(name, known)}")
 
+    def with_values(self, arguments: Sequence[str]) -> list[str]:
+        """A switch gets its value here: argparse would take the prompt in `-v PROMPT` for it."""
+        end = list(arguments).index("--") if "--" in arguments else len(arguments)
+        found = []
+        for at, argument in enumerate(arguments):
+            action = self._option_string_actions.get(argument) if at < end else None
+            spelt = [*arguments[at + 1 : at + 2]] in (["true"], ["false"])
+            is_switch = action is not None and action.nargs == "?" and not spelt
+            found.append(f"{argument}=true" if is_switch else argument)
+        return found
+
 
 def add_options(parser: Parser, sections: Sequence[str], without: Iterable[str] = ()) -> None:
     """The flags of these sections of the table."""

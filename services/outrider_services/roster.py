@@ -57,7 +57,7 @@ class Roster:
         self._tell, self._on_joined, self._on_lost = tell, on_joined, on_lost
         self._members: dict[wire.Role, Member] = {}
         self._joining: dict[bytes, asyncio.Task[None]] = {}
-        self._answers: dict[int, asyncio.Future[Any]] = {}
+        self._answers: dict[int, tuple[bytes, asyncio.Future[Any]]] = {}  # of whom, and to whom
         self._questions = 0
 
     # ---- who is there ---------------------------------------------------------------------------
@@ -181,8 +181,11 @@ class Roster:
                 self.lose(role, f"the {role} worker is gone")
 
     def lose(self, role: wire.Role, why: str) -> None:
-        if self._members.pop(role, None) is not None:
+        if member := self._members.pop(role, None):
             log.warning("%s", why)
+            for peer, answer in self._answers.values():
+                if peer == member.peer and not answer.done():
+                    answer.set_exception(WorkerLost(why, role))
             self._on_lost(role, why)
 
     # ---- questions ------------------------------------------------------------------------------
@@ -191,7 +194,8 @@ class Roster:
         """Send the question under a number of its own and wait for the answer, but not for long."""
         self._questions += 1
         call = self._questions
-        answer = self._answers[call] = asyncio.get_running_loop().create_future()
+        answer = asyncio.get_running_loop().create_future()
+        self._answers[call] = member.peer, answer
         try:
             self._tell(member.peer, question(call))
             return await asyncio.wait_for(answer, ANSWER_S)
@@ -203,8 +207,8 @@ class Roster:
         finally:
             del self._answers[call]
 
-    def on_answer(self, message: wire.Message) -> bool:
-        """Whether `message` answers a question; then whoever asked has it now."""
+    def on_answer(self, peer: bytes, message: wire.Message) -> bool:
+        """Whether `message` answers a question to `peer`; then whoever asked has it now."""
         match message:
             case wire.Tokens(call) | wire.Rendered(call) | wire.LabelTexts(call):
                 result: Any = message
@@ -212,7 +216,9 @@ class Roster:
                 result = from_code(code, reason)
             case _:
                 return False
-        future = self._answers.get(call)
+        asked, future = self._answers.get(call, (peer, None))
+        if asked != peer:
+            return False
         if future is not None and not future.done():
             if isinstance(result, OutriderError):
                 future.set_exception(result)

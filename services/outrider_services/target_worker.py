@@ -50,7 +50,7 @@ class TargetWorker(Worker):
                 self._open(message)
             case wire.Close(request):
                 self._close(request)
-            case wire.Tokenize() | wire.Detokenize() | wire.Render() | wire.Chat() | wire.Labels():
+            case wire.Tokenize() | wire.Detokenize() | wire.Render() | wire.Chat():
                 task = asyncio.ensure_future(self._answer(message))
                 self._questions.add(task)
                 task.add_done_callback(self._questions.discard)
@@ -204,9 +204,6 @@ class TargetWorker(Worker):
                 ask = lambda: wire.Rendered(call, engine.render(messages))  # noqa: E731
             case wire.Chat(call, messages):
                 ask = lambda: wire.Tokens(call, tuple(self._chat(messages)))  # noqa: E731
-            case wire.Labels(call, start, count):
-                ids = range(start, min(start + count, engine.info.vocabulary.size))
-                ask = lambda: wire.LabelTexts(call, tuple(map(engine.label, ids)))  # noqa: E731
             case _:
                 return
         try:

@@ -161,6 +161,9 @@ class Worker(ABC):
                     self.ended.set_exception(from_code(code, reason))
             case wire.Ping():
                 pass
+            case wire.Labels(call, start, count):
+                ids = range(start, min(start + count, self.engine.info.vocabulary.size))
+                self.send(wire.LabelTexts(call, tuple(map(self.engine.label, ids))))
             case _:
                 self.handle(message)
 

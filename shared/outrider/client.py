@@ -8,6 +8,7 @@ import secrets
 import threading
 import time
 from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from types import TracebackType
 from typing import Any, Literal, TypeVar
@@ -99,6 +100,7 @@ class Stream:
         self.trace: tuple[Lane, ...] | None = None
         self.finish_reason: FinishReason | None = None
         self._client, self._call = client, call
+        self._error: OutriderError | None = None
         self._inbox: asyncio.Queue[wire.Message | OutriderError] = asyncio.Queue()
 
     def __aiter__(self) -> AsyncIterator[Fragment]:
@@ -106,6 +108,8 @@ class Stream:
 
     async def __anext__(self) -> Fragment:
         while self.finish_reason is None:
+            if self._error:
+                raise self._error  # its one outcome, to whoever asks again
             message = await self._client._next(self._inbox)
             match message:
                 case wire.Started():
@@ -117,7 +121,7 @@ class Stream:
                     self.stats, self.trace = _report(message.stats), message.trace
                 case wire.Failed(_, code, reason):
                     self._client._forget(self._call)
-                    raise from_code(code, reason)
+                    self._error = from_code(code, reason)
         self._client._forget(self._call)
         raise StopAsyncIteration
 
@@ -130,7 +134,7 @@ class Stream:
 
     async def cancel(self) -> None:
         """Stop generating; iteration ends normally. Does nothing when called again or too late."""
-        if self.finish_reason is None:
+        if self.finish_reason is None and self._error is None:
             self._client._send(wire.Cancel(self._call))
 
     async def result(self) -> Completion:
@@ -160,7 +164,8 @@ class Stream:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await self.cancel()
+        with suppress(ConnectionFailed):  # then nobody is left to cancel it
+            await self.cancel()
         self._client._forget(self._call)
 
 
@@ -260,8 +265,15 @@ class AsyncClient:
         )
         answer = Stream(self, call)
         self._inboxes[call] = answer._inbox
-        self._send(submit)
-        return answer if stream else await answer.result()
+        try:
+            self._send(submit)
+        except OutriderError:
+            self._forget(call)
+            raise
+        if stream:
+            return answer
+        async with answer:
+            return await answer.result()
 
     async def create_chat_completion(
         self, messages: Sequence[Mapping[str, str]], **settings: Any
@@ -314,6 +326,7 @@ class AsyncClient:
     def _send(self, message: wire.Message) -> None:
         if self._link is None:
             raise InternalError("use the client inside `async with`")
+        wire.check(message)
         try:
             self._link.send(message)
         except PeerGone:

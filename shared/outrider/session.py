@@ -263,7 +263,7 @@ class Session:
             else:
                 released, stopped = self._text.feed(piece)
                 text += released
-                reason = "stop" if stopped else "length" if self._room() == 0 else None
+                reason = "stop" if stopped else "length" if self._room() <= 0 else None
             if reason:
                 text += self._text.end()
                 break
@@ -286,6 +286,8 @@ class Session:
             return "a token outside its vocabulary"
         if any(d.token != t for d, t in zip(self.stock[:accepted], tokens, strict=False)):
             return "an accepted token that was not drafted"
+        if accepted < min(block, len(tokens)) and self.stock[accepted].token == tokens[accepted]:
+            return "a correction that was drafted"
         return None
 
     def _room(self) -> int:
@@ -366,7 +368,9 @@ class Session:
     def _computed(self, name: str, lane: Lane, now: float, elapsed_s: float, rows: int) -> None:
         self.stats.computed(lane, now, elapsed_s)
         if self.task.trace:
-            self.trace.append((name, now - elapsed_s, now, rows))
+            # a report that was delayed may not push its lane over the one that follows
+            ended = next((end for lane_, _, end, _ in reversed(self.trace) if lane_ == name), 0.0)
+            self.trace.append((name, max(now - elapsed_s, ended), now, rows))
 
     def _end(self, last: Command) -> list[Command]:
         self.over, self.deadline, self.verifying = True, None, None

@@ -32,6 +32,7 @@ class TextStream:
         found = [at for at in map(self._held.find, self._stops) if at >= 0]
         if found:
             text, self._held = self._held[: min(found)], ""
+            self._decoder.reset()  # half a character behind the stop string is not text either
             return text, True
         keep = max((_overlap(self._held, stop) for stop in self._stops), default=0)
         cut = len(self._held) - keep

@@ -108,6 +108,7 @@ class Router(_Endpoint):
         self._monitor: zmq.Socket[bytes] = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         self._monitor_fd = int(self._monitor.getsockopt(zmq.FD))
         self._loop.add_reader(self._monitor_fd, self._drain_monitor)
+        self._loop.call_soon(self._drain_monitor)  # ZeroMQ wakes only who has found it empty once
         self.addresses: list[str] = []
 
     def bind(self, address: str) -> str:

@@ -15,9 +15,9 @@ import msgpack
 import msgspec
 from msgspec import Meta
 
-from outrider.errors import ProtocolError
+from outrider.errors import BadRequest, ProtocolError
 
-__all__ = ["FRAME_LIMIT", "PROTOCOL", "Message", "decode", "encode"]
+__all__ = ["FRAME_LIMIT", "PROTOCOL", "Message", "check", "decode", "encode"]
 
 PROTOCOL = 1
 FRAME_LIMIT = 1 << 20  # bytes; a prompt of 200,000 tokens fits
@@ -94,7 +94,10 @@ class Tagged(Base, frozen=True, tag_field="type", tag=str.lower):
 
 
 class Hello(Tagged, frozen=True):
-    """A worker's first word on a connection, and its answer to `Who`."""
+    """A worker's first word on a connection, and its answer to `Who`.
+
+    The first three fields are the same in every protocol: see `_greeting_of_another_protocol`.
+    """
 
     protocol: Count
     version: Word
@@ -278,11 +281,11 @@ class Submit(Tagged, frozen=True):
     prompt: Text | TokenIds
     messages: Annotated[tuple[tuple[Word, Text], ...], Meta(max_length=1024)] | None
     sampling: Sampling
-    n_predict: Count | None
+    n_predict: Annotated[int, Meta(ge=1, le=(1 << 31) - 1)] | None
     stop: Annotated[tuple[Word, ...], Meta(max_length=16)]
     ignore_eos: bool
     logprobs: bool
-    mode: Word | None
+    mode: Literal["plain", "sync", "pipelined", "auto"] | None
     n_draft: Count | None
     trace: bool
 
@@ -348,6 +351,23 @@ Message = (
 )  # fmt: skip
 
 
+def check(message: Message) -> None:
+    """What a peer would not accept from us is its sender's mistake. Raises BadRequest."""
+    try:
+        value = msgspec.to_builtins(message, builtin_types=(bytes,))
+        msgspec.convert(value, type(message), builtin_types=(bytes,))
+        encode(message)
+    except msgspec.ValidationError as exc:
+        reason, _, place = str(exc).partition(" - at `$[")
+        name = message.__struct_fields__[int(place.partition("]")[0]) - 1]  # behind the tag
+        name = {"n_predict": "max_tokens"}.get(name, name)
+        raise BadRequest(f"{name} is not as it should be: {reason}", name) from None
+    except ProtocolError as exc:
+        raise BadRequest(str(exc)) from None
+    except UnicodeEncodeError:
+        raise BadRequest("a prompt or a setting is not text that UTF-8 can express") from None
+
+
 def encode(message: Message) -> bytes:
     """The frame of `message`. Raises ProtocolError where it exceeds `FRAME_LIMIT`."""
     frame: bytes = msgpack.packb(msgspec.to_builtins(message, builtin_types=(bytes,)))
@@ -356,12 +376,21 @@ def encode(message: Message) -> bytes:
     return frame
 
 
+def _greeting_of_another_protocol(start: list[Any]) -> Hello:
+    """Enough of it to say exactly why its sender is refused, whatever fields follow."""
+    protocol, version, role = msgspec.convert(start, tuple[Count, Word, Role])
+    nothing = Fingerprint("", 0, None, None, False, False, (), "")
+    return Hello(protocol, version, role, 0, "", nothing, 0, 0, "", "", 0.0)
+
+
 def decode(frame: bytes) -> Message:
     """The message in `frame`. Raises ProtocolError for whatever is not one of ours."""
     try:  # many kinds of error, among them RecursionError: translated once, here
         if len(frame) > FRAME_LIMIT:
             raise ValueError("too long")
         value = msgpack.unpackb(frame, **LIMITS)
+        if isinstance(value, list) and value[:1] == ["hello"] and value[1:2] != [PROTOCOL]:
+            return _greeting_of_another_protocol(value[1:4])
         message: Message = msgspec.convert(value, Message, builtin_types=(bytes,))
     except Exception as exc:
         # the peer's own text may be in `exc`: keep its kind, cut its words

@@ -51,7 +51,9 @@ def _plain(prompt: str | tuple[int, ...], count: int, sampling: Sampling) -> Ans
     engine = ToyEngine()
     start = engine.tokenize(prompt, special=True) if isinstance(prompt, str) else prompt
     tokens = list(start)
-    new = tokens
+    for at in range(0, len(tokens) - 1, 256):
+        engine.extend(0, tokens[at : min(at + 256, len(tokens) - 1)], 0)
+    new = tokens[-1:]
     while len(tokens) < len(start) + count:
         rows = engine.extend(0, new, 1)
         new = [choose(rows[0], sampling, tokens, len(tokens)).token]
@@ -157,7 +159,10 @@ class Cli:
         for process in self.started:
             if process.poll() is None:
                 process.kill()
-            process.communicate()
+            process.wait()
+            for stream in (process.stdout, process.stderr):
+                if stream is not None:
+                    stream.close()
 
 
 class Served:
@@ -211,9 +216,7 @@ class Pipeline:
     def connect(self) -> AsyncClient:
         return connect(self.name)
 
-    async def until(
-        self, what: str, check: Callable[[], Any], within_s: float = 10.0
-    ) -> float:
+    async def until(self, what: str, check: Callable[[], Any], within_s: float = 10.0) -> float:
         """Wait until `check` says so; how long that took."""
         return await until(what, check, within_s)
 
@@ -264,6 +267,15 @@ def cli(runtime: Path, tmp_path: Path) -> Iterator[Cli]:
     command = Cli(runtime, tmp_path)
     yield command
     command.close()
+
+
+Serve = Callable[..., Served]
+
+
+@pytest.fixture
+def serve(cli: Cli) -> Serve:
+    """`serve(name, *flags)`: a pipeline of the test's own."""
+    return lambda name, *flags: Served(cli, name, *flags)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,563 @@
+"""The client library, asynchronous and not, against a pipeline of processes with the toy engine."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+import time
+import types
+from collections import Counter
+from typing import TYPE_CHECKING, Any, Literal
+
+import pytest
+
+import outrider
+from outrider import (
+    BadRequest,
+    Client,
+    Completion,
+    ConfigError,
+    ConnectionFailed,
+    Fragment,
+    OutriderError,
+    Stream,
+    WorkerLost,
+    connect,
+)
+
+if TYPE_CHECKING:
+    from tests.integration.conftest import Oracle, Pipeline, Served
+
+    from outrider import AsyncClient
+
+PROMPT = "Quiet rain over"
+MODES: tuple[Literal["plain", "sync", "pipelined"], ...] = ("plain", "sync", "pipelined")
+
+
+async def idle(client: AsyncClient, within_s: float = 1.0) -> None:
+    deadline = time.monotonic() + within_s
+    while any((await client.health())["requests"].values()):
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.01)
+
+
+async def read(stream: Stream) -> list[Fragment]:
+    return [fragment async for fragment in stream]
+
+
+# ---- the text -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", MODES)
+async def test_a_stream_joins_to_the_result_and_to_what_the_target_says(
+    served: Served, oracle: Oracle, mode: Any
+) -> None:
+    settings: dict[str, Any] = {"temperature": 0.7, "seed": 5}
+    expected = oracle(PROMPT, 120, **settings)
+    async with served.connect() as client:
+        stream = await client.create_completion(
+            PROMPT, max_tokens=120, mode=mode, stream=True, **settings
+        )
+        fragments = await read(stream)
+        result = await stream.result()
+        whole = await client.create_completion(PROMPT, max_tokens=120, mode=mode, **settings)
+    for completion in (result, whole):
+        assert isinstance(completion, Completion)
+        assert completion.text == completion.choices[0].text == expected.text
+        assert [token.id for token in completion.tokens] == expected.token_ids
+        assert completion.choices[0].finish_reason == "length"
+        assert completion.usage.prompt_tokens == len(PROMPT)
+        assert completion.usage.total_tokens == len(PROMPT) + 120
+        assert completion.model == "toy-target"
+        assert completion.stats.mode == mode
+        assert completion.stats.seed == 5
+    assert "".join(fragment.text for fragment in fragments) == expected.text
+    tokens = [token for fragment in fragments for token in fragment.tokens]
+    assert tuple(tokens) == result.tokens
+    assert [token.position for token in tokens] == list(range(len(PROMPT), len(PROMPT) + 120))
+    assert [fragment.round for fragment in fragments] == list(range(len(fragments)))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("prompt", ["東", "\U0001f30a ", "naïve caf"])
+async def test_no_character_is_broken_over_fragments(
+    served: Served, oracle: Oracle, prompt: str, mode: Any
+) -> None:
+    bias = {
+        0xE4: 4.5,
+        0xE6: 4.5,
+        0xF0: 4.5,
+        0xC3: 4.5,
+    }  # what characters of several bytes begin with
+    async with served.connect() as client:
+        stream = await client.create_completion(
+            prompt, max_tokens=150, temperature=0, mode=mode, stream=True, logit_bias=bias
+        )
+        fragments = await read(stream)
+    expected = oracle(prompt, 150, logit_bias=tuple(sorted(bias.items())))
+    texts = [fragment.text for fragment in fragments]
+    assert "".join(texts) == expected.text
+    assert sum(ord(character) > 127 for character in expected.text) > 5
+    broken = [text for text in texts[:-1] if "\ufffd" in text]
+    assert broken == ["\ufffd"] * expected.text[:-1].count("\ufffd") == []
+    # the bytes came one by one, so that text had to be held back
+    assert any(fragment.tokens and not fragment.text for fragment in fragments) or mode != "plain"
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("begin", [7, 40, 71])
+async def test_a_stop_string_is_found_over_rounds_and_not_printed(
+    served: Served, oracle: Oracle, begin: int, mode: Any
+) -> None:
+    said = oracle(PROMPT, 150).text
+    stop = said[begin : begin + 12]
+    before = said[: said.index(stop)]
+    async with served.connect() as client:
+        stream = await client.create_completion(
+            PROMPT,
+            max_tokens=150,
+            temperature=0,
+            stop=["never said", stop, ""],
+            mode=mode,
+            n_draft=3,
+            stream=True,
+        )
+        fragments = await read(stream)
+        result = await stream.result()
+    assert result.text == before
+    assert result.choices[0].finish_reason == "stop"
+    shown = ""
+    for fragment in fragments:
+        shown += fragment.text
+        assert before.startswith(shown)
+    through = [bool(fragment.text) for fragment in fragments]
+    assert through.count(False) >= 2 or mode != "plain"
+    assert [t.id for t in result.tokens] == oracle(PROMPT, 150).token_ids[: len(result.tokens)]
+
+
+async def test_what_looked_like_a_stop_string_is_released(served: Served, oracle: Oracle) -> None:
+    said = oracle(PROMPT, 60).text
+    almost = said[-8:] + "never"
+    async with served.connect() as client:
+        result = await client.create_completion(PROMPT, max_tokens=60, temperature=0, stop=almost)
+    assert result.text == said
+    assert result.choices[0].finish_reason == "length"
+
+
+async def test_the_prompt_may_be_token_ids(served: Served, oracle: Oracle) -> None:
+    async with served.connect() as client:
+        by_text = await client.create_completion(PROMPT, max_tokens=20, temperature=0)
+        by_ids = await client.create_completion(
+            by_text.prompt_token_ids, max_tokens=20, temperature=0
+        )
+    assert by_ids.text == by_text.text == oracle(PROMPT, 20).text
+
+
+async def test_without_a_limit_the_context_is_filled(served: Served, oracle: Oracle) -> None:
+    prompt = "a" * 2000
+    async with served.connect() as client:
+        result = await client.create_completion(prompt, temperature=0)
+    assert result.usage.total_tokens == 2048
+    assert [token.id for token in result.tokens] == oracle(prompt, 48).token_ids
+
+
+async def test_penalties_and_bias_read_only_the_text(served: Served, oracle: Oracle) -> None:
+    settings: dict[str, Any] = {
+        "temperature": 1.2,
+        "seed": 11,
+        "top_k": 40,
+        "top_p": 0.95,
+        "min_p": 0.01,
+        "repeat_penalty": 1.2,
+        "presence_penalty": 0.3,
+        "frequency_penalty": 0.2,
+    }
+    expected = oracle(PROMPT, 80, logit_bias=((32, -1.0),), **settings)
+    async with served.connect() as client:
+        for mode in MODES:
+            result = await client.create_completion(
+                PROMPT, max_tokens=80, mode=mode, logit_bias={32: -1.0}, **settings
+            )
+            assert [token.id for token in result.tokens] == expected.token_ids
+
+
+async def test_logprobs_are_the_targets_whatever_the_mode(served: Served) -> None:
+    found = []
+    async with served.connect() as client:
+        for mode in MODES:
+            result = await client.create_completion(
+                PROMPT, max_tokens=30, temperature=0, mode=mode, logprobs=True
+            )
+            assert len(result.choices[0].logprobs) == 30
+            found.append(result.choices[0].logprobs)
+            assert all(value <= 0 for value in found[-1])
+    assert found[0] == pytest.approx(found[1])
+    assert found[0] == pytest.approx(found[2])
+
+
+async def test_a_seed_that_was_not_given_is_told(served: Served, oracle: Oracle) -> None:
+    async with served.connect() as client:
+        results = [
+            await client.create_completion(PROMPT, max_tokens=30, temperature=1.0) for _ in range(2)
+        ]
+    first, second = (result.stats.seed for result in results)
+    assert first != second
+    for result in results:
+        expected = oracle(PROMPT, 30, temperature=1.0, seed=result.stats.seed)
+        assert result.text == expected.text
+
+
+# ---- statistics ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("n_draft", [1, 4, 8])
+async def test_kinds_of_tokens_agree_with_the_statistics(
+    served: Served, mode: Any, n_draft: int
+) -> None:
+    async with served.connect() as client:
+        stream = await client.create_completion(
+            PROMPT, max_tokens=100, temperature=0, mode=mode, n_draft=n_draft, stream=True
+        )
+        live = []
+        async for _ in stream:
+            assert stream.stats is not None
+            live.append(stream.stats.generated_tokens)
+        result = await stream.result()
+    stats = result.stats
+    kinds = Counter(token.kind for token in result.tokens)
+    assert kinds["drafted"] == stats.accepted_tokens - stats.truncated_tokens
+    assert kinds["corrected"] == stats.corrections
+    assert kinds["bonus"] == stats.bonuses
+    assert kinds["plain"] == stats.plain_tokens
+    assert sum(kinds.values()) == stats.generated_tokens == 100
+    assert stats.drafted_tokens == stats.verified_tokens + stats.discarded_tokens + stats.hits
+    assert live == sorted(live)
+    assert live[-1] == 100
+    blocks = [fragment for fragment in stream.fragments if fragment.drafted]
+    assert len(blocks) == stats.verify_rounds
+    assert sum(len(block.drafted) for block in blocks) == stats.verified_tokens
+    assert all(len(block.drafted) <= n_draft for block in blocks)
+    for fragment in stream.fragments:
+        accepted = [token.id for token in fragment.tokens if token.kind == "drafted"]
+        assert [token for token, _ in fragment.drafted][: len(accepted)] == accepted
+        assert len(fragment.tokens) == len(accepted) + 1 or fragment is stream.fragments[-1]
+    if mode == "plain":
+        assert kinds == {"plain": 100}
+        assert stats.acceptance_rate is None
+        assert stats.mean_accepted_length is None
+    else:
+        assert stats.acceptance_rate == stats.accepted_tokens / stats.verified_tokens
+        assert stats.mean_accepted_length == 1 + stats.accepted_tokens / stats.verify_rounds
+
+
+async def test_a_trace_shows_drafting_during_verification(served: Served) -> None:
+    async with served.connect() as client:
+        result = await client.create_completion(
+            PROMPT, max_tokens=60, temperature=0, mode="pipelined", trace=True
+        )
+        untraced = await client.create_completion(PROMPT, max_tokens=2)
+    assert untraced.trace is None
+    target = [(a, b) for lane, a, b, _ in result.trace if lane == "target"]
+    draft = [(a, b) for lane, a, b, _ in result.trace if lane == "draft"]
+    assert any(a < d and c < b for a, b in target for c, d in draft)
+    assert len(target) == len({token.position for token in result.tokens}) - sum(
+        token.kind == "drafted" for token in result.tokens
+    )
+
+
+# ---- ending early -------------------------------------------------------------------------------
+
+
+async def test_cancelling_is_idempotent_and_ends_the_iteration(
+    served: Served, oracle: Oracle
+) -> None:
+    async with served.connect() as client:
+        stream = await client.create_completion(PROMPT, max_tokens=1500, temperature=0, stream=True)
+        await anext(stream)
+        for _ in range(3):
+            await stream.cancel()
+        rest = await read(stream)
+        result = await stream.result()
+        await stream.cancel()
+        assert result.choices[0].finish_reason == stream.finish_reason == "cancelled"
+        assert len(rest) < 20
+        got = [token.id for token in result.tokens]
+        assert got == oracle(PROMPT, 1500).token_ids[: len(got)]
+        assert result.stats.generated_tokens == len(got) > 0
+        await idle(client)
+        assert await read(stream) == []
+
+
+async def test_cancelling_before_the_first_fragment_is_a_result_too(served: Served) -> None:
+    async with served.connect() as client:
+        stream = await client.create_completion(PROMPT, max_tokens=500, stream=True)
+        await stream.cancel()
+        result = await stream.result()
+        assert result.choices[0].finish_reason == "cancelled"
+        await idle(client)
+
+
+async def test_leaving_the_stream_cancels(served: Served) -> None:
+    async with served.connect() as client:
+        async with await client.create_completion(PROMPT, max_tokens=1500, stream=True) as stream:
+            await anext(stream)
+        await idle(client)
+        with pytest.raises(KeyError):
+            async with await client.create_completion(
+                PROMPT, max_tokens=1500, stream=True
+            ) as stream:
+                raise KeyError("of the caller's")
+        await idle(client)
+
+
+async def test_a_call_that_is_cancelled_cancels_its_request(served: Served) -> None:
+    async with served.connect() as client:
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.2):
+                await client.create_completion(PROMPT, max_tokens=1500)
+        await idle(client)
+
+
+async def test_streams_of_one_client_do_not_mix(served: Served, oracle: Oracle) -> None:
+    prompts = [f"{PROMPT} {n}" for n in range(6)]
+    async with served.connect() as client:
+        streams = [
+            await client.create_completion(prompt, max_tokens=40, temperature=0, stream=True)
+            for prompt in prompts
+        ]
+        for stream, prompt in [*zip(streams, prompts, strict=True)][::-1]:
+            assert (await stream.result()).text == oracle(prompt, 40).text
+
+
+# ---- errors -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"temperature": -1}, "temperature"),
+        ({"top_p": 2}, "top_p"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": -1}, "max_tokens"),
+        ({"max_tokens": 1.5}, "max_tokens"),
+        ({"n_draft": -1}, "n_draft"),
+        ({"mode": "fast"}, "mode"),
+        ({"stop": ["x"] * 17}, "stop"),
+        ({"stop": "x" * 300}, "stop"),
+        ({"logit_bias": {5000: 1.0}}, "logit_bias"),
+        ({"prompt": "a" * 2048}, "context"),
+        ({"prompt": "a" * 1_100_000}, "1048576"),
+        ({"prompt": "é" * 600_000}, "1048576"),
+        ({"prompt": ""}, "empty"),
+        ({"prompt": []}, "empty"),
+        ({"prompt": [1, 2, 999]}, "999"),
+        ({"prompt": [1, -2]}, "prompt"),
+        ({"prompt": "\ud800"}, "prompt"),
+        ({"prompt": [1] * 300_000}, "prompt"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+async def test_a_request_that_cannot_be_served_is_one_typed_error(
+    served: Served, settings: dict[str, Any], words: str
+) -> None:
+    async with served.connect() as client, asyncio.timeout(5):
+        with pytest.raises(BadRequest, match=words) as caught:
+            await client.create_completion(**{"prompt": PROMPT, "max_tokens": 4, **settings})
+        assert caught.value.code == "invalid_request"
+        assert caught.value.exit_code == 2
+        # and the connection is as good as before
+        assert (await client.create_completion(PROMPT, max_tokens=3)).usage.completion_tokens == 3
+
+
+async def test_an_error_is_raised_again_to_who_asks_again(served: Served) -> None:
+    async with served.connect() as client, asyncio.timeout(5):
+        stream = await client.create_completion("a" * 2048, stream=True)
+        for _ in range(2):
+            with pytest.raises(BadRequest):
+                await stream.result()
+            with pytest.raises(BadRequest):
+                await anext(stream)
+        await stream.cancel()
+
+
+async def test_nobody_there_is_a_typed_error(served: Served) -> None:
+    for pipeline in ("nobody", "tcp://127.0.0.1:9"):
+        began = time.monotonic()
+        with pytest.raises(ConnectionFailed, match="outrider serve"):
+            async with connect(pipeline, timeout_s=0.3):
+                pass
+        assert time.monotonic() - began < 1.0
+    with pytest.raises(ConfigError, match="name a pipeline"):
+        async with connect("../etc"):
+            pass
+    with pytest.raises(ConnectionFailed, match="not an address"):
+        async with connect("nothing://at-all"):
+            pass
+
+
+async def test_a_pipeline_that_ends_is_one_error_for_each_request(pipeline: Any) -> None:
+    async with pipeline(toy__step_ms=20.0) as up, up.connect() as client:
+        streams = [
+            await client.create_completion(PROMPT, max_tokens=500, stream=True) for _ in range(3)
+        ]
+        for stream in streams:
+            await anext(stream)
+        await end(up)
+        for stream in streams:
+            with pytest.raises((WorkerLost, ConnectionFailed)):
+                await asyncio.wait_for(stream.result(), 10)
+        with pytest.raises(ConnectionFailed):
+            await client.create_completion(PROMPT)
+
+
+async def end(up: Pipeline) -> None:
+    await up.launcher.stop()
+
+
+def test_every_error_has_a_code_and_a_status() -> None:
+    errors = [
+        value
+        for value in vars(outrider).values()
+        if isinstance(value, type) and issubclass(value, OutriderError)
+    ]
+    assert len(errors) > 10
+    for error in errors:
+        assert error is OutriderError or error.code
+        assert 1 <= error.exit_code <= 8
+
+
+# ---- questions ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", ["plain", "naïve 中文 🚀", "", "<|end|>", "a\x00b\n"])
+async def test_text_goes_through_token_ids_and_back(served: Served, text: str) -> None:
+    async with served.connect() as client:
+        assert await client.detokenize(await client.tokenize(text, special=False)) == text
+        tokens = await client.tokenize(text)
+        assert (tokens == (256,)) == (text == "<|end|>")
+
+
+async def test_a_token_id_that_does_not_exist_is_a_typed_error(served: Served) -> None:
+    async with served.connect() as client, asyncio.timeout(5):
+        for tokens in ([260], [-1], [2**40]):
+            with pytest.raises(BadRequest):
+                await client.detokenize(tokens)
+        assert await client.detokenize([65]) == "A"
+
+
+async def test_chat_applies_the_template_and_keeps_markers_out(
+    served: Served, oracle: Oracle
+) -> None:
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "What says <|assistant|>?"},
+    ]
+    async with served.connect() as client:
+        rendered = await client.apply_template(messages)
+        assert rendered == (
+            "<|system|>Be brief.<|end|><|user|>What says <|assistant|>?<|end|><|assistant|>"
+        )
+        result = await client.create_chat_completion(messages, max_tokens=20, temperature=0)
+        ids = result.prompt_token_ids
+        assert ids.count(259) == 1  # the template's own marker, not the one that was typed
+        assert bytes(i for i in ids if i < 256) == b"Be brief.What says <|assistant|>?"
+        assert result.text == oracle(ids, 20).text
+        stream = await client.create_chat_completion(
+            messages, max_tokens=20, temperature=0, stream=True
+        )
+        assert "".join([fragment.text async for fragment in stream]) == result.text
+        with pytest.raises(OutriderError):
+            await client.create_chat_completion([{"role": "wizard", "content": "x"}])
+
+
+async def test_health_tells_who_is_there(served: Served) -> None:
+    async with served.connect() as client:
+        health = await client.health()
+    assert health["status"] == "ok"
+    assert health["version"] == outrider.__version__
+    assert set(health["workers"]) == {"target", "draft"}
+    assert json.loads(json.dumps(health)) == health
+
+
+# ---- the synchronous twin -----------------------------------------------------------------------
+
+
+def test_the_synchronous_client_does_the_same(served: Served, oracle: Oracle) -> None:
+    with Client(served.ipc) as client:
+        expected = oracle(PROMPT, 50)
+        whole = client.create_completion(PROMPT, max_tokens=50, temperature=0)
+        assert whole.text == expected.text
+        stream = client.create_completion(PROMPT, max_tokens=50, temperature=0, stream=True)
+        assert "".join(fragment.text for fragment in stream) == expected.text
+        assert stream.result().text == whole.text
+        assert stream.stats.generated_tokens == 50
+        assert client.detokenize(client.tokenize("中文")) == "中文"
+        messages = [{"role": "user", "content": "hello"}]
+        assert client.apply_template(messages).endswith("<|assistant|>")
+        assert client.create_chat_completion(messages, max_tokens=3).usage.completion_tokens == 3
+        assert client.health()["status"] == "ok"
+
+
+def test_the_synchronous_stream_cancels_and_is_cancelled(served: Served) -> None:
+    with Client(served.ipc) as client:
+        stream = client.create_completion(PROMPT, max_tokens=1500, stream=True)
+        next(iter(stream))
+        stream.cancel()
+        stream.cancel()
+        assert stream.result().choices[0].finish_reason == "cancelled"
+        with client.create_completion(PROMPT, max_tokens=1500, stream=True) as stream:
+            next(iter(stream))
+        deadline = time.monotonic() + 1.0
+        while any(client.health()["requests"].values()):
+            assert time.monotonic() < deadline
+
+
+def test_the_synchronous_client_raises_and_leaves_no_thread(served: Served) -> None:
+    before = threading.active_count()
+    with pytest.raises(ConnectionFailed):
+        Client("nobody", timeout_s=0.2)
+    with Client(served.ipc) as client, pytest.raises(BadRequest):
+        client.create_completion("")
+    assert threading.active_count() == before
+
+
+def test_the_synchronous_client_serves_several_threads(served: Served, oracle: Oracle) -> None:
+    texts: dict[int, str] = {}
+
+    def ask(n: int) -> None:
+        done = client.create_completion(f"{PROMPT} {n}", max_tokens=30, temperature=0)
+        texts[n] = done.text
+
+    with Client(served.ipc) as client:
+        threads = [threading.Thread(target=ask, args=(n,)) for n in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert texts == {n: oracle(f"{PROMPT} {n}", 30).text for n in range(4)}
+
+
+# ---- what is public -----------------------------------------------------------------------------
+
+
+def test_the_public_names_are_exactly_those_promised() -> None:
+    public = {
+        name
+        for name, value in vars(outrider).items()
+        if not name.startswith("_") and not isinstance(value, types.ModuleType)
+    }
+    assert sorted(outrider.__all__) == sorted(public)
+    assert list(outrider.__all__) == sorted(outrider.__all__)
+
+
+def test_both_clients_have_the_same_names() -> None:
+    def names(kind: type) -> set[str]:
+        return {name for name in vars(kind) if not name.startswith("_")}
+
+    assert names(Client) - {"close"} <= names(outrider.AsyncClient)
+    documented = (
+        "create_completion create_chat_completion tokenize detokenize apply_template health"
+    )
+    assert set(documented.split()) <= names(Client)

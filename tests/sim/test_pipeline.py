@@ -1,0 +1,390 @@
+"""Whatever network and draft do, the text is the target's own, comes to an end, and adds up."""
+
+from __future__ import annotations
+
+import math
+import random
+import re
+from collections import Counter
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from tests.sim.simulator import (
+    CONTEXT,
+    GREEDY,
+    Asked,
+    Cancelled,
+    Died,
+    Event,
+    Hung,
+    Lied,
+    Simulation,
+    Target,
+    World,
+    plain,
+)
+
+from outrider.policy import Mode, Policy
+from outrider.sampling import Sampling, Scores, Token
+from outrider.session import Command, Drafted, Session
+from outrider.toy import SMALLEST
+
+quiet = settings(
+    derandomize=True,
+    database=None,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+many = settings(quiet, max_examples=250)
+
+# --- worlds ---------------------------------------------------------------------------------------
+
+WARM = Sampling(temperature=0.8, top_k=40, top_p=0.95, seed=11)
+PENALISED = Sampling(
+    temperature=0.8,
+    repeat_penalty=1.3,
+    repeat_last_n=16,
+    presence_penalty=0.4,
+    frequency_penalty=0.3,
+    seed=5,
+)
+GREEDY_PENALISED = Sampling(temperature=0, repeat_penalty=1.5, frequency_penalty=1.0)
+MODES: list[Mode] = ["sync", "pipelined", "pipelined"]
+SAMPLINGS = [GREEDY, WARM, PENALISED, GREEDY_PENALISED]
+
+asked = st.builds(
+    Asked,
+    prompt=st.sampled_from(["the old river ", "x", "東京 wind and " * 8]),
+    n_predict=st.sampled_from([17, 1, 2, 30, 48, None]),
+    context=st.sampled_from([150, CONTEXT]),
+    stop=st.sampled_from([(), (), ("y ",), ("the o", "er o"), ("東", "fa")]),
+    sampling=st.sampled_from(SAMPLINGS),
+    language=st.integers(0, 2),
+    end_probability=st.sampled_from([0.0, 0.0, 0.1]),
+).filter(lambda one: one.n_predict is not None or one.stop or one.context - len(one.tokens) < 60)
+policies = st.builds(
+    lambda mode, n_max, n_min, p_min: Policy(mode, n_max, min(n_min, n_max), p_min),
+    st.sampled_from(["pipelined", "pipelined", "sync", "plain"]),
+    st.integers(1, 6),
+    st.sampled_from([0, 0, 1, 3]),
+    st.sampled_from([0.0, 0.0, 0.6]),
+)
+
+
+def cycle(*seconds: float) -> st.SearchStrategy[tuple[float, ...]]:
+    return st.lists(st.sampled_from(seconds), min_size=1, max_size=6).map(tuple)
+
+
+delays = cycle(0.0, 0.0003, 0.002, 0.011, 0.06, 0.7)
+moments = st.floats(0, 0.5)
+deaths = st.builds(Died, moments, st.sampled_from([None, 0.0, 0.003, 0.05]))
+hangs = st.builds(Hung, moments, st.sampled_from([None, 0.005, 0.03, 1.0]))
+lies = st.builds(
+    Lied,
+    moments,
+    st.lists(
+        st.sampled_from([0, 32, 101, 116, SMALLEST - 1, SMALLEST, 2**31 - 1]), max_size=16
+    ).map(tuple),
+    st.sampled_from([0, 0, 0, -1, 1, -3, -40, 500]),
+    st.sampled_from([0, 0, 0, 0, -1, 1, 7]),
+    st.sampled_from([0.9, 0.1, 1.0, 0.0, math.nan]),
+)
+
+
+def worlds(*events: st.SearchStrategy[Event], most: int = 6) -> st.SearchStrategy[World]:
+    return st.builds(
+        World,
+        asked=asked,
+        policy=policies,
+        agreement=st.sampled_from([0.0, 0.5, 0.8, 0.8, 0.95, 1.0]),
+        draft_context=st.sampled_from([CONTEXT, CONTEXT, 30]),
+        draft_from=st.sampled_from([0.0, 0.0, 0.0, None, 0.03]),
+        pass_s=cycle(0.003, 0.01, 0.05),
+        token_s=cycle(0.0002, 0.001, 0.004, 0.02, 0.6),
+        to_target_s=delays,
+        from_target_s=delays,
+        to_draft_s=delays,
+        from_draft_s=delays,
+        cut_short=st.booleans(),
+        events=st.lists(st.one_of(*events), max_size=most).map(tuple) if events else st.just(()),
+    )
+
+
+def run(world: World) -> Simulation:
+    return Simulation(world).run()
+
+
+# --- properties -----------------------------------------------------------------------------------
+
+
+@many
+@given(worlds())
+def test_the_text_is_the_targets_own_whatever_the_network_does(world: World) -> None:
+    run(world)
+
+
+@many
+@given(worlds(deaths, hangs))
+def test_the_text_is_the_targets_own_whatever_becomes_of_the_draft(world: World) -> None:
+    run(world)
+
+
+@many
+@given(worlds(lies, lies, lies, deaths, most=16))
+def test_the_text_is_the_targets_own_whatever_the_draft_says(world: World) -> None:
+    run(world)
+
+
+@settings(quiet, max_examples=100)
+@given(worlds(deaths, st.builds(Cancelled, moments), most=3))
+def test_a_cancelled_request_ends_once_and_adds_up(world: World) -> None:
+    run(world)
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=["greedy", "warm", "penalised", "both"])
+@pytest.mark.parametrize("mode", ["plain", "sync", "pipelined"])
+def test_every_mode_says_the_same(mode: Mode, sampling: Sampling) -> None:
+    world = World(Asked(n_predict=120, sampling=sampling), Policy(mode, 5), agreement=0.7)
+    assert len(run(world).answer) == 120
+
+
+@pytest.mark.parametrize("for_s", [None, 0.3])
+@pytest.mark.parametrize("at", [0.0, 0.005, 0.0301, 0.0452])
+@pytest.mark.parametrize("mode", ["sync", "pipelined"])
+def test_when_the_draft_falls_silent_the_request_goes_on(
+    mode: Mode, at: float, for_s: float | None
+) -> None:
+    policy = Policy(mode, 4, n_min=3)
+    sim = run(World(Asked(n_predict=60), policy, agreement=1.0, events=(Hung(at, for_s),)))
+    assert sim.session.stats.generated == 60
+    if for_s is None:
+        # it was waited for once: from then on the target is never idle
+        assert sum(one.drafted == 0 for one in sim.passes) > 20
+        assert sim.seen["deadline"] == 1
+
+
+def drawn(seed: int) -> World:
+    """A world of trouble, always the same for the same seed."""
+    rng = random.Random(seed)
+
+    def seconds(*choices: float) -> tuple[float, ...]:
+        return tuple(rng.choices(choices, k=rng.randint(1, 6)))
+
+    def event() -> Event:
+        at, kind = rng.random() * 0.3, rng.random()
+        if kind < 0.45:
+            return Died(at, rng.choice([None, 0.0, 0.002, 0.02, 0.02]))
+        if kind < 0.75:
+            return Hung(at, rng.choice([None, 0.01, 0.05, 0.05]))
+        tokens = tuple(rng.choices([32, 101, 116, SMALLEST - 1, SMALLEST], k=rng.randint(0, 4)))
+        return Lied(at, tokens, rng.choice([0, 0, 0, -1, 1]), rng.choice([0, 0, 0, -1, 1]))
+
+    def wire() -> tuple[float, ...]:
+        return seconds(0.0, 0.0003, 0.002, 0.011, rng.choice([0.0, 0.06, 0.3]))
+
+    n_max = rng.randint(1, 8)
+    return World(
+        asked=Asked(
+            prompt=rng.choice(["the old river ", "x", "東京 wind and "]),
+            n_predict=rng.choice([17, 48, 96]),
+            stop=rng.choice([(), (), ("fa", "東"), ("the o", "r r"), ("y ",), ("ow", "ve")]),
+            sampling=rng.choice(SAMPLINGS),
+            language=rng.randrange(5),
+            end_probability=rng.choice([0.0, 0.0, 0.05]),
+        ),
+        policy=Policy(
+            rng.choice(MODES), n_max, rng.choice([0, 0, 1, n_max]), rng.choice([0.0, 0.0, 0.6])
+        ),
+        agreement=rng.choice([0.0, 0.6, 0.8, 0.9, 1.0]),
+        draft_context=CONTEXT if rng.random() < 0.8 else rng.choice([12, 40]),
+        draft_from=rng.choice([0.0, 0.0, 0.0, 0.02]),
+        pass_s=seconds(0.003, 0.01, 0.01, 0.05),
+        token_s=seconds(0.0003, 0.001, 0.004, rng.choice([0.0, 0.03, 0.6])),
+        to_target_s=wire(),
+        from_target_s=wire(),
+        to_draft_s=wire(),
+        from_draft_s=wire(),
+        cut_short=rng.random() < 0.7,
+        events=tuple(event() for _ in range(rng.choice([0, 1, 2, 4]))),
+    )
+
+
+@pytest.mark.parametrize("first", range(0, 600, 150))
+def test_a_world_of_trouble_changes_nothing(first: int) -> None:
+    seen: Counter[str] = Counter()
+    for seed in range(first, first + 150):
+        try:
+            sim = run(drawn(seed))
+        except Exception as exc:
+            exc.add_note(f"in drawn({seed})")
+            raise
+        stats = sim.session.stats
+        seen.update(sim.seen + stats.own)
+        seen.update({f"dropped: {reason}": n for reason, n in stats.discarded.items()})
+        seen["hit"] += stats.hits
+        seen["truncated"] += stats.truncated
+        seen["rejected draft"] += sim.session._offences >= 3
+    # the trouble was real
+    wanted = [
+        *("death", "hang", "lie", "lost with stock", "joined with stock", "draft full", "deadline"),
+        *("hit", "late hit", "late miss", "agreement", "corrected", "bonus", "plain", "truncated"),
+        *(f"dropped: {reason}" for reason in ("correction", "miss", "stale", "stop")),
+    ]
+    assert {case: seen[case] for case in wanted if not seen[case]} == {}
+
+
+# --- controls: what is wrong on purpose must be caught --------------------------------------------
+
+
+def caught(
+    session: type[Session] = Session,
+    target: type[Target] = Target,
+    world: World | None = None,
+    events: Sequence[st.SearchStrategy[Event]] = (),
+) -> str:
+    """How the same properties fail with a wrong part; AssertionError here if they do not."""
+    which = st.just(world) if world else worlds(*events)
+
+    @settings(quiet, max_examples=200, phases=[Phase.generate])
+    @given(which)
+    def properties(world: World) -> None:
+        Simulation(world, session, target).run()
+
+    with pytest.raises((AssertionError, ValueError)) as found:
+        properties()
+    return str(found.value)
+
+
+class NeverStartsALineage(Session):
+    def _break(self, unseen: int, reason: str, where: int) -> None:
+        lineage = self.lineage
+        super()._break(unseen, reason, where)
+        self.lineage = lineage
+
+
+class TakesOldLineages(Session):
+    def on_drafted(
+        self, lineage: int, position: int, drafted: Sequence[Drafted], elapsed_s: float, now: float
+    ) -> list[Command]:
+        return super().on_drafted(self.lineage, position, drafted, elapsed_s, now)
+
+
+class ForgetsLateTokens(Session):
+    """What stands before the end of the text is ignored, whether it agrees or not."""
+
+    def on_drafted(
+        self, lineage: int, position: int, drafted: Sequence[Drafted], elapsed_s: float, now: float
+    ) -> list[Command]:
+        if position < len(self.tokens):
+            return []
+        return super().on_drafted(lineage, position, drafted, elapsed_s, now)
+
+
+class KeepsTheStock(Session):
+    """After a correction, what was drafted behind it is verified all the same."""
+
+    def _break(self, unseen: int, reason: str, where: int) -> None:
+        stock = list(self.stock)
+        super()._break(unseen, reason, where)
+        self.stock = stock
+
+
+class LosesTheStock(Session):
+    def on_draft_lost(self, now: float) -> list[Command]:
+        self.stock = self.stock[: self.verifying or 0]
+        return super().on_draft_lost(now)
+
+
+class CountsTwice(Session):
+    def _discard(self, count: int, reason: str, *, created: bool = False) -> None:
+        super()._discard(2 * count, reason, created=created)
+
+
+class WaitsForEver(Session):
+    def on_timer(self, now: float) -> list[Command]:
+        self.deadline = None
+        return []
+
+
+class RunsTooFar(Session):
+    def _limit(self, lead: int) -> int:
+        return super()._limit(lead) + 1
+
+
+class EndsLate(Session):
+    def _room(self) -> int:
+        return super()._room() + 1
+
+
+@pytest.mark.parametrize(
+    ("session", "events", "words"),
+    [
+        (NeverStartsALineage, (), "lineage of its own|blamed"),
+        (TakesOldLineages, (), "of its own|blamed"),
+        (ForgetsLateTokens, (), "of its own|blamed"),
+        (KeepsTheStock, (), "of its own|blamed"),
+        (LosesTheStock, (deaths,), ""),
+        (CountsTwice, (), ""),
+        (WaitsForEver, (), "idle"),
+        (RunsTooFar, (), ""),
+        (EndsLate, (), ""),
+    ],
+)
+def test_control_a_wrong_session_is_caught(
+    session: type[Session], events: Sequence[st.SearchStrategy[Event]], words: str
+) -> None:
+    assert re.search(words, caught(session, events=events))
+
+
+class SkipsTheRewind(Target):
+    def rewind(self, length: int) -> None:
+        pass
+
+
+class RewindsTooLittle(Target):
+    def rewind(self, length: int) -> None:
+        if length < self.engine.length(0):
+            length += 1
+        super().rewind(length)
+
+
+class KeysNoiseByRound(Target):
+    """Right for plain decoding, where each round is a position."""
+
+    def position(self, round_: int, at: int) -> int:
+        return len(self.asked.tokens) + round_
+
+
+class KeepsOneHistory(Target):
+    """Penalties look at the committed text, not at the prefix that a row really has."""
+
+    def choices(self, round_: int, drafted: tuple[Token, ...], rows: Scores):  # type: ignore[no-untyped-def]
+        for at, row in enumerate(rows):
+            yield from super().choices(round_, (), row[None])
+            del at
+
+
+WARM_WORLD = World(Asked(n_predict=60, sampling=WARM), agreement=0.7)
+PENALISED_WORLD = World(Asked(n_predict=60, sampling=GREEDY_PENALISED), agreement=0.9)
+
+
+@pytest.mark.parametrize(
+    ("target", "world"),
+    [
+        (SkipsTheRewind, WARM_WORLD),
+        (RewindsTooLittle, WARM_WORLD),
+        (KeysNoiseByRound, WARM_WORLD),
+        (KeepsOneHistory, PENALISED_WORLD),
+    ],
+)
+def test_control_a_wrong_target_is_caught(target: type[Target], world: World) -> None:
+    run(world)
+    assert "not what the target says alone" in caught(target=target, world=world)
+
+
+@pytest.mark.parametrize("target", [SkipsTheRewind, RewindsTooLittle, KeysNoiseByRound])
+def test_these_targets_are_only_wrong_when_something_is_drafted(target: type[Target]) -> None:
+    world = World(WARM_WORLD.asked, Policy("plain"))
+    assert Simulation(world, make_target=target).run().answer == plain(world.asked).tokens

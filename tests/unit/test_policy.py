@@ -1,0 +1,96 @@
+"""`Policy`: how many drafted tokens to verify now, when to wait, how far the draft may run."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from outrider.policy import Mode, Policy
+
+quiet = settings(derandomize=True, database=None, deadline=None, max_examples=500)
+MODES: list[Mode] = ["plain", "sync", "pipelined"]
+
+PLAIN, SYNC, PIPELINED = Policy("plain", 4), Policy("sync", 4), Policy("pipelined", 4)
+PATIENT = Policy("pipelined", 4, n_min=2)
+CHOOSY = Policy("pipelined", 4, n_min=4, p_min=0.5)
+
+
+@pytest.mark.parametrize(
+    ("policy", "confidences", "limit", "more", "expected"),
+    [
+        pytest.param(PLAIN, [1, 1], 9, True, 0, id="plain-never-verifies-a-draft"),
+        pytest.param(Policy("sync", 0), [1], 9, True, 0, id="nor-does-a-draft-of-length-0"),
+        pytest.param(SYNC, [], 9, True, None, id="sync-waits-for-its-block"),
+        pytest.param(SYNC, [1] * 3, 9, True, None, id="and-for-the-last-of-it"),
+        pytest.param(SYNC, [1] * 4, 9, True, 4, id="then-it-verifies"),
+        pytest.param(SYNC, [1] * 3, 3, True, 3, id="near-the-end-a-shorter-block-is-whole"),
+        pytest.param(SYNC, [1], 9, False, 1, id="nothing-to-wait-for"),
+        pytest.param(SYNC, [], 9, False, 0, id="without-a-draft-it-is-plain"),
+        pytest.param(SYNC, [], 0, True, 0, id="the-last-token-is-not-worth-a-draft"),
+        pytest.param(PIPELINED, [], 9, True, 0, id="pipelined-does-not-wait"),
+        pytest.param(PIPELINED, [1] * 3, 9, True, 3, id="it-takes-what-there-is"),
+        pytest.param(PIPELINED, [1] * 9, 9, True, 4, id="but-no-more-than-a-block"),
+        pytest.param(PIPELINED, [1] * 4, 2, True, 2, id="nor-than-the-answer-has-room-for"),
+        pytest.param(PATIENT, [1], 9, True, None, id="n-min-waits"),
+        pytest.param(PATIENT, [1] * 2, 9, True, 2, id="until-there-are-as-many"),
+        pytest.param(PATIENT, [1], 9, False, 1, id="unless-no-more-will-come"),
+        pytest.param(PATIENT, [1], 1, True, 1, id="or-there-is-no-room-for-them"),
+        pytest.param(CHOOSY, [0.9, 0.4, 0.9], 9, True, 1, id="a-doubtful-token-ends-the-block"),
+        pytest.param(CHOOSY, [0.4], 9, True, 0, id="even-where-it-is-the-first"),
+        pytest.param(CHOOSY, [0.9, 0.5, 0.9], 9, True, None, id="p-min-itself-is-not-doubtful"),
+        pytest.param(CHOOSY, [0.9] * 4 + [0.1], 9, True, 4, id="behind-the-block-it-is-not-seen"),
+    ],
+)
+def test_what_is_decided(
+    policy: Policy, confidences: list[float], limit: int, more: bool, expected: int | None
+) -> None:
+    assert policy.decide(confidences, limit, more) == expected
+
+
+@pytest.mark.parametrize(
+    ("policy", "drafts", "at_start", "lead"),
+    [
+        pytest.param(PLAIN, False, 10, 10, id="plain-has-no-draft"),
+        pytest.param(Policy("pipelined", 0), False, 2, 2, id="a-block-of-0-needs-none"),
+        pytest.param(SYNC, True, 0, 4, id="sync-drafts-one-block-and-none-during-prefill"),
+        pytest.param(PIPELINED, True, 10, 10, id="two-blocks-and-the-bonus-between"),
+    ],
+)
+def test_how_far_the_draft_may_run(policy: Policy, drafts: bool, at_start: int, lead: int) -> None:
+    assert (policy.drafts, policy.lead_at_start, policy.lead) == (drafts, at_start, lead)
+
+
+policies = st.builds(
+    lambda mode, n_max, n_min, p_min: Policy(mode, n_max, min(n_min, n_max), p_min),
+    st.sampled_from(MODES),
+    st.integers(0, 6),
+    st.integers(0, 6),
+    st.sampled_from([0.0, 0.5, 1.0]),
+)
+stocks = st.lists(st.floats(0, 1), max_size=14)
+
+
+@quiet
+@given(policies, stocks, st.integers(0, 9))
+def test_when_no_more_is_coming_it_never_waits(
+    policy: Policy, confidences: list[float], limit: int
+) -> None:
+    assert policy.decide(confidences, limit, more=False) is not None
+
+
+@quiet
+@given(policies, stocks, st.integers(0, 9), st.booleans())
+def test_a_block_is_in_stock_fits_and_is_sure_enough(
+    policy: Policy, confidences: list[float], limit: int, more: bool
+) -> None:
+    block = policy.decide(confidences, limit, more)
+    if block is not None:
+        assert 0 <= block <= min(len(confidences), limit, policy.n_max)
+        assert all(confidence >= policy.p_min for confidence in confidences[:block])
+
+
+@quiet
+@given(policies, st.integers(0, 9))
+def test_with_its_whole_lead_in_stock_it_never_waits(policy: Policy, limit: int) -> None:
+    assert policy.decide([1.0] * min(policy.lead, limit), limit, more=True) is not None

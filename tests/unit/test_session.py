@@ -1,0 +1,850 @@
+"""`Session`, event by event: which text is committed, what each worker is told, what is counted."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from outrider import decoding
+from outrider.policy import Mode, Policy
+from outrider.sampling import Token
+from outrider.session import (
+    OFFENCES,
+    PATIENCE_S,
+    CloseDraft,
+    Command,
+    Commit,
+    Drafted,
+    Emit,
+    Fault,
+    Finish,
+    OpenDraft,
+    Prefill,
+    RoundResult,
+    Session,
+    Task,
+    Verify,
+)
+from outrider.stats import Stats
+
+PROMPT = (90, 91, 92)
+BASE = len(PROMPT)
+END = 0
+VOCABULARY = 100
+STEP_S = 0.01  # of virtual time between two events
+
+TASK = Task(PROMPT, None, (), frozenset({END}), 1000, VOCABULARY)
+
+
+class Ride:
+    """A session, its clock and all that it has commanded."""
+
+    def __init__(self, task: Task = TASK, policy: Policy | None = None, draft: bool = True) -> None:
+        self.session = Session(task, policy or Policy("pipelined", 4), Stats())
+        self.now = 0.0
+        self.commands: list[Command] = []
+        self.last: list[Command] = []
+        self._heard(self.session.start(0.0, draft))
+
+    def _heard(self, commands: list[Command]) -> list[Command]:
+        self.now += STEP_S
+        self.last = commands
+        self.commands += commands
+        return commands
+
+    def verdict(self, *tokens: Token, accepted: int = 0, **changes: Any) -> list[Command]:
+        session = self.session
+        pieces = tuple(bytes((ord("a") + token % 26,)) if token else b"" for token in tokens)
+        base = len(session.tokens)
+        result = RoundResult(session.round, base, accepted, tokens, pieces, None, STEP_S)
+        return self._heard(session.on_verdict(replace(result, **changes), self.now))
+
+    def drafted(
+        self,
+        *tokens: Token,
+        position: int | None = None,
+        lineage: int | None = None,
+        confidence: float = 0.9,
+    ) -> list[Command]:
+        session = self.session
+        position = len(session.tokens) + len(session.stock) if position is None else position
+        lineage = session.lineage if lineage is None else lineage
+        drafted = [Drafted(token, confidence) for token in tokens]
+        return self._heard(session.on_drafted(lineage, position, drafted, STEP_S, self.now))
+
+    def timer(self) -> list[Command]:
+        deadline = self.session.deadline
+        assert deadline is not None
+        self.now = max(self.now, deadline)
+        return self._heard(self.session.on_timer(self.now))
+
+    def lost(self) -> list[Command]:
+        return self._heard(self.session.on_draft_lost(self.now))
+
+    def ready(self) -> list[Command]:
+        return self._heard(self.session.on_draft_ready())
+
+    def cancel(self) -> list[Command]:
+        return self._heard(self.session.on_cancel())
+
+    # ---- what has come of it --------------------------------------------------------------------
+
+    @property
+    def answer(self) -> list[Token]:
+        return self.session.tokens[BASE:]
+
+    @property
+    def stock(self) -> list[Token]:
+        return [drafted.token for drafted in self.session.stock]
+
+    @property
+    def discarded(self) -> dict[str, int]:
+        return dict(+self.session.stats.discarded)
+
+    @property
+    def text(self) -> str:
+        return "".join(command.text for command in self.commands if isinstance(command, Emit))
+
+    @property
+    def kinds(self) -> list[str]:
+        return [
+            token.kind
+            for command in self.commands
+            if isinstance(command, Emit)
+            for token in command.tokens
+        ]
+
+    def one(self, kind: type[Any]) -> Any:
+        """The only command of that kind among the last ones."""
+        (found,) = [command for command in self.last if isinstance(command, kind)]
+        return found
+
+    def check_counts(self) -> None:
+        """The identities that hold when a request is over."""
+        stats, kinds = self.session.stats, Counter(self.kinds)
+        assert stats.created == stats.verified + stats.discarded.total() + stats.hits
+        assert stats.generated == len(self.answer) == kinds.total()
+        assert kinds["drafted"] == stats.accepted - stats.truncated
+        assert +Counter(stats.own) == kinds - Counter(drafted=kinds["drafted"])
+
+
+def verifying(*block: Token, policy: Policy | None = None, task: Task = TASK) -> Ride:
+    """A ride with `block` at the target, which is all that has been drafted."""
+    ride = Ride(task, policy or Policy("pipelined", max(1, len(block))))
+    ride.verdict(1)  # answered by a plain pass, as nothing has been drafted
+    for token in (2, *block) if block else ():
+        ride.drafted(token)
+    ride.verdict(2)  # a hit, if anything was drafted: the block behind it is next
+    assert ride.session.verifying == len(block)
+    return ride
+
+
+# --- the start ------------------------------------------------------------------------------------
+
+
+def test_it_starts_with_prefill_and_the_draft_prefills_the_same() -> None:
+    ride = Ride()
+    assert ride.last == [Prefill(), OpenDraft(1, BASE, PROMPT, BASE + 10)]
+
+
+def test_a_synchronous_draft_does_not_draft_during_prefill() -> None:
+    ride = Ride(policy=Policy("sync", 4))
+    assert ride.one(OpenDraft).until == BASE
+    ride.verdict(1)
+    assert ride.one(Commit).until == BASE + 1 + 4
+
+
+@pytest.mark.parametrize("policy", [Policy("plain"), Policy("sync", 0), Policy("pipelined", 0)])
+def test_a_plain_request_opens_no_draft(policy: Policy) -> None:
+    ride = Ride(policy=policy)
+    assert ride.last == [Prefill()]
+    assert ride.ready() == []
+
+
+def test_without_a_draft_worker_it_is_plain_until_one_comes() -> None:
+    ride = Ride(draft=False)
+    assert ride.last == [Prefill()]
+    assert ride.verdict(1)[0] == Verify(1, BASE + 1, ())
+    assert ride.ready() == [OpenDraft(1, BASE + 1, (*PROMPT, 1), BASE + 1 + 10)]
+    assert ride.ready() == []
+
+
+def test_the_first_token_comes_from_prefill_and_does_not_wait_for_the_draft() -> None:
+    ride = Ride(policy=Policy("sync", 4))
+    ride.verdict(1)
+    assert ride.answer == [1]
+    assert ride.kinds == ["plain"]
+    assert ride.one(Emit).text == "b"
+
+
+# --- the commit of n + 1 tokens -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("block", "accepted", "tokens", "kinds"),
+    [
+        pytest.param((), 0, (7,), ["plain"], id="no-draft"),
+        pytest.param((5,), 1, (5, 7), ["drafted", "bonus"], id="a-bonus"),
+        pytest.param((5,), 0, (7,), ["corrected"], id="a-correction"),
+        pytest.param((5, 6), 1, (5, 7), ["drafted", "corrected"], id="one-of-two"),
+        pytest.param((5, 6), 2, (5, 6, 7), ["drafted", "drafted", "bonus"], id="two-of-two"),
+        pytest.param((5, 6, 8, 9), 0, (7,), ["corrected"], id="none-of-four"),
+    ],
+)
+def test_n_accepted_tokens_commit_one_more(
+    block: tuple[Token, ...], accepted: int, tokens: tuple[Token, ...], kinds: list[str]
+) -> None:
+    ride = verifying(*block)
+    stats = ride.session.stats
+    before = stats.verified, stats.accepted, stats.rounds
+    ride.verdict(*tokens, accepted=accepted)
+    assert ride.answer == [1, 2, *tokens]
+    assert ride.kinds == ["plain", "plain", *kinds]
+    emit = ride.one(Emit)
+    assert [(token.id, token.position) for token in emit.tokens] == list(
+        zip(tokens, range(BASE + 2, BASE + 9), strict=False)
+    )
+    assert tuple(drafted.token for drafted in emit.drafted) == block
+    assert ride.one(Commit) == Commit(BASE + 2, tokens, ride.session._until)
+    after = stats.verified, stats.accepted, stats.rounds
+    counted = tuple(b - a for a, b in zip(before, after, strict=True))
+    assert counted == (len(block), accepted, bool(block))
+
+
+def test_logprobs_go_with_their_tokens() -> None:
+    ride = verifying(5)
+    ride.verdict(5, 7, accepted=1, logprobs=(-0.5, -1.5))
+    assert [token.logprob for token in ride.one(Emit).tokens] == [-0.5, -1.5]
+
+
+def test_the_workers_are_told_before_the_client() -> None:
+    ride = verifying(5)
+    assert list(map(type, ride.verdict(5, 7, accepted=1))) == [Verify, Commit, Emit]
+
+
+def test_a_pass_takes_what_was_drafted_in_order_and_no_more_than_a_block() -> None:
+    ride = Ride(policy=Policy("pipelined", 2))
+    ride.verdict(1)
+    for token in (2, 3, 4, 5):
+        ride.drafted(token)
+    assert ride.verdict(2)[0] == Verify(2, BASE + 2, (3, 4))
+    assert ride.verdict(3, 4, 5, accepted=2)[0] == Verify(3, BASE + 5, ())
+
+
+def test_there_is_never_more_than_one_pass_under_way() -> None:
+    ride = Ride()
+    assert ride.drafted(1) == []
+    assert ride.drafted(2) == []
+    assert ride.lost() == []
+    assert ride.session.verifying == 0
+
+
+# --- lineages -------------------------------------------------------------------------------------
+
+
+def test_after_a_hit_the_lineage_goes_on() -> None:
+    ride = Ride()
+    ride.verdict(1)
+    for token in (2, 3, 4):
+        ride.drafted(token)
+    ride.verdict(2)
+    assert (ride.session.lineage, ride.session.stats.hits) == (1, 1)
+    assert ride.one(Verify).drafted == (3, 4)
+    ride.drafted(5)
+    ride.drafted(6)
+    ride.verdict(3, 4, 5, accepted=2)
+    assert (ride.session.lineage, ride.session.stats.hits) == (1, 2)
+    assert ride.stock == [6]
+
+
+def test_a_correction_voids_all_that_was_drafted_behind_it() -> None:
+    ride = verifying(3, 4)
+    ride.drafted(5)
+    ride.drafted(6)
+    ride.verdict(3, 9, accepted=1)
+    assert (ride.session.lineage, ride.stock) == (2, [])
+    assert ride.discarded == {"correction": 2}
+
+
+def test_a_bonus_that_misses_voids_what_was_drafted_in_the_meantime() -> None:
+    ride = verifying(3)
+    ride.drafted(5)
+    ride.drafted(6)
+    ride.verdict(3, 9, accepted=1)
+    assert (ride.session.lineage, ride.stock) == (2, [])
+    assert ride.discarded == {"miss": 2}
+
+
+def test_what_a_broken_lineage_still_sends_is_counted_and_dropped() -> None:
+    ride = verifying(3)
+    ride.verdict(9)
+    created = ride.session.stats.created
+    assert ride.drafted(4, 5, lineage=1) == []
+    assert ride.stock == []
+    assert ride.discarded == {"stale": 2}
+    assert ride.session.stats.created == created + 2
+    ride.drafted(6, lineage=2)
+    assert ride.stock == [6]
+
+
+def test_a_late_token_that_agrees_is_a_hit_and_keeps_the_lineage() -> None:
+    ride = Ride()
+    ride.verdict(1)
+    ride.verdict(2)
+    ride.drafted(1, position=BASE)
+    ride.drafted(2, 3, position=BASE + 1)
+    assert (ride.session.lineage, ride.session.stats.hits) == (1, 2)
+    assert ride.stock == [3]
+
+
+def test_a_late_token_that_differs_ends_its_lineage() -> None:
+    ride = Ride()
+    ride.verdict(1)
+    ride.verdict(2)
+    ride.drafted(1, 7, 8, position=BASE)  # 7 where 2 is, and 8 behind it
+    assert (ride.session.lineage, ride.session.stats.hits, ride.stock) == (2, 1, [])
+    assert ride.discarded == {"miss": 2}
+    ride.drafted(9, lineage=1, position=BASE + 3)
+    assert ride.discarded == {"miss": 2, "stale": 1}
+    ride.drafted(3, lineage=2, position=BASE + 2)
+    assert ride.stock == [3]
+
+
+def test_several_lineages_may_end_one_after_the_other_on_their_way() -> None:
+    ride = Ride()
+    ride.verdict(1)
+    ride.verdict(2)
+    ride.verdict(3)
+    ride.drafted(7, lineage=1, position=BASE)
+    ride.drafted(7, lineage=2, position=BASE + 1)
+    ride.drafted(7, lineage=3, position=BASE + 2)
+    assert ride.session.lineage == 4
+    ride.drafted(4, lineage=4, position=BASE + 3)
+    assert ride.stock == [4]
+
+
+def test_a_draft_that_was_told_tokens_goes_on_behind_them() -> None:
+    ride = Ride()
+    ride.verdict(1)
+    ride.verdict(2)
+    ride.drafted(3, position=BASE + 2)  # its stream had neither 1 nor 2: both were appended
+    assert (ride.session.lineage, ride.stock) == (1, [3])
+
+
+def test_a_rejected_block_that_was_all_there_was_still_ends_the_lineage() -> None:
+    ride = verifying(3)
+    ride.verdict(9)
+    assert ride.session.lineage == 2
+
+
+def test_a_bonus_behind_which_nothing_was_drafted_yet_ends_none() -> None:
+    ride = verifying(3)
+    ride.verdict(3, 9, accepted=1)
+    assert ride.session.lineage == 1
+    ride.drafted(8, position=BASE + 3)  # on its way when the bonus was committed
+    assert ride.session.lineage == 2
+
+
+# --- where an answer ends -------------------------------------------------------------------------
+
+
+def play(
+    ride: Ride, truth: Callable[[int], Token], guess: Callable[[int], Token], passes: int = 500
+) -> None:
+    """Let a target that knows the text and a draft that guesses it run until the request ends.
+
+    The draft has always drafted as far as it may, one token a message.
+    """
+    session = ride.session
+    for _ in range(passes):
+        if session.over:
+            return
+        while session.riding and not session.over:
+            position = len(session.tokens) + len(session.stock)
+            if position >= session._until or (ride.stock and ride.stock[-1] in TASK.ends):
+                break
+            ride.drafted(guess(position))
+        verify = next(c for c in reversed(ride.commands) if isinstance(c, Verify | Prefill))
+        block = verify.drafted if isinstance(verify, Verify) else ()
+        base = len(session.tokens)
+        choices = map(truth, range(base, base + len(block) + 1))
+        verdict = decoding.verify(block, choices, TASK.ends)
+        ride.verdict(*verdict.tokens, accepted=verdict.accepted)
+    raise AssertionError(f"not over after {passes} passes")
+
+
+def text_of(position: int) -> Token:
+    return 1 + position * 7 % 50
+
+
+GUESSES: dict[str, Callable[[int], Token]] = {
+    "perfect": text_of,
+    "always-wrong": lambda position: text_of(position) + 1,
+    "every-third-wrong": lambda position: text_of(position) + (position % 3 == 0),
+}
+
+
+@pytest.mark.parametrize("guess", GUESSES)
+@pytest.mark.parametrize("mode", ["plain", "sync", "pipelined"])
+@pytest.mark.parametrize("n_predict", [1, 2, 17, 96])
+def test_the_answer_has_exactly_as_many_tokens_as_asked_for(
+    n_predict: int, mode: Mode, guess: str
+) -> None:
+    ride = Ride(replace(TASK, n_predict=n_predict), Policy(mode, 5))
+    play(ride, text_of, GUESSES[guess])
+    assert ride.answer == [text_of(BASE + n) for n in range(n_predict)]
+    assert ride.one(Finish) == Finish("length")
+    assert ride.session.stats.truncated == 0
+    ride.check_counts()
+
+
+@pytest.mark.parametrize("guess", GUESSES)
+@pytest.mark.parametrize("room", [1, 2, 17])
+@pytest.mark.parametrize("n_predict", [None, 500])
+def test_a_full_context_ends_the_answer(n_predict: int | None, room: int, guess: str) -> None:
+    ride = Ride(replace(TASK, n_predict=n_predict, context=BASE + room), Policy("pipelined", 5))
+    play(ride, text_of, GUESSES[guess])
+    assert len(ride.session.tokens) == BASE + room
+    assert ride.one(Finish) == Finish("length")
+    ride.check_counts()
+
+
+@pytest.mark.parametrize("mode", ["sync", "pipelined"])
+def test_neither_worker_is_asked_beyond_the_end_of_the_answer(mode: Mode) -> None:
+    ride = Ride(replace(TASK, n_predict=9), Policy(mode, 5))
+    play(ride, text_of, text_of)
+    last = BASE + 9 - 1  # where the answer's last token stands, always the target's own
+    for command in ride.commands:
+        match command:
+            case Verify(_, base, drafted):
+                assert base + len(drafted) <= last
+            case OpenDraft() | Commit():
+                assert command.until <= last
+
+
+def test_asked_for_no_tokens_it_still_ends() -> None:
+    ride = Ride(replace(TASK, n_predict=0))
+    ride.verdict(1)
+    assert ride.one(Finish) == Finish("length")
+
+
+def test_an_end_token_ends_the_answer_and_has_no_text() -> None:
+    ride = verifying()
+    ride.verdict(END, pieces=(b"<end>",))
+    assert (ride.answer, ride.text) == ([1, 2, END], "bc")
+    assert list(map(type, ride.last)) == [Emit, CloseDraft, Finish]
+    assert ride.one(Finish) == Finish("stop")
+    ride.check_counts()
+
+
+@pytest.mark.parametrize(
+    ("block", "tokens", "accepted", "truncated"),
+    [
+        pytest.param((5, END), (5, END), 2, 0, id="accepted-as-the-last-of-a-block"),
+        pytest.param((END, 5), (END,), 1, 0, id="accepted-inside-a-block"),
+        pytest.param((5, 6), (5, END), 1, 0, id="as-a-correction"),
+        pytest.param((5, 6), (5, 6, END), 2, 0, id="as-a-bonus"),
+    ],
+)
+def test_an_end_token_in_a_block(
+    block: tuple[Token, ...], tokens: tuple[Token, ...], accepted: int, truncated: int
+) -> None:
+    ride = verifying(*block)
+    ride.verdict(*tokens, accepted=accepted)
+    assert ride.answer == [1, 2, *tokens]
+    assert ride.one(Finish) == Finish("stop")
+    assert ride.session.stats.truncated == truncated
+    ride.check_counts()
+
+
+def test_behind_a_drafted_end_token_no_more_is_waited_for() -> None:
+    ride = Ride(policy=Policy("sync", 4))
+    ride.verdict(1)
+    assert ride.drafted(5) == []
+    assert ride.drafted(END) == [Verify(1, BASE + 1, (5, END))]
+
+
+def test_a_stop_string_inside_an_accepted_block_drops_what_lies_behind_it() -> None:
+    ride = verifying(5, 6, 7, 8, task=replace(TASK, stop=("xy",)))
+    ride.drafted(9)
+    pieces = (b"a", b"x", b"yz", b"b", b"c")
+    ride.verdict(5, 6, 7, 8, 11, accepted=4, pieces=pieces)
+    assert ride.answer == [1, 2, 5, 6, 7]
+    assert ride.text == "bca"
+    assert ride.one(Finish) == Finish("stop")
+    stats = ride.session.stats
+    assert (stats.accepted, stats.truncated, stats.own["bonus"]) == (4, 1, 0)
+    assert ride.discarded == {"stop": 1}
+    ride.check_counts()
+
+
+@pytest.mark.parametrize("stop", [3, 4, 5])
+def test_what_is_truncated_is_what_was_accepted_behind_the_end(stop: int) -> None:
+    """The stop string is the text of the block's token number `stop`, of four and a bonus."""
+    ride = verifying(5, 6, 7, 8, task=replace(TASK, stop=("!",)))
+    pieces = tuple(b"!" if at == stop else b"a" for at in range(1, 6))
+    ride.verdict(5, 6, 7, 8, 11, accepted=4, pieces=pieces)
+    assert len(ride.answer) == 2 + stop
+    assert ride.session.stats.truncated == max(0, 4 - stop)
+    assert ride.session.stats.own["bonus"] == (stop == 5)
+    ride.check_counts()
+
+
+def test_a_stop_string_that_straddles_rounds_is_not_shown() -> None:
+    ride = Ride(replace(TASK, stop=("STOP",)))
+    shown = []
+    for piece in (b"one S", b"T", b"O"):
+        ride.verdict(1, pieces=(piece,))
+        shown.append(ride.one(Emit).text)
+    assert shown == ["one ", "", ""]
+    ride.verdict(1, pieces=(b"P and more",))
+    assert (ride.one(Emit).text, ride.one(Finish)) == ("", Finish("stop"))
+    assert ride.text == "one "
+
+
+def test_what_only_began_like_a_stop_string_is_shown_after_all() -> None:
+    ride = Ride(replace(TASK, stop=("STOP",)))
+    for piece in (b"S", b"T", b"!"):
+        ride.verdict(1, pieces=(piece,))
+    assert ride.text == "ST!"
+
+
+@pytest.mark.parametrize(
+    ("n_predict", "last"), [(2, 1), (9, END)], ids=["at-the-length", "at-an-end-token"]
+)
+def test_what_was_held_back_is_released_at_the_end(n_predict: int, last: Token) -> None:
+    ride = Ride(replace(TASK, stop=("STOP",), n_predict=n_predict))
+    ride.verdict(1, pieces=(b"ST",))
+    ride.verdict(last, pieces=(b"",))
+    assert ride.text == "ST"
+
+
+def test_nothing_is_shown_behind_a_stop_string_not_even_half_a_character() -> None:
+    ride = Ride(replace(TASK, stop=(".",)))
+    ride.verdict(1, pieces=(b"end.\xe4\xb8",))
+    assert ride.text == "end"
+
+
+def test_a_character_over_several_tokens_comes_whole() -> None:
+    ride = verifying(5, 6, 7, policy=Policy("pipelined", 3))
+    ride.verdict(5, 6, 7, 8, accepted=3, pieces=(b"\xf0", b"\x9f\x9a", b"\x80\xe4\xb8", b"\xad"))
+    assert ride.one(Emit).text == "🚀中"
+
+
+# --- a draft that breaks the rules ----------------------------------------------------------------
+
+
+def garbage(
+    *tokens: Token, ahead: int = 0, lineage: int = 0, confidence: float = 0.9
+) -> dict[str, Any]:
+    return {"tokens": tokens, "ahead": ahead, "lineage": lineage, "confidence": confidence}
+
+
+GARBAGE = [
+    pytest.param(garbage(), id="nothing"),
+    pytest.param(garbage(VOCABULARY), id="an-id-outside-the-vocabulary"),
+    pytest.param(garbage(5, 2**31 - 1, 5), id="one-such-id-among-others"),
+    pytest.param(garbage(*[5] * 9), id="more-than-its-lead"),
+    pytest.param(garbage(5, ahead=1), id="a-gap"),
+    pytest.param(garbage(5, ahead=-1), id="a-token-once-more"),
+    pytest.param(garbage(5, ahead=-4), id="a-token-of-the-committed-text"),
+    pytest.param(garbage(5, ahead=-BASE - 3), id="a-token-of-the-prompt"),
+    pytest.param(garbage(5, ahead=2**31), id="a-position-far-off"),
+    pytest.param(garbage(5, lineage=1), id="a-lineage-to-come"),
+    pytest.param(garbage(5, confidence=math.nan), id="not-a-number"),
+    pytest.param(garbage(5, confidence=math.inf), id="infinite-confidence"),
+]
+
+
+def throw(ride: Ride, wrong: dict[str, Any]) -> list[Command]:
+    session = ride.session
+    return ride.drafted(
+        *wrong["tokens"],
+        position=len(session.tokens) + len(session.stock) + wrong["ahead"],
+        lineage=session.lineage + wrong["lineage"],
+        confidence=wrong["confidence"],
+    )
+
+
+@pytest.mark.parametrize("wrong", GARBAGE)
+def test_garbage_is_not_taken_and_the_third_piece_closes_the_draft(wrong: dict[str, Any]) -> None:
+    ride = verifying(3)
+    ride.drafted(4)  # its lead is four tokens, one of them verified: more than two are too many
+    before = ride.stock, ride.session.lineage, ride.session.stats.created
+    for _ in range(OFFENCES - 1):
+        assert throw(ride, wrong) == []
+        assert ride.session.riding
+    assert throw(ride, wrong) == [CloseDraft()]
+    assert not ride.session.riding
+    assert (ride.stock, ride.session.lineage, ride.session.stats.created) == before
+    assert ride.ready() == []  # it is not given another chance
+    assert throw(ride, wrong) == []
+    ride.verdict(3, 4, accepted=1)
+    assert ride.answer == [1, 2, 3, 4]
+    assert not any(isinstance(command, Commit) for command in ride.last)
+
+
+def test_an_offence_while_the_target_waits_does_not_leave_it_waiting() -> None:
+    ride = Ride(policy=Policy("sync", 4))
+    ride.verdict(1)
+    for _ in range(OFFENCES - 1):
+        ride.drafted()
+        assert ride.session.deadline is not None
+    assert ride.drafted() == [CloseDraft(), Verify(1, BASE + 1, ())]
+    assert ride.session.deadline is None
+
+
+def test_old_lineages_are_no_offence_however_many() -> None:
+    ride = verifying(3)
+    ride.verdict(9)
+    for _ in range(2 * OFFENCES):
+        ride.drafted(VOCABULARY + 1, lineage=1, position=10**6)
+    assert ride.session.riding
+
+
+def test_just_as_far_as_its_lead_a_draft_may_go() -> None:
+    ride = Ride()
+    ride.verdict(1)
+    ride.drafted(*[5] * 10)
+    assert len(ride.stock) == 10
+    ride.drafted(5)
+    assert len(ride.stock) == 10
+
+
+# --- a draft that is lost, comes back, or is late -------------------------------------------------
+
+
+def test_what_a_lost_draft_has_drafted_is_still_verified() -> None:
+    ride = Ride(policy=Policy("pipelined", 2))
+    ride.verdict(1)
+    for token in (2, 3, 4, 5, 6):
+        ride.drafted(token)
+    ride.lost()
+    assert ride.verdict(2) == [Verify(2, BASE + 2, (3, 4)), ride.one(Emit)]
+    assert ride.verdict(3, 4, 5, accepted=2)[0] == Verify(3, BASE + 5, (6,))
+    assert ride.drafted(9) == []
+    assert ride.stock == [6]
+
+
+def test_a_lost_draft_is_not_waited_for() -> None:
+    ride = Ride(policy=Policy("sync", 4))
+    ride.verdict(1)
+    ride.drafted(2)
+    assert ride.session.deadline is not None
+    assert ride.lost() == [Verify(1, BASE + 1, (2,))]
+    assert ride.session.deadline is None
+    assert ride.lost() == []
+
+
+def test_a_draft_that_comes_back_goes_on_behind_what_is_in_stock() -> None:
+    ride = Ride(policy=Policy("pipelined", 2))
+    ride.verdict(1)
+    for token in (2, 3, 4, 5):
+        ride.drafted(token)
+    ride.verdict(2)  # 3 and 4 are at the target now, 5 is in stock
+    ride.lost()
+    stream = (*PROMPT, 1, 2, 3, 4, 5)
+    assert ride.ready() == [OpenDraft(2, BASE + 2, stream, BASE + 2 + 6)]
+    ride.drafted(5, lineage=1, position=len(stream))
+    assert ride.discarded == {"stale": 1}
+    ride.drafted(6, lineage=2, position=len(stream))
+    assert ride.stock == [3, 4, 5, 6]
+    ride.verdict(3, 4, 5, accepted=2)
+    assert ride.one(Commit).base == BASE + 2
+    assert (ride.session.lineage, ride.stock) == (2, [6])
+
+
+def test_a_draft_that_came_back_may_not_repeat_what_is_in_stock() -> None:
+    ride = verifying(3, 4)
+    ride.lost()
+    ride.ready()
+    for position in (BASE + 2, BASE + 3):
+        ride.drafted(3, position=position)
+    assert ride.stock == [3, 4]
+
+
+def test_a_correction_of_the_old_stock_breaks_the_new_drafts_lineage_too() -> None:
+    ride = verifying(3, 4)
+    ride.lost()
+    ride.ready()
+    ride.drafted(5)
+    ride.verdict(9)
+    assert (ride.session.lineage, ride.stock) == (3, [])
+
+
+def test_a_draft_that_came_during_prefill_has_the_prompt_only() -> None:
+    ride = Ride(policy=Policy("sync", 4))
+    ride.lost()
+    assert ride.ready() == [OpenDraft(2, BASE, PROMPT, BASE)]
+
+
+def test_a_late_draft_is_waited_for_until_the_deadline_and_not_again() -> None:
+    ride = Ride(policy=Policy("sync", 4))
+    ride.verdict(1)
+    ride.drafted(2)
+    assert ride.session.deadline is not None
+    assert ride.session.on_timer(ride.session.deadline - 1e-6) == []
+    assert ride.timer() == [Verify(1, BASE + 1, (2,))]
+    assert ride.session.deadline is None
+    ride.verdict(2, 3, accepted=1)
+    assert ride.one(Verify) == Verify(2, BASE + 3, ())  # at once
+    ride.drafted(3, position=BASE + 2)  # heard of again
+    ride.verdict(4)
+    assert ride.session.deadline is not None
+
+
+def test_each_drafted_token_puts_the_deadline_off() -> None:
+    ride = Ride(policy=Policy("sync", 4))
+    ride.verdict(1)
+    first = ride.session.deadline
+    ride.drafted(2)
+    second = ride.session.deadline
+    assert first is not None
+    assert second is not None
+    assert second > ride.now
+
+
+@pytest.mark.parametrize("elapsed_s", [0.0, 1e-3, 0.01, 1.0, 1e6])
+def test_patience_has_its_bounds_however_slow_the_draft(elapsed_s: float) -> None:
+    ride = Ride(policy=Policy("sync", 40))
+    ride.verdict(1)
+    for _ in range(30):
+        at, session = ride.now, ride.session
+        position = len(session.tokens) + len(session.stock)
+        session.on_drafted(session.lineage, position, [Drafted(5, 0.9)], elapsed_s, at)
+        assert session.deadline is not None
+        waited = session.deadline - at
+        assert PATIENCE_S[0] - 1e-9 <= waited <= PATIENCE_S[1] + 1e-9
+    usual = min(max(4 * elapsed_s, PATIENCE_S[0]), PATIENCE_S[1])
+    assert waited == pytest.approx(usual, rel=0.1)
+
+
+def test_without_a_deadline_the_timer_does_nothing() -> None:
+    ride = Ride()
+    assert ride.session.deadline is None
+    assert ride.session.on_timer(1e9) == []
+
+
+# --- cancelling -----------------------------------------------------------------------------------
+
+
+def test_cancelling_ends_at_once_and_once_only() -> None:
+    ride = verifying(3, 4)
+    ride.drafted(5)
+    assert ride.cancel() == [CloseDraft(), Finish("cancelled")]
+    assert ride.discarded == {"cancelled": 3}
+    ride.check_counts()
+    assert ride.cancel() == []
+
+
+def test_what_was_held_back_is_shown_before_the_cancellation() -> None:
+    ride = Ride(replace(TASK, stop=("STOP",)), draft=False)
+    ride.verdict(1, pieces=(b"ST",))
+    assert ride.cancel() == [Emit(1, "ST", (), ()), Finish("cancelled")]
+
+
+def test_once_over_nothing_that_still_comes_has_an_effect() -> None:
+    ride = verifying(3)
+    late = RoundResult(ride.session.round, BASE + 2, 1, (3, 4), (b"d", b"e"), None, 0.1)
+    ride.cancel()
+    created = ride.session.stats.created
+    assert ride.session.on_verdict(late, 9.0) == []
+    assert ride.drafted(5) == []
+    assert ride.lost() == []
+    assert ride.ready() == []
+    assert ride.session.on_timer(1e9) == []
+    assert (ride.answer, ride.session.stats.created) == ([1, 2], created)
+
+
+# --- verdicts that come late or cannot be ---------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes", [{"round": 1}, {"round": 3}, {"base": BASE + 1}, {"base": BASE + 3}], ids=repr
+)
+def test_a_verdict_of_another_round_or_base_is_ignored(changes: dict[str, int]) -> None:
+    ride = verifying(3)
+    assert ride.session.round == 2
+    assert ride.verdict(3, 4, accepted=1, **changes) == []
+    assert (ride.answer, ride.session.verifying) == ([1, 2], 1)
+    assert ride.verdict(3, 4, accepted=1) != []
+
+
+def test_a_verdict_counts_once() -> None:
+    ride = Ride(policy=Policy("sync", 4))
+    verdict = RoundResult(0, BASE, 0, (1,), (b"b",), None, 0.1)
+    assert ride.session.on_verdict(verdict, 1.0) != []
+    assert ride.session.verifying is None  # it waits for the draft
+    assert ride.session.on_verdict(verdict, 1.0) == []
+    assert ride.answer == [1]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "changes"),
+    [
+        pytest.param((), {}, id="no-token"),
+        pytest.param((3, 4, 5, 6), {"accepted": 3}, id="more-accepted-than-drafted"),
+        pytest.param((3, 4), {"accepted": 2}, id="no-token-of-its-own"),
+        pytest.param((3, 4, 5), {"accepted": 1}, id="two-tokens-of-its-own"),
+        pytest.param((3, END), {"accepted": 2}, id="an-end-token-that-was-not-drafted"),
+        pytest.param((8, 5), {"accepted": 1}, id="accepted-but-not-drafted"),
+        pytest.param((3, 8, 5), {"accepted": 2}, id="the-second-of-them-not-drafted"),
+        pytest.param((3,), {}, id="a-correction-that-was-drafted"),
+        pytest.param((3, 4), {"accepted": 1}, id="a-second-correction-that-was-drafted"),
+        pytest.param((VOCABULARY,), {}, id="a-token-outside-the-vocabulary"),
+        pytest.param((9,), {"pieces": ()}, id="a-token-without-text"),
+        pytest.param((9,), {"pieces": (b"a", b"b")}, id="a-text-without-token"),
+        pytest.param((9,), {"logprobs": ()}, id="a-token-without-logprob"),
+        pytest.param((9,), {"logprobs": (-1.0, -2.0)}, id="a-logprob-without-token"),
+    ],
+)
+def test_an_impossible_verdict_fails_the_request(
+    tokens: tuple[Token, ...], changes: dict[str, Any]
+) -> None:
+    ride = verifying(3, 4)
+    ride.verdict(*tokens, **changes)
+    assert list(map(type, ride.last)) == [CloseDraft, Fault]
+    assert "target worker broke the protocol" in ride.one(Fault).message
+    assert (ride.answer, ride.session.over) == ([1, 2], True)
+    assert ride.verdict(9) == []
+
+
+def test_while_the_target_is_idle_no_verdict_counts() -> None:
+    ride = Ride(policy=Policy("sync", 4))
+    ride.verdict(1)
+    assert ride.session.verifying is None
+    assert ride.verdict(2) == []
+    assert ride.answer == [1]
+
+
+# --- times ----------------------------------------------------------------------------------------
+
+
+def test_the_trace_has_every_pass_and_drafted_token_if_asked_for() -> None:
+    ride = verifying(3, task=replace(TASK, trace=True))
+    assert [(lane, rows) for lane, _, _, rows in ride.session.trace] == [
+        *(("target", 1), ("draft", 1), ("draft", 1), ("target", 1))
+    ]
+    assert all(end - start == pytest.approx(STEP_S) for _, start, end, _ in ride.session.trace)
+    assert verifying(3).session.trace == []
+
+
+def all_of(commands: Iterable[Command], kind: type[Command]) -> Sequence[Command]:
+    return [command for command in commands if isinstance(command, kind)]
+
+
+@pytest.mark.parametrize("guess", GUESSES)
+@pytest.mark.parametrize("mode", ["plain", "sync", "pipelined"])
+def test_there_is_one_end_and_each_round_is_numbered(mode: Mode, guess: str) -> None:
+    ride = Ride(replace(TASK, n_predict=40), Policy(mode, 3))
+    play(ride, text_of, GUESSES[guess])
+    assert len(all_of(ride.commands, Finish)) == 1
+    assert isinstance(ride.commands[-1], Finish)
+    rounds = [command.round for command in ride.commands if isinstance(command, Verify)]
+    assert rounds == list(range(1, len(rounds) + 1))
+    assert [c.round for c in ride.commands if isinstance(c, Emit)] == [0, *rounds]
