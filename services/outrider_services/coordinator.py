@@ -27,7 +27,8 @@ from outrider.errors import (
     WorkerLost,
     from_code,
 )
-from outrider.policy import Mode, Policy
+from outrider.planner import CostModel
+from outrider.policy import LONGEST, Mode, Pilot, Policy
 from outrider.session import Command, Session
 from outrider.stats import Stats
 from outrider.transport import PeerGone
@@ -48,7 +49,7 @@ class Defaults:
     """What a request gets that does not say."""
 
     mode: str = "auto"
-    n_draft: int = 5
+    n_draft: int | None = None  # most drafted tokens in a block; None: what the costs say
     n_min: int = 0
     p_min: float = 0.0
     queue: int = 64  # requests that may wait for a free sequence
@@ -78,6 +79,7 @@ class Coordinator:
     def __init__(self, send: Send, defaults: Defaults) -> None:
         self._send, self._defaults = send, defaults
         self._roster = Roster(self._tell, self._on_joined, self._on_lost)
+        self._costs: CostModel | None = None  # of the two workers; None until both have joined
         self._clients: set[bytes] = set()
         self._bad_frames: dict[bytes, int] = {}
         self._requests: dict[tuple[bytes, int], Request] = {}  # by client and its number: all
@@ -201,6 +203,9 @@ class Coordinator:
             self._advance(request, Session.on_draft_lost)
 
     def _on_joined(self, role: wire.Role) -> None:
+        target, draft = self._roster.get("target"), self._roster.get("draft")
+        if target and draft:
+            self._costs = CostModel(target.hello.curve_s, draft.hello.curve_s[0])
         if role == "draft":
             for request in list(self._running.values()):
                 self._advance(request, lambda session, now: session.on_draft_ready())
@@ -250,7 +255,7 @@ class Coordinator:
                 "device": member.hello.device,
                 "context": member.hello.context,
                 "slots": member.hello.slots,
-                "step_s": member.hello.step_s,
+                "step_s": member.hello.curve_s[0],
             }
             for member in self._roster.members
         }
@@ -328,9 +333,9 @@ class Coordinator:
         )
         defaults = self._defaults
         n_max = defaults.n_draft if submit.n_draft is None else submit.n_draft
-        mode = self._mode(submit.mode) if n_max else "plain"
-        policy = Policy(mode, n_max, min(defaults.n_min, n_max), defaults.p_min)
-        stats = Stats(mode, sampling.seed, request.submitted, step_s=target.hello.step_s)
+        mode = "plain" if n_max == 0 else self._mode(submit.mode)
+        policy = self._policy(mode, LONGEST if n_max is None else min(n_max, LONGEST))
+        stats = Stats(mode, sampling.seed, request.submitted, step_s=target.hello.curve_s[0])
         request.session, request.sampling = Session(task, policy, stats), sampling
         self._running[request.id] = request
         self._tell(
@@ -338,6 +343,14 @@ class Coordinator:
         )
         drafts = self._roster.get("draft") is not None
         self._advance(request, lambda session, now: session.start(now, drafts))
+
+    def _policy(self, mode: Mode, n_max: int) -> Policy | Pilot:
+        """Fixed numbers where they are asked for, else what the measured costs say."""
+        defaults = self._defaults
+        fixed = defaults.n_min > 0 or defaults.p_min > 0
+        if mode == "plain" or fixed or self._costs is None:
+            return Policy(mode, n_max, min(defaults.n_min, n_max), defaults.p_min)
+        return Pilot(mode, n_max, self._costs)
 
     def _mode(self, mode: str | None) -> Mode:
         """`auto`: pipelined where draft and target have devices of their own, else synchronous."""

@@ -12,7 +12,7 @@ from outrider import wire
 from outrider.engine import Cancelled, Engine, EngineFault
 from outrider.errors import OutriderError
 from outrider.sampling import Choice, Sampling, Token, choose
-from outrider_services.worker import Worker, failure
+from outrider_services.worker import Curve, Worker, failure
 
 
 @dataclass(slots=True)
@@ -46,10 +46,11 @@ class Stream:
 
 
 class DraftWorker(Worker):
+    calibrated_rows: ClassVar[tuple[int, ...]] = (1,)
     role: ClassVar[wire.Role] = "draft"
 
-    def __init__(self, engine: Engine, owner: ThreadPoolExecutor, step_s: float) -> None:
-        super().__init__(engine, owner, step_s)
+    def __init__(self, engine: Engine, owner: ThreadPoolExecutor, curve_s: Curve) -> None:
+        super().__init__(engine, owner, curve_s)
         self._streams: dict[int, Stream] = {}
         self._turns: deque[int] = deque()
         self._running: Stream | None = None

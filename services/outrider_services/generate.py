@@ -24,6 +24,7 @@ from outrider_services.serving import SAME_MODEL, News, has_draft, tell, with_pa
 
 DEFAULT_PROMPT = "The future of AI is"
 DEFAULT_LENGTH = 100
+DEMONSTRATED = 5  # drafted tokens in a block, where a model drafts for itself
 
 
 def run(settings: Settings, parsed: Any) -> int:
@@ -103,7 +104,8 @@ def same_model(settings: Settings) -> Settings:
     if pipeline.mode == "auto":
         pipeline = replace(pipeline, mode="pipelined")
     # a draft as slow as its target is never ahead: without whole blocks there were none to see
-    draft = replace(draft, model=settings.target.model, n_min=draft.n_max)
+    n_max = DEMONSTRATED if draft.n_max is None else draft.n_max
+    draft = replace(draft, model=settings.target.model, n_max=n_max, n_min=n_max)
     return replace(settings, draft=draft, pipeline=pipeline)
 
 

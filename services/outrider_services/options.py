@@ -47,7 +47,7 @@ class Target:
 class Draft:
     model: str | None = opt(None, "-md --model-draft -draft-model --draft-model --spec-draft-model", "draft model", "FILE")
     hf: str | None = opt(None, "-hfd --hf-repo-draft --spec-draft-hf", "draft model from the hub", "USER/REPO[:QUANT]")
-    n_max: int = opt(5, "--spec-draft-n-max -n-draft --n-draft", "most drafted tokens in one block; 0: plain", "N")
+    n_max: int | None = opt(None, "--spec-draft-n-max -n-draft --n-draft", "most drafted tokens in one block (default: what the measured costs say); 0: plain", "N")
     n_min: int = opt(0, "--spec-draft-n-min", "least drafted tokens in a block, while the draft delivers", "N")
     p_min: float = opt(0.0, "--spec-draft-p-min", "a block ends before a token less probable than this", "P")
     threads: int = opt(4, "-td --threads-draft", "threads of the draft worker (fewer if it has fewer cores)", "N")
@@ -258,8 +258,8 @@ def check(settings: Settings) -> Settings:
         ("--threads", target.threads, 1, 512),
         ("--threads-draft", draft.threads, 1, 512),
         ("--ctx", target.ctx, 16, 1 << 20),
-        ("--n-draft", draft.n_max, 0, 64),
-        ("--spec-draft-n-min", draft.n_min, 0, draft.n_max),
+        ("--n-draft", draft.n_max or 0, 0, 64),
+        ("--spec-draft-n-min", draft.n_min, 0, 64 if draft.n_max is None else draft.n_max),
         ("--spec-draft-p-min", draft.p_min, 0, 1),
         ("--parallel", pipeline.parallel, 1, 64),
         (

@@ -41,7 +41,7 @@ class Member:
 
     def stall_s(self) -> float:
         """No evaluation takes longer: 128 rows at the price of single ones, and half more."""
-        return max(8.0, 200 * self.hello.step_s)
+        return max(8.0, 200 * self.hello.curve_s[0])
 
 
 class Roster:

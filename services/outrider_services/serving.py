@@ -136,7 +136,7 @@ async def _serve(settings: Settings, name: str) -> int:
 def has_draft(settings: Settings) -> bool:
     """Whether a draft worker is to be started here."""
     there = settings.pipeline.backend == "toy" or settings.draft.model is not None
-    return there and settings.draft.n_max > 0 and settings.pipeline.mode != "plain"
+    return there and settings.draft.n_max != 0 and settings.pipeline.mode != "plain"
 
 
 def signalled() -> asyncio.Future[int]:

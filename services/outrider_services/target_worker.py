@@ -14,7 +14,7 @@ from outrider import decoding, wire
 from outrider.engine import Cancelled, Engine, EngineFault
 from outrider.errors import BadRequest, OutriderError, ProtocolError
 from outrider.sampling import Sampling, Scores, Token, choose, logprob
-from outrider_services.worker import Worker, failure
+from outrider_services.worker import Curve, Worker, failure
 
 
 @dataclass(slots=True)
@@ -33,10 +33,11 @@ class Sequence:
 
 
 class TargetWorker(Worker):
+    calibrated_rows: ClassVar[tuple[int, ...]] = (1, 2, 3, 4, 6, 8, 12, 16)
     role: ClassVar[wire.Role] = "target"
 
-    def __init__(self, engine: Engine, owner: ThreadPoolExecutor, step_s: float) -> None:
-        super().__init__(engine, owner, step_s)
+    def __init__(self, engine: Engine, owner: ThreadPoolExecutor, curve_s: Curve) -> None:
+        super().__init__(engine, owner, curve_s)
         self._sequences: dict[int, Sequence] = {}
         self._turns: deque[int] = deque()  # requests with something to compute, in turn
         self._running: int | None = None

@@ -19,6 +19,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from typing import ClassVar, TypeVar
 
+import numpy as np
+
 import outrider
 from outrider import wire
 from outrider.engine import Engine
@@ -36,6 +38,7 @@ CHUNK = (
 )
 
 Loader = Callable[[Callable[[float], None]], Engine]
+Curve = tuple[float, ...]
 Status = Callable[[str, float | str], None]
 T = TypeVar("T")
 
@@ -52,8 +55,9 @@ class Worker(ABC):
     """One role: subclasses say what to do with its messages and what to compute next."""
 
     role: ClassVar[wire.Role]
+    calibrated_rows: ClassVar[tuple[int, ...]]  # what `calibrate` is to measure at load
 
-    def __init__(self, engine: Engine, owner: ThreadPoolExecutor, step_s: float) -> None:
+    def __init__(self, engine: Engine, owner: ThreadPoolExecutor, curve_s: Curve) -> None:
         self.engine = engine
         self.chunk = min(CHUNK, engine.info.chunk)
         self.steps = 0
@@ -61,7 +65,7 @@ class Worker(ABC):
         self.slots = Slots(engine.info.slots)
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._owner = owner
-        self._step_s = step_s
+        self._curve_s = curve_s
         self._link: Link | None = None
         self._incarnation = secrets.randbits(62)
         self._heard = 0.0
@@ -197,12 +201,12 @@ class Worker(ABC):
             slots=info.slots,
             device=info.device[:256],
             cores=f"{socket.gethostname()}:{cores}"[:256] if cores else "",
-            step_s=self._step_s,
+            curve_s=self._curve_s,
         )
 
 
 async def serve(
-    make: Callable[[Engine, ThreadPoolExecutor, float], Worker],
+    make: type[Worker],
     load: Loader,
     connection: Connection,
     status: Status,
@@ -217,25 +221,35 @@ async def serve(
 
         engine: Engine = await loop.run_in_executor(owner, load, report)
         try:
-            step_s = await loop.run_in_executor(owner, calibrate, engine)
-            await make(engine, owner, step_s).run(connection, status)
+            curve_s = await loop.run_in_executor(owner, calibrate, engine, make.calibrated_rows)
+            await make(engine, owner, curve_s).run(connection, status)
         finally:
             await loop.run_in_executor(owner, engine.close)
     finally:
         owner.shutdown()
 
 
-def calibrate(engine: Engine, repeats: int = 3) -> float:
-    """Median seconds of appending one token to a short text; the sequence is freed afterwards."""
-    token: Token = min(5, engine.info.vocabulary.size - 1)
-    engine.extend(0, [token] * min(4, engine.info.chunk), 0)
-    seconds = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        engine.extend(0, [token], 1)
-        seconds.append(time.perf_counter() - began)
+def calibrate(engine: Engine, rows: tuple[int, ...]) -> Curve:
+    """Seconds of evaluating 1, 2, 3 … tokens with a row of logits each, after a short text.
+
+    Measured for the numbers in `rows`, interpolated between them. The sequence is freed afterwards.
+    """
+    info = engine.info
+    start = min(8, info.chunk, info.context // 2)
+    rows = tuple(n for n in rows if n <= min(info.chunk, info.context - start))
+    text: list[Token] = [min(5, info.vocabulary.size - 1)] * max(start, rows[-1])
+    engine.extend(0, text[:start], 0)
+    measured = []
+    for n in rows:
+        seconds = []
+        for _ in range(3 if n == 1 else 2):
+            began = time.perf_counter()
+            engine.extend(0, text[:n], n)
+            seconds.append(time.perf_counter() - began)
+            engine.rewind(0, start)
+        measured.append(statistics.median(seconds) if n == 1 else min(seconds))
     engine.rewind(0, 0)
-    return statistics.median(seconds)
+    return tuple(map(float, np.interp(range(1, rows[-1] + 1), rows, measured)))
 
 
 class Slots:

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from outrider.policy import Policy
+from outrider.policy import Pilot, Policy
 from outrider.sampling import Token
 from outrider.stats import Lane, Stats
 from outrider.text import TextStream
@@ -139,7 +139,7 @@ Command = Prefill | Verify | OpenDraft | Commit | CloseDraft | Emit | Finish | F
 class Session:
     """The life of one request, from `start` to the command `Finish` or `Fault`."""
 
-    def __init__(self, task: Task, policy: Policy, stats: Stats) -> None:
+    def __init__(self, task: Task, policy: Policy | Pilot, stats: Stats) -> None:
         self.task, self.policy, self.stats = task, policy, stats
         self.tokens: list[Token] = list(task.prompt)
         self.stock: list[Drafted] = []
@@ -151,7 +151,10 @@ class Session:
         self.deadline: float | None = None  # when to call `on_timer`
         self.trace: list[tuple[str, float, float, int]] = []
         self._heard = 0  # where the current lineage's next drafted token may stand, at the earliest
-        self._until = 0
+        self._until = 0  # the draft's leave: it may not reach this position
+        self._granted = 0  # the most it ever was: a token may have been on its way
+        self._sent = 0.0  # when the target was given its block
+        self._next = 0.0  # when the next drafted token is expected
         self._late = False  # the draft let a deadline pass and has not been heard of since
         self._gap_s = PATIENCE_S[1] / 4  # its usual time for a token
         self._offences = 0
@@ -173,8 +176,7 @@ class Session:
         # what an earlier draft worker left in stock is part of the new one's stream
         stream = (*self.tokens, *(drafted.token for drafted in self.stock))
         self._heard = len(stream)
-        at_start = self.stats.prefilled is None
-        self._until = self._limit(self.policy.lead_at_start if at_start else self.policy.lead)
+        self._grant()
         return [OpenDraft(self.lineage, len(self.tokens), stream, self._until)]
 
     def on_draft_lost(self, now: float) -> list[Command]:
@@ -195,7 +197,10 @@ class Session:
             return self._offend(now)
         self._computed("draft", self.stats.draft, now, elapsed_s, len(drafted))
         self._late = False
-        self._gap_s += 0.2 * (elapsed_s / len(drafted) - self._gap_s)
+        each_s = elapsed_s / len(drafted)
+        self._gap_s += 0.2 * (each_s - self._gap_s)
+        self._next = now + each_s
+        self.policy.drafted(each_s)
         self.stats.created += len(drafted)
         for at, one in enumerate(drafted):
             where = position + at
@@ -203,7 +208,9 @@ class Session:
                 self.stock.append(one)
             elif one.token == self.tokens[where]:
                 self.stats.hits += 1
+                self.policy.observe(True)
             else:
+                self.policy.observe(False)
                 self._break(len(drafted) - at, "miss", where)
                 break
             self._heard = where + 1
@@ -219,16 +226,20 @@ class Session:
             return self._end(Fault(f"the target worker broke the protocol: {wrong}"))
         self.verifying = None
         self._computed("target", self.stats.target, now, verdict.elapsed_s, block + 1)
+        if self.stats.prefilled is not None:
+            self.policy.verified(block + 1, verdict.elapsed_s, now - self._sent)
         self.stats.count(block, verdict.accepted, now)
         emit, reason = self._commit(block, verdict)
         if reason:
             self._discard(len(self.stock) - block, "stop")
             return [emit, *self._end(Finish(reason))]
-        self._reconcile(block, verdict.accepted)
-        self._until = self._limit(self.policy.lead)
+        self._reconcile(block, verdict.accepted, now)
+        self.deadline = None
+        following = self._verify(now)
+        self._grant()
         commit = [Commit(verdict.base, verdict.tokens, self._until)] if self.riding else []
         # the workers first: the client's fragment can wait a microsecond
-        return [*self._advance(now), *commit, emit]
+        return [*following, *commit, emit]
 
     def on_timer(self, now: float) -> list[Command]:
         """`deadline` has passed."""
@@ -306,7 +317,7 @@ class Session:
         return (
             lineage == self.lineage
             and self._heard <= position <= end
-            and 0 < len(drafted) <= self._until - position
+            and 0 < len(drafted) <= self._granted - position
             and all(d.token < self.task.vocabulary for d in drafted)
             and all(math.isfinite(d.confidence) for d in drafted)
         )
@@ -317,9 +328,16 @@ class Session:
             return []
         return [CloseDraft(), *self.on_draft_lost(now)]
 
-    def _reconcile(self, block: int, accepted: int) -> None:
+    def _reconcile(self, block: int, accepted: int, now: float) -> None:
         """Drop from the stock what the commit covers, and all of it where they differ."""
         rest = self.stock[block:]
+        for _ in range(accepted):
+            self.policy.observe(True)
+        if accepted < block or rest:
+            good = accepted == block and rest[0].token == self.tokens[-1]
+            self.policy.observe(good)
+            if not good:
+                self._next = now + self._gap_s  # the draft begins anew
         if accepted < block:
             self.stock = rest
             self._break(0, "correction", len(self.tokens) - 1)
@@ -341,27 +359,44 @@ class Session:
         self.stats.discarded[reason] += count
         self.stats.created += count if created else 0
 
-    def _limit(self, lead: int) -> int:
-        """The position that the draft may not reach: its lead, or the end of the answer."""
-        return len(self.tokens) + max(0, min(lead, self._room() - 1))
+    def _grant(self) -> None:
+        """Set the draft's leave as the policy wants it now."""
+        lead = self.policy.lead(busy=self.verifying is not None)
+        self._until = len(self.tokens) + max(0, min(lead, self._room() - 1))
+        self._granted = max(self._granted, self._until)
 
     # ---- the next pass --------------------------------------------------------------------------
 
     def _advance(self, now: float) -> list[Command]:
         """If the target is idle, give it its next block, unless the policy waits for the draft."""
-        self.deadline = None
         if self.over or self.verifying is not None:
             return []
-        drafted_to = len(self.tokens) + len(self.stock)
-        ended = bool(self.stock) and self.stock[-1].token in self.task.ends
-        more = self.riding and not self._late and drafted_to < self._until and not ended
-        block = self.policy.decide([d.confidence for d in self.stock], self._room() - 1, more)
+        self.deadline = None
+        following = self._verify(now)
+        before, drafted_to = self._until, len(self.tokens) + len(self.stock)
+        self._grant()
+        # it is told what it would not find out: that it may run further, or is to stop
+        matters = self._until > before or drafted_to < before != self._until
+        if self.riding and matters and not self._ended:
+            return [*following, Commit(len(self.tokens), (), self._until)]
+        return following
+
+    @property
+    def _ended(self) -> bool:
+        """Whether the draft has come to an end of its own: it will not go on behind it."""
+        return bool(self.stock) and self.stock[-1].token in self.task.ends
+
+    def _verify(self, now: float) -> list[Command]:
+        room = self._room() - 1
+        more = self.riding and not self._late and not self._ended and len(self.stock) < room
+        next_s = max(0.0, self._next - now) if more else None
+        block = self.policy.decide([d.confidence for d in self.stock], room, next_s)
         if block is None:
             least, most = PATIENCE_S
             self.deadline = now + min(max(4 * self._gap_s, least), most)
             return []
         self.round += 1
-        self.verifying = block
+        self.verifying, self._sent = block, now
         drafted = tuple(d.token for d in self.stock[:block])
         return [Verify(self.round, len(self.tokens), drafted)]
 

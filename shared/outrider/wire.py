@@ -109,7 +109,7 @@ class Hello(Tagged, frozen=True):
     slots: Count
     device: Word
     cores: Word  # where its threads may run: "host:0,1"; "" if elsewhere than on a processor
-    step_s: Seconds  # one token appended to a short text; measured at load
+    curve_s: Annotated[tuple[Seconds, ...], Meta(min_length=1, max_length=64)]  # see `calibrate`
 
 
 class Welcome(Tagged, frozen=True):
@@ -380,7 +380,7 @@ def _greeting_of_another_protocol(start: list[Any]) -> Hello:
     """Enough of it to say exactly why its sender is refused, whatever fields follow."""
     protocol, version, role = msgspec.convert(start, tuple[Count, Word, Role])
     nothing = Fingerprint("", 0, None, None, False, False, (), "")
-    return Hello(protocol, version, role, 0, "", nothing, 0, 0, "", "", 0.0)
+    return Hello(protocol, version, role, 0, "", nothing, 0, 0, "", "", (0.0,))
 
 
 def decode(frame: bytes) -> Message:

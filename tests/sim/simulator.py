@@ -537,7 +537,7 @@ class Simulation:
         world, asked = self.world, self.world.asked
         longest = len(asked.tokens) + asked.n_predict if asked.n_predict else asked.context
         assert until <= min(longest, asked.context) - 1
-        assert until <= len(self.session.tokens) + world.policy.lead
+        assert until <= len(self.session.tokens) + world.policy.lead(busy=False)
         self.allowed = max(self.allowed, until)
 
     def _tell_draft(self, message: Callable[[Draft], None]) -> None:

@@ -120,8 +120,7 @@ def test_each_mode_is_faster_than_the_last(sampling: Sampling) -> None:
 class RunsOn(Policy):
     """Called synchronous, but the draft may run on while the target verifies."""
 
-    @property
-    def lead(self) -> int:
+    def lead(self, busy: bool) -> int:
         return 2 * self.n_max + 2
 
 

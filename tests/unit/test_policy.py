@@ -45,7 +45,7 @@ CHOOSY = Policy("pipelined", 4, n_min=4, p_min=0.5)
 def test_what_is_decided(
     policy: Policy, confidences: list[float], limit: int, more: bool, expected: int | None
 ) -> None:
-    assert policy.decide(confidences, limit, more) == expected
+    assert policy.decide(confidences, limit, 0.0 if more else None) == expected
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,11 @@ def test_what_is_decided(
     ],
 )
 def test_how_far_the_draft_may_run(policy: Policy, drafts: bool, at_start: int, lead: int) -> None:
-    assert (policy.drafts, policy.lead_at_start, policy.lead) == (drafts, at_start, lead)
+    assert (policy.drafts, policy.lead(busy=True), policy.lead(busy=False)) == (
+        drafts,
+        at_start,
+        lead,
+    )
 
 
 policies = st.builds(
@@ -76,7 +80,7 @@ stocks = st.lists(st.floats(0, 1), max_size=14)
 def test_when_no_more_is_coming_it_never_waits(
     policy: Policy, confidences: list[float], limit: int
 ) -> None:
-    assert policy.decide(confidences, limit, more=False) is not None
+    assert policy.decide(confidences, limit, None) is not None
 
 
 @quiet
@@ -84,7 +88,7 @@ def test_when_no_more_is_coming_it_never_waits(
 def test_a_block_is_in_stock_fits_and_is_sure_enough(
     policy: Policy, confidences: list[float], limit: int, more: bool
 ) -> None:
-    block = policy.decide(confidences, limit, more)
+    block = policy.decide(confidences, limit, 0.0 if more else None)
     if block is not None:
         assert 0 <= block <= min(len(confidences), limit, policy.n_max)
         assert all(confidence >= policy.p_min for confidence in confidences[:block])
@@ -93,4 +97,4 @@ def test_a_block_is_in_stock_fits_and_is_sure_enough(
 @quiet
 @given(policies, st.integers(0, 9))
 def test_with_its_whole_lead_in_stock_it_never_waits(policy: Policy, limit: int) -> None:
-    assert policy.decide([1.0] * min(policy.lead, limit), limit, more=True) is not None
+    assert policy.decide([1.0] * min(policy.lead(busy=False), limit), limit, 0.0) is not None
