@@ -292,6 +292,20 @@ def test_what_a_broken_lineage_still_sends_is_counted_and_dropped() -> None:
     assert ride.stock == [6]
 
 
+@pytest.mark.parametrize(
+    ("tokens", "accepted"), [((9,), 0), ((3, 9), 1)], ids=["correction", "miss"]
+)
+def test_a_new_lineage_begins_where_the_old_one_broke(
+    tokens: tuple[Token, ...], accepted: int
+) -> None:
+    ride = verifying(3)
+    for token in (4, 5, 6):  # further than where it breaks
+        ride.drafted(token)
+    ride.verdict(*tokens, accepted=accepted)
+    ride.drafted(7, position=BASE + 2 + len(tokens))
+    assert ride.stock == [7]
+
+
 def test_a_late_token_that_agrees_is_a_hit_and_keeps_the_lineage() -> None:
     ride = Ride()
     ride.verdict(1)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from msgspec import inspect
 
 from outrider import wire
-from outrider.errors import ProtocolError
+from outrider.errors import BadRequest, ProtocolError
 from outrider.wire import FRAME_LIMIT, Message, decode, encode
 
 quiet = settings(derandomize=True, database=None, deadline=None, max_examples=50)
@@ -188,6 +188,10 @@ BAD = [
     pytest.param(b"\xc6\xff\xff\xff\xff", id="bytes-of-a-claimed-4-gigabytes"),
     pytest.param(b"\xdb\xff\xff\xff\xff", id="a-text-of-a-claimed-4-gigabytes"),
     pytest.param(frame("healthreport", 1, {str(n): n for n in range(257)}), id="a-map-too-large"),
+    pytest.param(frame("healthreport", 1, {"x": {5: 1}}), id="a-number-for-a-key-further-in"),
+    pytest.param(
+        frame("healthreport", 1, {"x": [0] * ((1 << 18) + 1)}), id="an-array-too-long-further-in"
+    ),
     pytest.param(frame("detokenize", 1, [0] * ((1 << 18) + 1)), id="an-array-too-long"),
     pytest.param(frame("verify", 1, 1, 1, [0] * 1025), id="a-block-too-long"),
     pytest.param(frame("refused", "v" * 257, ""), id="a-word-too-long"),
@@ -318,6 +322,39 @@ def test_a_damaged_frame_raises_nothing_else(
     only_protocol_errors(bytes(data))
 
 
+# --- what a peer would not take is not sent -------------------------------------------------------
+
+SETTINGS = wire.Sampling(0.5, 1, 0.9, 0.1, 1.1, 64, 0.2, 0.3, ((1, 2.0),), 7)
+SUBMIT = wire.Submit(1, "a", None, SETTINGS, 5, (), False, False, None, None, False)
+
+
+@settings(quiet, max_examples=100)
+@given(st.one_of(*messages.values()))
+def test_a_message_within_its_bounds_passes_the_check(message: Message) -> None:
+    wire.check(message)
+
+
+@pytest.mark.parametrize(
+    ("changes", "param"),
+    [
+        pytest.param({"n_predict": 0}, "max_tokens", id="no-tokens"),
+        pytest.param({"n_predict": 2**31}, "max_tokens", id="too-many-tokens"),
+        pytest.param({"n_draft": -1}, "n_draft", id="a-negative-draft"),
+        pytest.param({"mode": "fast"}, "mode", id="an-unknown-mode"),
+        pytest.param({"stop": ("x",) * 17}, "stop", id="too-many-stop-strings"),
+        pytest.param({"stop": ("x" * 257,)}, "stop", id="a-stop-string-too-long"),
+        pytest.param({"prompt": (1, -1)}, "prompt", id="a-negative-token"),
+        pytest.param({"prompt": "\udcff"}, None, id="a-prompt-that-is-not-utf-8"),
+        pytest.param({"prompt": "x" * FRAME_LIMIT}, None, id="a-prompt-that-fills-the-frame"),
+    ],
+)
+def test_the_senders_mistake_is_named(changes: dict[str, Any], param: str | None) -> None:
+    wire.check(SUBMIT)
+    with pytest.raises(BadRequest) as caught:
+        wire.check(msgspec.structs.replace(SUBMIT, **changes))
+    assert caught.value.param == param
+
+
 # --- small helpers --------------------------------------------------------------------------------
 
 
@@ -326,7 +363,6 @@ def test_a_renumbered_question_is_the_same_question() -> None:
 
 
 def test_settings_with_another_bias_are_otherwise_the_same() -> None:
-    given_ = wire.Sampling(0.5, 1, 0.9, 0.1, 1.1, 64, 0.2, 0.3, ((1, 2.0),), 7)
-    biased = wire.with_bias(given_, ((3, -1.0),))
+    biased = wire.with_bias(SETTINGS, ((3, -1.0),))
     assert biased.logit_bias == ((3, -1.0),)
-    assert wire.with_bias(biased, given_.logit_bias) == given_
+    assert wire.with_bias(biased, SETTINGS.logit_bias) == SETTINGS
