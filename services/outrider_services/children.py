@@ -131,8 +131,13 @@ def _run(
     async def wrapped() -> None:
         loop = asyncio.get_running_loop()
         task = asyncio.ensure_future(main)
+
+        def end() -> None:
+            if not task.cancelling():  # a second signal may not cut short what cleans up
+                task.cancel()
+
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, task.cancel)
+            loop.add_signal_handler(number, end)
         if parent_fd is not None:
 
             def orphaned() -> None:

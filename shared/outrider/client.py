@@ -312,7 +312,8 @@ class AsyncClient:
         inbox = self._inboxes[call] = asyncio.Queue()
         try:
             self._send(question(call))
-            answer = await asyncio.wait_for(inbox.get(), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                answer = await inbox.get()
         except TimeoutError:
             raise RequestTimeout(f"no answer within {timeout_s:.1f} s") from None
         finally:
@@ -343,7 +344,8 @@ class AsyncClient:
     ) -> wire.Message | OutriderError:
         while True:
             try:
-                return await asyncio.wait_for(inbox.get(), 1.0)
+                async with asyncio.timeout(1.0):  # Python 3.11's wait_for may swallow a cancellation
+                    return await inbox.get()
             except TimeoutError:
                 if time.monotonic() - self._heard > SILENCE_S:
                     raise ConnectionFailed(

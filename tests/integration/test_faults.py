@@ -287,6 +287,18 @@ def test_nothing_is_left_of_a_launcher_killed_while_it_starts(
     assert look_for_leaks() == []
 
 
+def test_a_second_signal_does_not_cut_cleaning_up_short(serve: Serve) -> None:
+    """The kernel itself sends one for each thread of a launcher that was killed."""
+    served = serve("twice")
+    coordinator = psutil.Process(served.pids()["coordinator"])
+    for _ in range(20):
+        with suppress(psutil.NoSuchProcess):
+            coordinator.terminate()
+        time.sleep(0.002)
+    served.process.communicate(timeout=10)
+    assert list(served.runtime.glob("outrider/*.sock")) == []
+
+
 def test_a_socket_left_over_does_not_keep_the_name(serve: Serve) -> None:
     served = serve("phoenix")
     os.kill(served.pids()["coordinator"], signal.SIGSTOP)  # so that it cannot clean up
