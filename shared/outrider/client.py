@@ -344,7 +344,7 @@ class AsyncClient:
     ) -> wire.Message | OutriderError:
         while True:
             try:
-                async with asyncio.timeout(1.0):  # Python 3.11's wait_for may swallow a cancellation
+                async with asyncio.timeout(1.0):  # wait_for (3.11) may swallow a cancellation
                     return await inbox.get()
             except TimeoutError:
                 if time.monotonic() - self._heard > SILENCE_S:

@@ -100,6 +100,7 @@ class CostModel:
         self._draft = math.log(max(draft_s, 1e-6))
         self._link = math.log(link_s)
         self._costs: Costs | None = None
+        self.acceptance = Acceptance(memory=300)  # of all requests: where the next one starts
 
     def verified(self, rows: int, elapsed_s: float, round_trip_s: float) -> None:
         if not 1 <= rows <= len(self._verify):

@@ -76,7 +76,7 @@ class Pilot:
 
     def __init__(self, mode: Literal["sync", "pipelined"], n_max: int, costs: CostModel) -> None:
         self.mode, self._n_max, self._costs = mode, n_max, costs
-        self._acceptance = Acceptance()
+        self._acceptance = Acceptance(prior=costs.acceptance.average)
         self._block = 0  # in turns: how long the block is to be
         self._plain_steps, self._patience = 0, PROBES[0]
 
@@ -109,10 +109,12 @@ class Pilot:
         if self._plain_steps < self._patience:
             return 0
         self._plain_steps, self._patience = 0, min(2 * self._patience, PROBES[1])
-        return min(2, limit)
+        # unless it could not pay however good it has become
+        return min(1, planner.plan_in_turn(self._costs.costs, 1.0, self._acceptance.of(()), limit))
 
     def observe(self, good: bool) -> None:
         self._acceptance.observe(good)
+        self._costs.acceptance.observe(good)
 
     def verified(self, rows: int, elapsed_s: float, round_trip_s: float) -> None:
         self._costs.verified(rows, elapsed_s, round_trip_s)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import inspect
+import io
 import os
 import select
 import shutil
@@ -20,10 +21,17 @@ import tempfile
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from contextlib import (
+    AbstractAsyncContextManager,
+    asynccontextmanager,
+    redirect_stderr,
+    redirect_stdout,
+    suppress,
+)
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import psutil
 import pytest
@@ -32,6 +40,7 @@ from outrider.client import AsyncClient, connect
 from outrider.sampling import Sampling, choose
 from outrider.toy import ToyEngine
 from outrider_services import options
+from outrider_services.cli import main
 from outrider_services.launcher import Launcher
 
 GONE_S = 3.0  # how soon the processes of a launcher that was killed have to be gone
@@ -126,6 +135,21 @@ class Cli:
         )
         out, err = done.stdout.decode(), done.stderr.decode()
         return subprocess.CompletedProcess(done.args, done.returncode, out, err)
+
+    def here(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Run it in this process: for what starts no other, and takes milliseconds then."""
+        out, err, status = io.StringIO(), io.StringIO(), None
+        with (
+            mock.patch.dict(os.environ, self._environment({}), clear=True),
+            redirect_stdout(out),
+            redirect_stderr(err),
+        ):
+            try:
+                main(arguments)
+            except SystemExit as exc:
+                status = exc.code
+        assert isinstance(status, int)
+        return subprocess.CompletedProcess(arguments, status, out.getvalue(), err.getvalue())
 
     def start(self, *arguments: str, **environment: str) -> subprocess.Popen[str]:
         """Start it; what still runs at the end of the test is killed."""
@@ -342,9 +366,9 @@ def census() -> Census:
     return Census(children, threading.active_count(), len(os.listdir("/proc/self/fd")))
 
 
-def leaks(before: Census, runtime: Path) -> list[str]:
+def leaks(before: Census, runtime: Path, within_s: float = GONE_S) -> list[str]:
     """What there is now and was not before, once it had time to end."""
-    deadline = time.monotonic() + GONE_S
+    deadline = time.monotonic() + within_s
     while True:
         now = census()
         found = [
@@ -371,5 +395,5 @@ def nothing_left(runtime: Path) -> Iterator[Census]:
 
 
 @pytest.fixture
-def look_for_leaks(nothing_left: Census, runtime: Path) -> Callable[[], list[str]]:
-    return lambda: leaks(nothing_left, runtime)
+def look_for_leaks(nothing_left: Census, runtime: Path) -> Callable[..., list[str]]:
+    return lambda within_s=GONE_S: leaks(nothing_left, runtime, within_s)

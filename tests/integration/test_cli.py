@@ -59,21 +59,29 @@ def sentence(done: CompletedProcess[str], status: int) -> str:
 
 
 @pytest.mark.parametrize(
-    ("sampling", "settings"),
+    ("place", "sampling", "settings"),
     [
-        (("--temperature", "0"), {"temperature": 0.0}),
-        (("--temperature", "0.8", "--seed", "7"), {"temperature": 0.8, "seed": 7}),
+        (QUICK, ("--temperature", "0"), {"temperature": 0.0}),
+        (
+            ("--connect=shared",),
+            ("--temperature", "0.8", "--seed", "7"),
+            {"temperature": 0.8, "seed": 7},
+        ),
     ],
-    ids=["greedy", "sampled"],
+    ids=["greedy-on-its-own-pipeline", "sampled-on-a-shared-one"],
 )
 def test_every_mode_and_draft_length_says_what_the_target_says_alone(
-    cli: Cli, oracle: Oracle, sampling: tuple[str, ...], settings: dict[str, Any]
+    served: Served,
+    oracle: Oracle,
+    place: tuple[str, ...],
+    sampling: tuple[str, ...],
+    settings: dict[str, Any],
 ) -> None:
     ways = [("plain", 5), *((mode, n) for mode in ("sync", "pipelined") for n in (1, 3, 8))]
 
     def run(way: tuple[str, int]) -> dict[str, Any]:
         flags = ("--mode", way[0], "--n-draft", str(way[1]), "-n", "96", "-o", "json")
-        return parsed(cli("run", *QUICK, *sampling, *flags, "-p", PROMPT))
+        return parsed(served.cli("run", *place, *sampling, *flags, "-p", PROMPT))
 
     with ThreadPoolExecutor(2) as pool:
         results = dict(zip(ways, pool.map(run, ways), strict=True))
@@ -345,7 +353,7 @@ def test_ls_lists_the_models_in_the_caches(cli: Cli) -> None:
 
 @pytest.mark.parametrize("verb", HELP)
 def test_help_names_the_variable_of_every_option(cli: Cli, verb: str) -> None:
-    done = cli(*verb.split(), "--help")
+    done = cli.here(*verb.split(), "--help")
     assert (done.returncode, done.stderr) == (0, "")
     shown = set(re.findall(r"\[(OUTRIDER_\w+)\]", done.stdout))
     wanted = {o.variable for o in OPTIONS.values() if o.key.split(".")[0] in HELP[verb]}
@@ -392,7 +400,7 @@ def test_a_wrong_flag_is_one_sentence(
     cli: Cli, arguments: tuple[str, ...], words: tuple[str, ...]
 ) -> None:
     toy = QUICK if arguments[:1] in (("run",), ("serve",)) else ()
-    told = sentence(cli(*arguments, *toy), 3)
+    told = sentence(cli.here(*arguments, *toy), 3)
     for word in words:
         assert word in told
 
@@ -408,7 +416,7 @@ def test_a_wrong_flag_is_one_sentence(
 def test_a_sampling_setting_out_of_range_is_one_sentence(
     cli: Cli, arguments: tuple[str, ...], word: str
 ) -> None:
-    assert word in sentence(cli("run", *QUICK, *arguments, PROMPT), 2)
+    assert word in sentence(cli.here("run", *QUICK, *arguments, PROMPT), 2)
 
 
 def test_negative_numbers_are_values(served: Served) -> None:
@@ -540,7 +548,7 @@ def test_a_wrong_model_file_is_one_sentence(
     path = cli.directory / "wrong.gguf"
     if content is not None:
         path.write_bytes(content)
-    told = sentence(cli("run", role, str(path), PROMPT), 4)
+    told = sentence(cli.here("run", role, str(path), PROMPT), 4)
     assert str(path) in told
     assert words in told
 

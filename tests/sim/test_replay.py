@@ -1,0 +1,68 @@
+"""What the price of time gains on recorded traces, against fixed rules and under other costs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+from tests.sim.replay import FLAT, PROCESSOR, Replay, World, mean, speedups
+
+from outrider.planner import CostModel
+from outrider.policy import Pilot, Policy
+
+HERE = World(PROCESSOR, 0.031)
+CURVES = {
+    "processor": HERE,
+    "flat-0.05": World(FLAT, 0.005),
+    "flat-0.1": World(FLAT, 0.010),
+    "flat-0.2": World(FLAT, 0.020),
+    "slow-link": World(PROCESSOR, 0.031, link_s=0.020),
+}
+
+
+def fixed_rules() -> Iterator[Callable[[], Policy]]:
+    for longest in (3, 5, 8, 12):
+        for least in (0, 3, longest):
+            yield lambda n=longest, m=least: Policy("pipelined", n, m)  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("cuts", [True, False], ids=["cut-short", "waited-for"])
+def test_the_recorded_traces_are_worth_what_was_promised(cuts: bool) -> None:
+    world = World(PROCESSOR, 0.031, cuts=cuts)
+    figures = speedups(lambda: world.pilot("pipelined"), world)
+    assert mean(figures) >= 1.70, figures
+    assert min(figures.values()) >= 1.08, figures
+
+
+@pytest.mark.parametrize("name", CURVES)
+def test_no_fixed_rule_does_better_under_any_costs(name: str) -> None:
+    world = CURVES[name]
+    best = max(mean(speedups(rule, world)) for rule in fixed_rules())
+    assert mean(speedups(lambda: world.pilot("pipelined"), world)) >= best
+
+
+def test_in_turns_it_beats_every_fixed_length() -> None:
+    best = max(mean(speedups(lambda n=n: Policy("sync", n), HERE)) for n in range(1, 10))
+    figures = speedups(lambda: HERE.pilot("sync"), HERE)
+    assert mean(figures) >= best + 0.05, figures
+    assert min(figures.values()) >= 0.97, figures
+
+
+def test_the_replay_agrees_with_what_was_measured_for_a_fixed_rule() -> None:
+    """1.60 over target alone was found for blocks of at most 8 that are never waited for."""
+    world = World(PROCESSOR, 0.031, cuts=False)
+    assert mean(speedups(lambda: Policy("pipelined", 8), world)) == pytest.approx(1.60, abs=0.03)
+
+
+def test_a_draft_too_slow_to_help_is_left_alone() -> None:
+    world = World(FLAT, 0.200)
+    figures = speedups(lambda: world.pilot("sync"), world)
+    assert min(figures.values()) >= 0.97, figures
+
+
+def test_a_useless_draft_costs_little_and_later_requests_less() -> None:
+    costs = CostModel(PROCESSOR, 0.031, 0.0005)
+    trace = {"match": [0] * 300, "confidence": [0.3] * 300, "off_path_confidence": {}}
+    for mode in ("sync", "pipelined"):
+        for least in (0.9, 0.97):
+            assert Replay(trace, Pilot(mode, 64, costs), HERE).speedup() >= least
