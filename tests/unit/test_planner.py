@@ -1,0 +1,114 @@
+"""The price of time: rates against closed forms, decisions at their extremes, costs that follow."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+
+from outrider import planner
+from outrider.planner import Acceptance, CostModel, Costs
+
+FLAT = Costs((0.1,) * 16, 0.01, 0.0)
+DEAR = Costs(tuple(0.1 * rows for rows in range(1, 17)), 0.01, 0.0)  # a row costs as much as a pass
+SLOPED = Costs(tuple(0.08 + 0.02 * rows for rows in range(1, 17)), 0.01, 0.0)
+SURE = np.full(8, 0.99)
+
+
+def test_where_a_row_costs_as_much_as_a_pass_nothing_is_gained() -> None:
+    rate, _ = planner.solve(DEAR, 0.9)
+    assert rate == pytest.approx(1 / 0.1, rel=0.1)
+
+
+@pytest.mark.parametrize("acceptance", [0.4, 0.6, 0.8])
+def test_even_free_drafts_stay_below_the_limit_of_their_acceptance(acceptance: float) -> None:
+    """Tokens per pass are at most 1 / (1 - acceptance), however fast the draft."""
+    rate, _ = planner.solve(Costs((0.1,) * 16, 1e-4, 0.0), acceptance)
+    assert 1.0 < rate * 0.1 < 1 / (1 - acceptance)
+
+
+def test_a_better_draft_is_worth_more() -> None:
+    rates = [planner.solve(FLAT, acceptance)[0] for acceptance in (0.3, 0.5, 0.7, 0.9)]
+    assert rates == sorted(rates)
+    assert rates[0] < rates[-1]
+
+
+def test_more_stock_is_never_worth_less() -> None:
+    _, value = planner.solve(FLAT, 0.8)
+    assert value[0] == 0
+    assert (np.diff(value) >= -1e-9).all()
+
+
+def test_sure_tokens_are_verified_and_hopeless_ones_are_not() -> None:
+    assert planner.plan(SLOPED, 0.8, SURE, 100, None) in (7, 8)  # a bonus may tell of the last
+    assert planner.plan(SLOPED, 0.3, np.full(8, 0.01), 100, None) == 0
+    assert planner.plan(SLOPED, 0.8, SURE, 3, None) == 3
+
+
+def test_a_block_ends_before_the_token_that_is_doubtful() -> None:
+    likely = np.array([0.99, 0.99, 0.99, 0.05, 0.99, 0.99])
+    assert planner.plan(SLOPED, 0.8, likely, 100, None) == 3
+    assert planner.plan(FLAT, 0.8, likely, 100, None) == 6  # unless further rows cost nothing
+
+
+def test_it_waits_for_a_draft_that_is_about_to_come_and_not_for_one_that_is_far() -> None:
+    assert planner.plan(FLAT, 0.9, np.empty(0), 100, 0.001) is None
+    assert planner.plan(FLAT, 0.9, np.empty(0), 100, 1.0) == 0
+    assert planner.plan(FLAT, 0.9, np.empty(0), 100, None) == 0
+
+
+def test_in_turns_good_drafts_are_worth_long_blocks_and_bad_ones_none() -> None:
+    lengths = [planner.plan_in_turn(FLAT, a, np.empty(0), 100) for a in (0.3, 0.6, 0.9)]
+    assert lengths == sorted(lengths)
+    assert lengths[-1] > 3
+    slow = Costs((0.1,) * 16, 0.2, 0.0)
+    assert planner.plan_in_turn(slow, 0.9, np.empty(0), 100) == 0
+
+
+def test_in_turns_drafting_ends_where_the_next_token_is_not_worth_its_time() -> None:
+    assert planner.plan_in_turn(SLOPED, 0.9, np.array([0.9, 0.02]), 100) == 1
+    assert planner.plan_in_turn(SLOPED, 0.9, np.array([0.99, 0.99]), 100) > 2
+
+
+def test_a_decision_takes_less_than_a_millisecond() -> None:
+    likely = np.full(planner.FARTHEST, 0.9)
+    planner.plan(FLAT, 0.8, likely, 100, 0.01)
+    seconds = []
+    for _ in range(30):
+        began = time.perf_counter()
+        planner.plan(FLAT, 0.8, likely, 100, 0.01)
+        seconds.append(time.perf_counter() - began)
+    assert np.median(seconds) < 2e-3  # 0.5 ms where it was measured; a busy machine is no failure
+
+
+def test_acceptance_follows_what_it_sees_and_rises_with_confidence() -> None:
+    acceptance = Acceptance(prior=0.8)
+    assert acceptance.average == pytest.approx(0.8)
+    for _ in range(200):
+        acceptance.observe(False)
+    assert acceptance.average < 0.1
+    likely = acceptance.of([0.0, 0.3, 0.6, 0.9, 0.98])
+    assert (np.diff(likely) > 0).all()
+    assert 0 < likely[0] < likely[-1] < 1
+
+
+def test_costs_follow_a_machine_that_slows_down_and_forgive_one_hiccup() -> None:
+    model = CostModel([0.1] * 16, 0.01)
+    model.verified(4, 10.0, 10.0)
+    assert max(model.costs.verify_s) < 0.2
+    for _ in range(60):
+        model.verified(4, 0.2, 0.201)
+        model.drafted(0.03)
+    assert model.costs.verify_s[3] == pytest.approx(0.2, rel=0.1)
+    assert model.costs.verify_s[0] > 0.1
+    assert model.costs.draft_s == pytest.approx(0.03, rel=0.1)
+    assert model.costs.link_s == pytest.approx(0.001, rel=0.3)
+
+
+def test_costs_that_hardly_change_are_the_same_costs() -> None:
+    """What is solved for them can be kept."""
+    model = CostModel([0.1] * 16, 0.01)
+    before = model.costs
+    model.verified(1, 0.1005, 0.1010)
+    assert model.costs == before
