@@ -17,7 +17,7 @@ from outrider.planner import Acceptance, CostModel
 Mode = Literal["plain", "sync", "pipelined"]
 
 LONGEST = 64  # drafted tokens in a block
-PROBES = (16, 256)  # plain steps until a draft that did not pay is tried again: at first, at most
+PROBES = (8, 256)  # plain steps until a draft that did not pay is tried again: at first, at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +78,7 @@ class Pilot:
         self.mode, self._n_max, self._costs = mode, n_max, costs
         self._acceptance = Acceptance(prior=costs.acceptance.average)
         self._block = 0  # in turns: how long the block is to be
-        self._plain_steps, self._patience = 0, PROBES[0]
+        self._plain_steps, self._patience = PROBES[0], PROBES[0]  # the first probe is at once
 
     def lead(self, busy: bool) -> int:
         """Pipelined: as far as makes a difference. In turns: what the next block is to have."""

@@ -141,6 +141,7 @@ class Cli:
         out, err, status = io.StringIO(), io.StringIO(), None
         with (
             mock.patch.dict(os.environ, self._environment({}), clear=True),
+            mock.patch.object(sys, "stdin", io.StringIO()),
             redirect_stdout(out),
             redirect_stderr(err),
         ):

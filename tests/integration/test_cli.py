@@ -95,7 +95,7 @@ def test_every_mode_and_draft_length_says_what_the_target_says_alone(
 
 @pytest.mark.parametrize("count", [1, 2, 17, 96])
 def test_the_number_of_tokens_is_exact(served: Served, oracle: Oracle, count: int) -> None:
-    for mode in ("plain", "sync", "pipelined"):
+    for mode in ("sync", "pipelined"):
         flags = ("--mode", mode, "-n", str(count), "-o", "json")
         result = parsed(served.cli("run", "--connect=shared", *GREEDY, *flags, PROMPT))
         assert result["token_ids"] == oracle(PROMPT, count).token_ids
