@@ -253,7 +253,11 @@ def prepare_environment(exact: bool) -> None:
     Hence all engines of a process should agree on `exact`.
     """
     os.environ.setdefault("GGML_NO_BACKTRACE", "1")  # otherwise dying takes most of a second
-    os.environ.setdefault("KMP_BLOCKTIME", "10")  # ms that an idle OpenMP thread holds its core
+    # an idle OpenMP thread must soon leave its core to the other worker, yet not sleep between two
+    # layers: milliseconds for clang's library, turns of a loop for gcc's. Its own default made the
+    # default pair on two shared cores five times slower than the target alone.
+    os.environ.setdefault("KMP_BLOCKTIME", "10")
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     if exact:
         os.environ["GGML_CPU_TILED_MM"] = "0"  # a kernel that starts at 8 rows, rounding otherwise
 
