@@ -24,11 +24,12 @@ GREEDY: dict[str, Any] = {"temperature": 0.0}
 SAMPLED: dict[str, Any] = {"temperature": 0.8, "seed": 7}
 LENGTH = {0.0: 96, 0.8: 40}
 SPLIT = ("--exact", "--target-cores=0", "--draft-cores=1", "--ctx=512", "--parallel=2")
+FIXED = ("--n-draft=8", "--spec-draft-n-min=8")  # blocks are verified whether they pay or not
 
 
 @pytest.fixture(scope="module")
 def pair(serve: Any, default_target: Any, default_draft: Any) -> Client:
-    client: Client = serve("-m", default_target, "-md", default_draft, *SPLIT)
+    client: Client = serve("-m", default_target, "-md", default_draft, *SPLIT, *FIXED)
     return client
 
 
