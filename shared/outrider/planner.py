@@ -141,7 +141,7 @@ class Acceptance:
     DOUBTS = (0.0, 0.5, 1.5, 2.5, 3.5, 4.5, 6.0)
     PRIOR = (0.22, 0.5, 0.70, 0.86, 0.925, 0.965, 0.995)
 
-    def __init__(self, memory: float = 60.0, prior: float = 0.8, weight: float = 5.0) -> None:
+    def __init__(self, memory: float = 60.0, prior: float = 0.8, weight: float = 10.0) -> None:
         self._memory = memory
         self._good, self._seen = prior * weight, weight
 

@@ -1,0 +1,29 @@
+"""What each policy gains over the target alone on the recorded traces.
+
+Run at the top: `PYTHONPATH=. .venv/bin/python -m tests.bench.bench_policy`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tests.sim.replay import PROCESSOR, TRACES, World, mean, speedups
+
+from outrider.policy import Policy
+
+WORLD = World(PROCESSOR, 0.031)
+
+
+def main() -> None:
+    rules: dict[str, Any] = {f"sync, {n}": lambda n=n: Policy("sync", n) for n in (3, 4, 5)}
+    rules["sync, price of time"] = lambda: WORLD.pilot("sync")
+    rules |= {f"pipelined, {n}": lambda n=n: Policy("pipelined", n) for n in (3, 5, 8, 12)}
+    rules["pipelined, price of time"] = lambda: WORLD.pilot("pipelined")
+    print(f"{'':26}", *(f"{name[:11]:>11}" for name in TRACES), "geometric mean")
+    for name, rule in rules.items():
+        figures = speedups(rule, WORLD)
+        print(f"{name:26}", *(f"{x:11.2f}" for x in figures.values()), f"{mean(figures):14.2f}")
+
+
+if __name__ == "__main__":
+    main()
