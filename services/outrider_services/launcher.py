@@ -28,7 +28,7 @@ from outrider.errors import (
     from_code,
 )
 from outrider.transport import socket_path
-from outrider_services.options import Settings, Target, to_flags
+from outrider_services.options import Settings, Target, cores, to_flags
 
 STOP_S = 5.0  # between SIGTERM and SIGKILL
 BACKOFF_S = (0.1, 5.0)
@@ -90,6 +90,8 @@ class Launcher:
                 await self._until_ready(coordinator)
                 for worker in workers:
                     await self._start(worker)
+                    if share_cores(self.settings):  # each measures its costs undisturbed
+                        await self._until_ready(worker)
                 for worker in workers:
                     await self._until_ready(worker)
                 await self._until_joined({worker.role for worker in workers})
@@ -249,6 +251,15 @@ class Launcher:
     async def _forward(self, child: Child, stream: asyncio.StreamReader) -> None:
         async for line in stream:
             self._log(child.role, line.decode("utf-8", "replace").rstrip())
+
+
+def share_cores(settings: Settings) -> bool:
+    """Whether draft and target, both started here, have a processor core in common."""
+    target, draft = settings.target, settings.draft
+    if settings.pipeline.backend == "toy":
+        return False
+    mine, others = (cores(one.cores) or os.sched_getaffinity(0) for one in (target, draft))
+    return not mine.isdisjoint(others)
 
 
 async def first_of(*futures: asyncio.Future[Any]) -> None:
