@@ -27,7 +27,7 @@ from outrider.errors import (
     WorkerLost,
     from_code,
 )
-from outrider.planner import CostModel
+from outrider.estimates import CostModel
 from outrider.policy import LONGEST, Mode, Pilot, Policy
 from outrider.session import Command, Session
 from outrider.stats import Stats

@@ -14,6 +14,8 @@ from outrider.errors import OutriderError
 from outrider.sampling import Choice, Sampling, Token, choose
 from outrider_services.worker import Curve, Worker, failure
 
+CUT_SHORT = 16  # most tokens whose evaluation is given up halfway to free the cores
+
 
 @dataclass(slots=True)
 class Stream:
@@ -28,6 +30,11 @@ class Stream:
     committed: int  # tokens before this position are the target's
     evaluated: int = 0  # tokens whose evaluation the cache may keep
     open: bool = True
+
+    @property
+    def told_to_stop(self) -> bool:
+        """Whether the next token is beyond its leave; what began as a long evaluation goes on."""
+        return self.until <= len(self.tokens) <= self.evaluated + CUT_SHORT
 
     def follow(self, base: int, tokens: tuple[Token, ...]) -> bool:
         """Take over the target's `tokens`; True if the stream had to be cut for them."""
@@ -62,8 +69,8 @@ class DraftWorker(Worker):
                 if stream is None or stream.committed != base:
                     return
                 stream.until = min(until, self.engine.info.context)
-                if stream.follow(base, tokens) and stream is self._running:
-                    self.engine.cancel()  # it computes what follows a text that is no more
+                if (stream.follow(base, tokens) or stream.told_to_stop) and stream is self._running:
+                    self.engine.cancel()  # what it computes is not wanted, or not now
                 self.wake()
             case wire.Draft():
                 self._open(message)

@@ -12,14 +12,10 @@ that its confidence foretells. No block length is tuned; where drafts are bad, i
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-Values = NDArray[np.float64]
+from outrider.estimates import LEVELS, Costs, Spread, Values
 
 DEEPEST = 24  # drafted tokens ahead that are told apart: more add nothing
 LONGEST = 15  # most drafted tokens of a block
@@ -27,24 +23,7 @@ FARTHEST = 16  # drafted tokens in stock that a decision looks at one by one
 WAITS_FOR = 4
 GRID = 0.02  # acceptances are rounded to this, so that few processes are ever solved
 LEAST, MOST = 0.3, 0.96
-
-
-@dataclass(frozen=True, slots=True)
-class Costs:
-    """What things take, in seconds."""
-
-    verify_s: tuple[float, ...]  # a pass over 1, 2, 3 … rows
-    draft_s: float  # one drafted token
-    link_s: float  # added to each pass by messages
-
-    def passes(self, longest: int) -> Values:
-        """Seconds of a round with 0 … `longest` drafted tokens."""
-        rows = np.arange(1, longest + 2)
-        known = np.arange(1, len(self.verify_s) + 1)
-        slope = max(0.0, self.verify_s[-1] - self.verify_s[-2]) if len(self.verify_s) > 1 else 0.0
-        beyond = np.maximum(rows - len(self.verify_s), 0) * slope
-        seconds: Values = np.interp(rows, known, self.verify_s) + beyond + self.link_s
-        return seconds
+NOTCH, NOTCHES = 0.25, 25  # of a joint acceptance: halvings, in quarters
 
 
 @functools.lru_cache(maxsize=256)
@@ -85,81 +64,6 @@ def solve(costs: Costs, acceptance: float) -> tuple[float, Values]:
     return rate, value
 
 
-class CostModel:
-    """The costs of a pair of workers: calibrated when they were loaded, followed ever after.
-
-    A measurement moves the number of rows that it is of, and a little all others with it, as a
-    machine that has become slower is so for all. `costs` are rounded to steps of 4 %, so that what
-    is solved for them can be kept.
-    """
-
-    OWN, SHARED, STEP = 0.2, 0.05, math.log(1.04)
-
-    def __init__(self, verify_s: Sequence[float], draft_s: float, link_s: float = 5e-4) -> None:
-        self._verify = [math.log(max(seconds, 1e-6)) for seconds in verify_s]
-        self._draft = math.log(max(draft_s, 1e-6))
-        self._link = math.log(link_s)
-        self._costs: Costs | None = None
-        self.acceptance = Acceptance(memory=300)  # of all requests: where the next one starts
-
-    def verified(self, rows: int, elapsed_s: float, round_trip_s: float) -> None:
-        if not 1 <= rows <= len(self._verify):
-            return
-        error = _bounded(math.log(max(elapsed_s, 1e-6)) - self._verify[rows - 1])
-        self._verify = [cost + self.SHARED * error for cost in self._verify]
-        self._verify[rows - 1] += (self.OWN - self.SHARED) * error
-        link_s = min(max(round_trip_s - elapsed_s, 1e-5), 1.0)
-        self._link += self.OWN * _bounded(math.log(link_s) - self._link)
-        self._costs = None
-
-    def drafted(self, elapsed_s: float) -> None:
-        self._draft += self.SHARED * _bounded(math.log(max(elapsed_s, 1e-6)) - self._draft)
-        self._costs = None
-
-    @property
-    def costs(self) -> Costs:
-        if self._costs is None:
-            verify = np.maximum.accumulate(self._rounded(self._verify))
-            draft, link = self._rounded([self._draft, self._link])
-            self._costs = Costs(tuple(map(float, verify)), float(draft), float(link))
-        return self._costs
-
-    def _rounded(self, logs: Sequence[float]) -> Values:
-        rounded: Values = np.exp(np.round(np.asarray(logs) / self.STEP) * self.STEP)
-        return rounded
-
-
-def _bounded(error: float) -> float:
-    """One measurement that was disturbed must not count for more than a doubling."""
-    return min(max(error, -math.log(2)), math.log(2))
-
-
-class Acceptance:
-    """How likely a drafted token is accepted: on average lately, and by the draft's confidence."""
-
-    # doubt = log2(1 / (1 - confidence)) and what came true at it, on 1,644 recorded tokens
-    DOUBTS = (0.0, 0.5, 1.5, 2.5, 3.5, 4.5, 6.0)
-    PRIOR = (0.22, 0.5, 0.70, 0.86, 0.925, 0.965, 0.995)
-
-    def __init__(self, memory: float = 60.0, prior: float = 0.8, weight: float = 10.0) -> None:
-        self._memory = memory
-        self._good, self._seen = prior * weight, weight
-
-    def observe(self, good: bool) -> None:
-        fade = 1 - 1 / self._memory
-        self._good = self._good * fade + good
-        self._seen = self._seen * fade + 1
-
-    @property
-    def average(self) -> float:
-        return self._good / self._seen
-
-    def of(self, confidences: Sequence[float]) -> Values:
-        doubts = -np.log2(np.maximum(1 - np.asarray(confidences, np.float64), 1e-4))
-        likely: Values = np.interp(doubts, self.DOUBTS, self.PRIOR)
-        return likely
-
-
 def plan(
     costs: Costs, average: float, likely: Values, limit: int, next_s: float | None
 ) -> int | None:
@@ -178,23 +82,61 @@ def plan(
     return block
 
 
-def plan_in_turn(costs: Costs, average: float, likely: Values, limit: int) -> int:
-    """How many tokens the block is to have when draft and target take turns.
+def plan_in_turn(costs: Costs, spread: Spread, likely: Values, limit: int) -> int | None:
+    """How many drafted tokens to verify where draft and target take turns; None: draft one more.
 
-    More than there are in `likely`: draft so many first. Each further token costs its drafting and
-    its row, and is worth what it adds to the expected length, at the rate of the best block.
+    Each drafted token costs its drafting and its row, and shows how sure the draft is of it: going
+    on is worth what the best stopping rule makes of the confidences that `spread` foretells.
     """
-    acceptance = rounded(average)
+    rate, going_on = solve_in_turn(costs, spread.rounded)
     longest = min(LONGEST, limit)
-    passes = costs.passes(longest)
-    blocks = np.arange(longest + 1)
-    usual = (1 - acceptance ** (blocks + 1)) / (1 - acceptance)
-    rate = float((usual / (passes + blocks * costs.draft_s)).max())
     there = min(len(likely), longest)
-    all_of_them = np.concatenate((likely[:there], np.full(longest - there, acceptance)))
-    gain = 1 + np.concatenate(([0.0], np.cumsum(np.cumprod(all_of_them))))
-    still = np.maximum(blocks - there, 0)
-    return int(np.argmax(gain - rate * (passes + still * costs.draft_s)))
+    reach = np.cumprod(np.concatenate(([1.0], likely[:there])))
+    gain = np.cumsum(reach)
+    worth = gain - rate * costs.passes(longest)[: there + 1]
+    worth[:-1] += rate * costs.draft_s * reach[1:]  # left over, it may meet the target's own token
+    block = int(np.argmax(worth))
+    if there < longest:
+        depth = -np.log2(max(reach[there], 1e-9)) / NOTCH
+        if gain[there] + np.interp(depth, np.arange(NOTCHES), going_on[there]) > worth[block]:
+            return None
+    return block
+
+
+@functools.lru_cache(maxsize=256)
+def solve_in_turn(costs: Costs, spread: tuple[float, ...]) -> tuple[float, tuple[Values, ...]]:
+    """The best rate in turns, and what drafting on is worth with 0 … LONGEST - 1 drafted tokens.
+
+    An optimal stopping problem in two quantities: how many tokens are drafted, and how likely all
+    of them are accepted, which is 2^(-NOTCH n) at index n. Every round begins it anew, so the rate
+    is where a round is worth as much as its time; found by Newton's method.
+    """
+    reach = 2.0 ** (-NOTCH * np.arange(NOTCHES))
+    then = reach[:, None] * LEVELS[None, :]  # having drafted a token of each acceptance
+    at = np.clip(-np.log2(then) / NOTCH, 0, NOTCHES - 1 - 1e-9)
+    low = at.astype(np.intp)
+    part = at - low
+    weights, passes, draft_s = np.asarray(spread), costs.passes(LONGEST), costs.draft_s
+    rate = 1 / float(passes[0])
+    going_on: list[Values] = []
+    for _ in range(30):
+        value, time = np.full(NOTCHES, -rate * passes[-1]), np.full(NOTCHES, passes[-1])
+        going_on = []
+        for drafted in range(LONGEST - 1, -1, -1):
+            kept = then + value[low] * (1 - part) + value[low + 1] * part
+            kept_s = time[low] * (1 - part) + time[low + 1] * part
+            dropped_s = passes[drafted] - then * draft_s  # a hit spares drafting it again
+            dropped = -rate * dropped_s
+            going_on.append(np.maximum(kept, dropped) @ weights - rate * draft_s)
+            more_s = draft_s + np.where(kept > dropped, kept_s, dropped_s) @ weights
+            stop = -rate * passes[drafted]
+            value = np.maximum(stop, going_on[-1])
+            time = np.where(going_on[-1] > stop, more_s, passes[drafted])
+        profit = 1 + float(value[0])
+        if abs(profit) < 1e-6:
+            break
+        rate += profit / float(time[0])
+    return rate, tuple(reversed(going_on))
 
 
 def appraise(costs: Costs, average: float, likely: Values, limit: int) -> tuple[int, float]:

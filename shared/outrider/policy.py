@@ -11,12 +11,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+
 from outrider import planner
-from outrider.planner import Acceptance, CostModel
+from outrider.estimates import LEVELS, Acceptance, CostModel, Spread
 
 Mode = Literal["plain", "sync", "pipelined"]
 
 LONGEST = 64  # drafted tokens in a block
+CERTAIN = Spread(np.eye(len(LEVELS))[-1], weight=1.0)
 PROBES = (8, 256)  # plain steps until a draft that did not pay is tried again: at first, at most
 
 
@@ -59,13 +62,16 @@ class Policy:
         wanted = min(limit, self.n_max if self.mode == "sync" else self.n_min)
         return None if next_s is not None and ready < wanted else ready
 
-    def observe(self, good: bool) -> None:
+    def observe(self, good: bool, confidence: float) -> None:
         """Fixed numbers learn nothing."""
 
     def verified(self, rows: int, elapsed_s: float, round_trip_s: float) -> None:
         """Nor do they measure."""
 
-    def drafted(self, elapsed_s: float) -> None:
+    def committed(self, tokens: int, spent_s: float) -> None:
+        """Nor do they measure."""
+
+    def drafted(self, elapsed_s: float, confidences: Sequence[float]) -> None:
         """Nor do they measure."""
 
 
@@ -77,47 +83,92 @@ class Pilot:
     def __init__(self, mode: Literal["sync", "pipelined"], n_max: int, costs: CostModel) -> None:
         self.mode, self._n_max, self._costs = mode, n_max, costs
         self._acceptance = Acceptance(prior=costs.acceptance.average)
-        self._block = 0  # in turns: how long the block is to be
+        self._spread = Spread()
+        self._guard = Guard()
+        self._prefilled = False
         self._plain_steps, self._patience = PROBES[0], PROBES[0]  # the first probe is at once
 
     def lead(self, busy: bool) -> int:
-        """Pipelined: as far as makes a difference. In turns: what the next block is to have."""
+        """In turns the draft runs until it is told to stop; else as far as makes a difference."""
+        if self._guard.resting or (self.mode == "sync" and busy):
+            return 0
         if self.mode == "sync":
-            return 0 if busy else self._block
+            return min(planner.LONGEST, self._n_max)
         return min(planner.DEEPEST, 2 * self._n_max + 2)
 
     def decide(self, confidences: Sequence[float], limit: int, next_s: float | None) -> int | None:
         """See `Policy.decide`."""
-        limit = max(0, min(limit, self._n_max))
-        likely = self._acceptance.of(confidences)
-        costs, average = self._costs.costs, self._acceptance.average
-        if self.mode == "pipelined":
-            return planner.plan(costs, average, likely, limit, next_s)
-        self._block = planner.plan_in_turn(costs, average, likely, limit)
-        if not len(confidences):
-            self._block = max(self._block, self._probe(limit))
-        if self._block > len(likely) and next_s is not None:
-            return None
-        return min(self._block, len(likely))
-
-    def _probe(self, limit: int) -> int:
-        """A draft that does not pay is tried again, less and less often."""
-        if self._block:
-            self._plain_steps, self._patience = 0, PROBES[0]
+        if self._guard.resting:
             return 0
+        limit = max(0, min(limit, self._n_max))
+        likely, costs = self._costs.acceptance.of(confidences), self._costs.costs
+        if self.mode == "pipelined":
+            return planner.plan(costs, self._acceptance.average, likely, limit, next_s)
+        block = planner.plan_in_turn(costs, self._spread, likely, limit)
+        if not len(confidences) and self._probes(block) and limit:
+            block = None
+        return min(len(likely), limit) if block is None and next_s is None else block
+
+    def _probes(self, block: int | None) -> bool:
+        """Whether a draft that did not pay is to be tried again, less and less often."""
+        if block != 0:
+            self._plain_steps, self._patience = 0, PROBES[0]
+            return False
         self._plain_steps += 1
         if self._plain_steps < self._patience:
-            return 0
+            return False
         self._plain_steps, self._patience = 0, min(2 * self._patience, PROBES[1])
         # unless it could not pay however good it has become
-        return min(1, planner.plan_in_turn(self._costs.costs, 1.0, self._acceptance.of(()), limit))
+        best = planner.plan_in_turn(self._costs.costs, CERTAIN, np.empty(0), LONGEST)
+        return best is None
 
-    def observe(self, good: bool) -> None:
-        self._acceptance.observe(good)
-        self._costs.acceptance.observe(good)
+    def observe(self, good: bool, confidence: float) -> None:
+        self._acceptance.observe(good, confidence)
+        self._costs.acceptance.observe(good, confidence)
 
     def verified(self, rows: int, elapsed_s: float, round_trip_s: float) -> None:
         self._costs.verified(rows, elapsed_s, round_trip_s)
 
-    def drafted(self, elapsed_s: float) -> None:
-        self._costs.drafted(elapsed_s)
+    def committed(self, tokens: int, spent_s: float) -> None:
+        costs = self._costs.costs
+        self._guard.committed(tokens, spent_s, costs.verify_s[0] + costs.link_s)
+
+    def drafted(self, elapsed_s: float, confidences: Sequence[float]) -> None:
+        if self._prefilled:
+            self._costs.drafted(elapsed_s)
+        else:
+            self._guard.excuse(elapsed_s / self._costs.costs.verify_s[0])  # with it came the prompt
+            self._prefilled = True
+        self._spread.observe(self._costs.acceptance.of(confidences))
+
+
+class Guard:
+    """Keeps account of the time that drafts have saved or lost, and lets them rest when they lose.
+
+    Costs and confidences can mislead, such as those of a draft that is sure and wrong. The account
+    cannot: it is in plain steps of the target, and stands for at most `CREDIT` of them.
+    """
+
+    LOSS, CREDIT, RESTS = 2.0, 4.0, (24, 256)
+
+    def __init__(self) -> None:
+        self._saved = 0.0
+        self._left, self._rest = 0, self.RESTS[0]
+
+    @property
+    def resting(self) -> bool:
+        return self._left > 0
+
+    def excuse(self, steps: float) -> None:
+        """What had to be paid once counts for nothing."""
+        self._saved += steps
+
+    def committed(self, tokens: int, spent_s: float, step_s: float) -> None:
+        """A round has committed `tokens` in `spent_s`; the target alone needs `step_s` for one."""
+        if self._left:
+            self._left -= 1
+            return
+        self._saved = min(self._saved + tokens - spent_s / step_s, self.CREDIT)
+        if self._saved < -self.LOSS:
+            self._left, self._rest = self._rest, min(2 * self._rest, self.RESTS[1])
+            self._saved = -self.LOSS / 2  # the next attempt is cheaper

@@ -200,7 +200,7 @@ class Session:
         each_s = elapsed_s / len(drafted)
         self._gap_s += 0.2 * (each_s - self._gap_s)
         self._next = now + each_s
-        self.policy.drafted(each_s)
+        self.policy.drafted(each_s, [one.confidence for one in drafted])
         self.stats.created += len(drafted)
         for at, one in enumerate(drafted):
             where = position + at
@@ -208,9 +208,9 @@ class Session:
                 self.stock.append(one)
             elif one.token == self.tokens[where]:
                 self.stats.hits += 1
-                self.policy.observe(True)
+                self.policy.observe(True, one.confidence)
             else:
-                self.policy.observe(False)
+                self.policy.observe(False, one.confidence)
                 self._break(len(drafted) - at, "miss", where)
                 break
             self._heard = where + 1
@@ -226,8 +226,9 @@ class Session:
             return self._end(Fault(f"the target worker broke the protocol: {wrong}"))
         self.verifying = None
         self._computed("target", self.stats.target, now, verdict.elapsed_s, block + 1)
-        if self.stats.prefilled is not None:
+        if self.stats.last_commit is not None:
             self.policy.verified(block + 1, verdict.elapsed_s, now - self._sent)
+            self.policy.committed(len(verdict.tokens), now - self.stats.last_commit)
         self.stats.count(block, verdict.accepted, now)
         emit, reason = self._commit(block, verdict)
         if reason:
@@ -331,11 +332,11 @@ class Session:
     def _reconcile(self, block: int, accepted: int, now: float) -> None:
         """Drop from the stock what the commit covers, and all of it where they differ."""
         rest = self.stock[block:]
-        for _ in range(accepted):
-            self.policy.observe(True)
-        if accepted < block or rest:
+        for one in self.stock[:accepted]:
+            self.policy.observe(True, one.confidence)
+        if accepted < len(self.stock):
             good = accepted == block and rest[0].token == self.tokens[-1]
-            self.policy.observe(good)
+            self.policy.observe(good, self.stock[accepted].confidence)
             if not good:
                 self._next = now + self._gap_s  # the draft begins anew
         if accepted < block:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from outrider.planner import CostModel
+from outrider.estimates import CostModel
 from outrider.policy import Pilot, Policy
 from outrider.sampling import Sampling
 from outrider.session import (
@@ -132,7 +132,8 @@ class Replay:
         else:
             assert self.stream is not None
             self.stream.until = command.until
-            if self.stream.follow(command.base, command.tokens) and self.world.cuts:
+            cut = self.stream.follow(command.base, command.tokens)
+            if (cut or self.stream.told_to_stop) and self.world.cuts:
                 self.busy = None
         self.draft(now)
 
@@ -150,6 +151,7 @@ class Replay:
         self.busy = None
         if (lineage, position) == (self.stream.lineage, len(self.stream.tokens)):
             token = self.recorded(self.stream.tokens)
+            self.stream.evaluated = len(self.stream.tokens)
             self.stream.tokens.append(token.token)
             self.at(now + self.world.link_s, "drafted", (lineage, position, token))
         self.draft(now)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import pytest
 from tests.sim.replay import FLAT, PROCESSOR, Replay, World, mean, speedups
 
-from outrider.planner import CostModel
+from outrider.estimates import CostModel
 from outrider.policy import Pilot, Policy
 
 HERE = World(PROCESSOR, 0.031)

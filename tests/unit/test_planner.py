@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from outrider import planner
-from outrider.planner import Acceptance, CostModel, Costs
+from outrider.estimates import Acceptance, CostModel, Costs, Spread
 
 FLAT = Costs((0.1,) * 16, 0.01, 0.0)
 DEAR = Costs(tuple(0.1 * rows for rows in range(1, 17)), 0.01, 0.0)  # a row costs as much as a pass
@@ -58,17 +58,36 @@ def test_it_waits_for_a_draft_that_is_about_to_come_and_not_for_one_that_is_far(
     assert planner.plan(FLAT, 0.9, np.empty(0), 100, None) == 0
 
 
-def test_in_turns_good_drafts_are_worth_long_blocks_and_bad_ones_none() -> None:
-    lengths = [planner.plan_in_turn(FLAT, a, np.empty(0), 100) for a in (0.3, 0.6, 0.9)]
-    assert lengths == sorted(lengths)
-    assert lengths[-1] > 3
+def spread_of(acceptance: float) -> Spread:
+    spread = Spread(weight=1e-6)
+    spread.observe(np.array([acceptance]))
+    return spread
+
+
+def test_in_turns_bad_drafts_and_slow_ones_are_left_alone() -> None:
+    assert planner.plan_in_turn(SLOPED, spread_of(0.3), np.empty(0), 100) == 0
     slow = Costs((0.1,) * 16, 0.2, 0.0)
-    assert planner.plan_in_turn(slow, 0.9, np.empty(0), 100) == 0
+    assert planner.plan_in_turn(slow, spread_of(0.99), np.empty(0), 100) == 0
+
+
+def test_in_turns_good_drafts_are_worth_long_blocks() -> None:
+    for there in range(5):
+        assert planner.plan_in_turn(SLOPED, spread_of(0.99), np.full(there, 0.99), 100) is None
+    assert planner.plan_in_turn(SLOPED, spread_of(0.99), np.full(3, 0.99), 3) == 3
 
 
 def test_in_turns_drafting_ends_where_the_next_token_is_not_worth_its_time() -> None:
-    assert planner.plan_in_turn(SLOPED, 0.9, np.array([0.9, 0.02]), 100) == 1
-    assert planner.plan_in_turn(SLOPED, 0.9, np.array([0.99, 0.99]), 100) > 2
+    assert planner.plan_in_turn(SLOPED, spread_of(0.9), np.array([0.9, 0.02]), 100) == 1
+    assert planner.plan_in_turn(SLOPED, spread_of(0.9), np.array([0.99, 0.99]), 100) is None
+    assert planner.plan_in_turn(SLOPED, spread_of(0.9), np.array([0.9] * 8), 100) is not None
+
+
+def test_the_rate_in_turns_is_what_a_known_chain_gives() -> None:
+    """Drafts that are certain: the longest block, each token for its drafting and its row."""
+    costs = Costs((0.1,) * 16, 0.01, 0.0)
+    rate, _ = planner.solve_in_turn(costs, spread_of(0.999).rounded)
+    expected = sum(0.995**n for n in range(planner.LONGEST + 1))
+    assert rate == pytest.approx(expected / (0.1 + planner.LONGEST * 0.01), rel=0.02)
 
 
 def test_a_decision_takes_less_than_a_millisecond() -> None:
@@ -86,7 +105,7 @@ def test_acceptance_follows_what_it_sees_and_rises_with_confidence() -> None:
     acceptance = Acceptance(prior=0.8)
     assert acceptance.average == pytest.approx(0.8)
     for _ in range(200):
-        acceptance.observe(False)
+        acceptance.observe(False, 0.5)
     assert acceptance.average < 0.1
     likely = acceptance.of([0.0, 0.3, 0.6, 0.9, 0.98])
     assert (np.diff(likely) > 0).all()
@@ -112,3 +131,14 @@ def test_costs_that_hardly_change_are_the_same_costs() -> None:
     before = model.costs
     model.verified(1, 0.1005, 0.1010)
     assert model.costs == before
+
+
+def test_a_draft_that_is_sure_and_wrong_loses_its_credit() -> None:
+    acceptance = Acceptance(memory=300)
+    before = acceptance.of([0.97])[0]
+    for _ in range(20):
+        acceptance.observe(False, 0.97)
+    assert acceptance.of([0.97])[0] < before * 0.6
+    for _ in range(2000):
+        acceptance.observe(True, 0.97)
+    assert acceptance.of([0.97])[0] == pytest.approx(before, rel=0.02)
