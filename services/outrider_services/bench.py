@@ -281,8 +281,8 @@ class Bench:
                     speed = f"{answer.tokens_per_s:.2f} tokens/s"
                     tell(f"[sweep] {prompt.category}: {name} with n_max {n_max}, {speed}")
             await peer.stop()
-        for category, tried in self.results.sweeps.items():
-            for name, speeds in tried.items():
+        for category, by_peer in self.results.sweeps.items():
+            for name, speeds in by_peer.items():
                 self._best[category, name] = max(speeds.items(), key=itemgetter(1))[0]
 
     async def _sample(self, arm: str, prompt: Prompt, repetition: int) -> Sample:

@@ -25,7 +25,7 @@ FATES: dict[Fate, tuple[str, str, str]] = {  # colour, hatching, meaning
     "accepted": ("#009e73", "", "accepted"),
     "hit": ("#56b4e9", "..", "hit: the target's own choice, too"),
     "rejected": ("#d55e00", "////", "rejected by the target"),
-    "discarded": ("#dddddd", "xxxx", "discarded unseen"),
+    "discarded": ("#bbbbbb", "xxxx", "discarded unseen"),
 }
 
 
@@ -105,8 +105,11 @@ def lanes(path: str, traces: Mapping[str, Sequence[Lane]], seconds: float) -> No
     from matplotlib.patches import Patch
 
     figure, axes = _figure(11.0, 1.3 + 1.55 * len(traces), len(traces))
-    for one, (mode, trace) in zip(axes, traces.items(), strict=True):
-        shown = [block for block in blocks(trace) if block.start < seconds]
+    drawn = {mode: blocks(trace) for mode, trace in traces.items()}
+    longest = max((block.end for of in drawn.values() for block in of), default=seconds)
+    seconds = min(seconds, longest)
+    for one, (mode, of) in zip(axes, drawn.items(), strict=True):
+        shown = [block for block in of if block.start < seconds]
         _draw(one, shown, seconds)
         computing = sum(min(b.end, seconds) - b.start for b in shown if b.lane == "target")
         span = min(seconds, max((b.end for b in shown), default=seconds))
@@ -115,7 +118,8 @@ def lanes(path: str, traces: Mapping[str, Sequence[Lane]], seconds: float) -> No
     axes[-1].set_xlabel("seconds after prefill")
     handles = [Patch(facecolor=TARGET, edgecolor="white", label="target pass (its rows)")]
     for colour, hatch, text in FATES.values():
-        handles.append(Patch(facecolor=colour, edgecolor="white", hatch=hatch, label=text))
+        patch = Patch(facecolor=colour, edgecolor="white", hatch=hatch, label=text, linewidth=0)
+        handles.append(patch)
     figure.legend(handles=handles, loc="outside lower center", ncols=5, frameon=False, fontsize=9)
     _save(figure, path)
 
@@ -125,8 +129,9 @@ def _draw(axes: Axes, shown: Sequence[Block], seconds: float) -> None:
     for block in shown:
         place, length = heights[block.lane], block.end - block.start
         colour, hatch, _ = FATES[block.fate] if block.fate else (TARGET, "", "")
-        axes.barh(place, length, 0.78, block.start, color=colour, hatch=hatch, edgecolor="white",
-                  linewidth=0.7)  # fmt: skip
+        gap = min(0.1 * length, 0.001 * seconds)  # neighbours are told apart
+        axes.barh(place, length - gap, 0.78, block.start + gap / 2, color=colour, hatch=hatch,
+                  edgecolor="white", linewidth=0)  # fmt: skip
         middle = block.start + length / 2
         if block.label and length > seconds / 90 and middle < seconds:
             axes.text(middle, place, block.label, ha="center", va="center", color="white",
