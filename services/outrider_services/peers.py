@@ -165,7 +165,7 @@ class SpeculativeSimple(Peer):
         path = Path(self._directory.name) / "prompt"
         path.write_text(prompt + "\n", "utf-8")  # it takes one line feed off the end
         length = ("-n", str(count), "--spec-draft-n-max", str(n_max))
-        process = await self._start(*length, "-f", str(path), "--no-escape", "--temp", "0")
+        process = await self._start(*length, "-f", str(path), "--temp", "0", "--no-escape")
         try:
             async with asyncio.timeout(ANSWER_S):
                 status = await process.wait()
