@@ -81,9 +81,16 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     verbs: dict[str, Parser] = {}
 
-    def verb(name: str, call: Any, help: str, sections: Sequence[str] = (), **more: Any) -> Parser:
+    def verb(
+        name: str,
+        call: Any,
+        help: str,
+        sections: Sequence[str] = (),
+        without: Sequence[str] = (),
+        **more: Any,
+    ) -> Parser:
         added: Parser = commands.add_parser(name, help=help, description=help, **more)
-        _common(added, sections, call)
+        _common(added, sections, call, without)
         verbs[name] = added
         return added
 
@@ -96,7 +103,8 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     serve.add_argument(
         "--pull", action="store_true", help="fetch the default pair if it is missing"
     )
-    _bench_flags(verb("bench", bench.run, "measure the speed-up", models_and_more))
+    settled = ("pipeline.mode", "target.place", "draft.place")  # by the arms, and by their purpose
+    _bench_flags(verb("bench", bench.run, "measure the speed-up", models_and_more, settled))
     _worker_verbs(verb, verbs)
     pull = verb("pull", _pull, "fetch a model, or the default pair", ("pipeline",))
     pull.add_argument("model", nargs="?", help="hf://user/repo[:quant]; default: the default pair")
@@ -115,8 +123,10 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     return parser, verbs
 
 
-def _common(parser: Parser, sections: Sequence[str], call: Any) -> None:
-    add_options(parser, sections)
+def _common(
+    parser: Parser, sections: Sequence[str], call: Any, without: Sequence[str] = ()
+) -> None:
+    add_options(parser, sections, without)
     parser.add_argument(
         "--config", metavar="FILE", help="configuration file (TOML) [OUTRIDER_CONFIG]"
     )

@@ -48,7 +48,7 @@ def bars(path: str, results: Results) -> None:
     summaries = {(s.category, s.arm): s for s in results.summaries()}
     groups = [*results.categories, *(["geometric\nmean"] if len(results.categories) > 1 else [])]
     width = 0.8 / max(1, len(arms))
-    figure, (axes,) = _figure(max(7.0, 1.6 + 0.36 * len(groups) * (len(arms) + 1)), 4.4, 1)
+    figure, (axes,) = _figure(max(7.0, 1.6 + 0.27 * len(groups) * (len(arms) + 1)), 4.4, 1)
     for index, arm in enumerate(arms):
         of = [summaries[category, arm] for category in results.categories]
         heights = [s.ratio for s in of]
@@ -62,11 +62,12 @@ def bars(path: str, results: Results) -> None:
                               ha="center", va="bottom", fontsize=7)  # fmt: skip
     axes.axhline(1, color="black", linewidth=1, zorder=3)
     axes.set_xticks(range(len(groups)), groups)
+    axes.margins(x=0.01)
     axes.set_ylabel("speed over the target alone")
     axes.set_ylim(0, axes.get_ylim()[1] * 1.04)
     axes.grid(axis="y", color="#e5e5e5", zorder=0)
     axes.set_title(results.header.get("machine", ""), fontsize=9, loc="left", color="#444444")
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=6, frameon=False, fontsize=9)
+    figure.legend(loc="outside lower center", ncols=6, frameon=False, fontsize=9)
     _save(figure, path)
 
 

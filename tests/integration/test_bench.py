@@ -185,6 +185,7 @@ def test_pictures_are_made(cli: Cli) -> None:
         (("--arms", "syncc"), 3, "no arm 'syncc'; did you mean sync"),
         (("--arms", "llama-server", "--peers", "/nonexistent"), 3, "scripts/build-peers"),
         (("--n-draft", "0"), 3, "needs a draft"),
+        (("--mode", "sync"), 3, "unknown flag --mode"),
         (("--plot", "x.pdf"), 3, ".svg or .png"),
         (("--category", "poetry"), 3, "no category 'poetry'"),
     ],
