@@ -20,7 +20,7 @@ import outrider
 from outrider.client import connect
 from outrider.errors import ConfigError, ConnectionFailed, OutriderError
 from outrider.transport import address_of, runtime_dir
-from outrider_services import children, models, options, serving
+from outrider_services import bench, children, models, options, serving
 from outrider_services.generate import run
 from outrider_services.options import Parser, add_options
 from outrider_services.progress import progress_reporter
@@ -81,9 +81,16 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     verbs: dict[str, Parser] = {}
 
-    def verb(name: str, call: Any, help: str, sections: Sequence[str] = (), **more: Any) -> Parser:
+    def verb(
+        name: str,
+        call: Any,
+        help: str,
+        sections: Sequence[str] = (),
+        without: Sequence[str] = (),
+        **more: Any,
+    ) -> Parser:
         added: Parser = commands.add_parser(name, help=help, description=help, **more)
-        _common(added, sections, call)
+        _common(added, sections, call, without)
         verbs[name] = added
         return added
 
@@ -96,6 +103,8 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     serve.add_argument(
         "--pull", action="store_true", help="fetch the default pair if it is missing"
     )
+    settled = ("pipeline.mode", "target.place", "draft.place")  # by the arms, and by their purpose
+    _bench_flags(verb("bench", bench.run, "measure the speed-up", models_and_more, settled))
     _worker_verbs(verb, verbs)
     pull = verb("pull", _pull, "fetch a model, or the default pair", ("pipeline",))
     pull.add_argument("model", nargs="?", help="hf://user/repo[:quant]; default: the default pair")
@@ -114,8 +123,10 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     return parser, verbs
 
 
-def _common(parser: Parser, sections: Sequence[str], call: Any) -> None:
-    add_options(parser, sections)
+def _common(
+    parser: Parser, sections: Sequence[str], call: Any, without: Sequence[str] = ()
+) -> None:
+    add_options(parser, sections, without)
     parser.add_argument(
         "--config", metavar="FILE", help="configuration file (TOML) [OUTRIDER_CONFIG]"
     )
@@ -146,6 +157,52 @@ def _run_flags(parser: Parser) -> None:
     )
     add("--no-stats", action="store_true", help="no statistics on stderr")
     add("--trace", metavar="FILE", help="write when each worker computed, as Chrome trace JSON")
+    add("--pull", action="store_true", help="fetch the default pair if it is missing")
+
+
+def _bench_flags(parser: Parser) -> None:
+    parser.description = (
+        "Measure how much faster drafting is than the target alone. Every arm answers the same "
+        "prompts in turn, greedily; what counts is the ratio within a turn."
+    )
+    add = parser.add_argument
+    add(
+        "--arms",
+        default="plain,sync,pipelined,auto",
+        metavar="LIST",
+        help="plain (always), sync, pipelined, auto; sync:4 or pipelined:4 for blocks of exactly "
+        "4 drafted tokens; llama-server, llama-speculative-simple (default: %(default)s)",
+    )
+    count: dict[str, Any] = {"type": int, "metavar": "N"}
+    add("-n", "--n-predict", default=96, help="tokens of each answer (default: 96)", **count)
+    add("-r", "--repetitions", default=5, help="turns for each prompt (default: 5)", **count)
+    add("--warmup", default=1, help="answers of each arm before it counts (default: 1)", **count)
+    add("--category", metavar="LIST", help="kinds of prompts, such as code,chat (default: all)")
+    add("--per-category", default=1, help="prompts of each category (default: 1)", **count)
+    add("--prompts", metavar="FILE", help="TOML of your own: [category] chat = …, prompts = [ … ]")
+    add(
+        "--placement",
+        choices=("shared", "split", "given"),
+        default="given",
+        help="shared: both workers on all cores, with a thread for each; split: one core and one "
+        "thread each; given: as the flags say (default)",
+    )
+    add("--peers", metavar="DIR", help="where llama.cpp's programs are (scripts/build-peers)")
+    add(
+        "--peer-n-max",
+        default="1-12",
+        metavar="LIST",
+        help="draft lengths that each peer may try, the best one counts (default: 1-12)",
+    )
+    add("-o", "--output", choices=("md", "json", "csv"), default="md", help="what goes to stdout")
+    add("--plot", metavar="FILE", help="picture of the speed-ups, .svg or .png")
+    add("--lanes", metavar="FILE", help="picture of both workers over time, .svg or .png")
+    add(
+        "--require-speedup",
+        type=float,
+        metavar="X",
+        help="end with status 9 if auto is less than X times as fast as plain",
+    )
     add("--pull", action="store_true", help="fetch the default pair if it is missing")
 
 

@@ -285,6 +285,7 @@ class Coordinator:
                 raise Overloaded("the pipeline is stopping")
             if len(self._requests) > self._defaults.queue:
                 raise Overloaded(f"{self._defaults.queue} requests are running or waiting already")
+            _check_lengths(request.submit, self._defaults.n_draft)
             target = self._roster.target()
             request.tokens = await self._tokens(target, request.submit)
             _check(request, target)
@@ -334,7 +335,7 @@ class Coordinator:
         defaults = self._defaults
         n_max = defaults.n_draft if submit.n_draft is None else submit.n_draft
         mode = "plain" if n_max == 0 else self._mode(submit.mode)
-        policy = self._policy(mode, LONGEST if n_max is None else min(n_max, LONGEST))
+        policy = self._policy(mode, LONGEST if n_max is None else min(n_max, LONGEST), submit)
         stats = Stats(mode, sampling.seed, request.submitted, step_s=target.hello.curve_s[0])
         request.session, request.sampling = Session(task, policy, stats), sampling
         self._running[request.id] = request
@@ -344,12 +345,12 @@ class Coordinator:
         drafts = self._roster.get("draft") is not None
         self._advance(request, lambda session, now: session.start(now, drafts))
 
-    def _policy(self, mode: Mode, n_max: int) -> Policy | Pilot:
+    def _policy(self, mode: Mode, n_max: int, submit: wire.Submit) -> Policy | Pilot:
         """Fixed numbers where they are asked for, else what the measured costs say."""
-        defaults = self._defaults
-        fixed = defaults.n_min > 0 or defaults.p_min > 0
-        if mode == "plain" or fixed or self._costs is None:
-            return Policy(mode, n_max, min(defaults.n_min, n_max), defaults.p_min)
+        n_min = self._defaults.n_min if submit.n_min is None else submit.n_min
+        p_min = self._defaults.p_min if submit.p_min is None else submit.p_min
+        if mode == "plain" or n_min > 0 or p_min > 0 or self._costs is None:
+            return Policy(mode, n_max, min(n_min, n_max), p_min)
         return Pilot(mode, n_max, self._costs)
 
     def _mode(self, mode: str | None) -> Mode:
@@ -458,6 +459,14 @@ class Coordinator:
         task = asyncio.ensure_future(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def _check_lengths(submit: wire.Submit, n_draft: int | None) -> None:
+    """Raises BadRequest."""
+    n_max = n_draft if submit.n_draft is None else submit.n_draft
+    n_max = LONGEST if n_max is None else min(n_max, LONGEST)
+    if submit.n_min is not None and submit.n_min > n_max:
+        raise BadRequest(f"n_min is {submit.n_min}, more than n_draft, {n_max}", "n_min")
 
 
 def _check(request: Request, target: Member) -> None:

@@ -297,7 +297,7 @@ def write_trace(path: str, lanes: tuple[Lane, ...]) -> None:
 
 def chrome_trace(lanes: tuple[Lane, ...]) -> dict[str, Any]:
     """Both lanes in the trace event format that Perfetto and chrome://tracing read."""
-    start = min((began for _, began, _, _ in lanes), default=0.0)
+    start = min((began for _, began, *_ in lanes), default=0.0)
     threads = {"target": 1, "draft": 2}
     events: list[dict[str, Any]] = [
         {
@@ -319,6 +319,6 @@ def chrome_trace(lanes: tuple[Lane, ...]) -> dict[str, Any]:
             "dur": round((ended - began) * 1e6, 1),
             "args": {"rows": rows},
         }
-        for lane, began, ended, rows in lanes
+        for lane, began, ended, rows, *_ in lanes
     ]
     return {"traceEvents": events, "displayTimeUnit": "ms"}

@@ -29,7 +29,9 @@ T = TypeVar("T")
 FinishReason = Literal["stop", "length", "cancelled"]
 SILENCE_S = 5.0  # the coordinator pings every second: silent for so long, it is gone
 ANSWER_S = 15.0
-Lane = tuple[str, float, float, int]  # "target" or "draft", start and end in seconds, rows
+# "target" or "draft", start and end in seconds, rows; then round and base of the pass, or lineage
+# and position of the draft, and the tokens that were chosen or drafted from there on
+Lane = tuple[str, float, float, int, int, int, tuple[int, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,6 +229,8 @@ class AsyncClient:
         ignore_eos: bool = False,
         mode: Literal["plain", "sync", "pipelined", "auto"] | None = None,
         n_draft: int | None = None,
+        n_min: int | None = None,
+        p_min: float | None = None,
         stream: bool = False,
         trace: bool = False,
         messages: Sequence[Mapping[str, str]] | None = None,
@@ -234,7 +238,9 @@ class AsyncClient:
         """Generate up to `max_tokens` tokens after `prompt` (None: until the context is full).
 
         Returns a `Completion`, or with `stream` a `Stream`. The text depends on prompt, seed and
-        sampling settings alone, never on `mode` or `n_draft`. Raises OutriderError.
+        sampling settings alone, never on `mode`, nor on the lengths of blocks: `n_draft` drafted
+        tokens at most, `n_min` at least, none that the draft gave less than `p_min` (None: as the
+        pipeline is set). Raises OutriderError.
         """
         sampling = Sampling(
             temperature=temperature,
@@ -262,6 +268,8 @@ class AsyncClient:
             mode=mode,
             n_draft=n_draft,
             trace=trace,
+            n_min=n_min,
+            p_min=p_min,
         )
         answer = Stream(self, call)
         self._inboxes[call] = answer._inbox

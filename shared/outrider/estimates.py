@@ -1,4 +1,4 @@
-"""What a policy is told of the world: what things cost, and how likely drafted tokens are accepted."""
+"""What a policy is told: what things cost, and how likely drafted tokens are accepted."""
 
 from __future__ import annotations
 

@@ -25,11 +25,15 @@ from typing import Literal
 
 from outrider.policy import Pilot, Policy
 from outrider.sampling import Token
-from outrider.stats import Lane, Stats
+from outrider.stats import Stats
 from outrider.text import TextStream
 
 Kind = Literal["drafted", "corrected", "bonus", "plain"]
 Reason = Literal["stop", "length", "cancelled"]
+Ids = tuple[Token, ...]
+Role = Literal["target", "draft"]
+# lane, start, end, rows; round and base, or lineage and position; what was chosen or drafted
+Span = tuple[Role, float, float, int, int, int, Ids]
 
 PATIENCE_S = (0.02, 0.5)  # least and most wait for one drafted token
 OFFENCES = 3  # malformed drafts after which a request does without its draft worker
@@ -149,7 +153,7 @@ class Session:
         self.riding = False  # a draft worker drafts for this request
         self.lineage = 0
         self.deadline: float | None = None  # when to call `on_timer`
-        self.trace: list[tuple[str, float, float, int]] = []
+        self.trace: list[Span] = []
         self._heard = 0  # where the current lineage's next drafted token may stand, at the earliest
         self._until = 0  # the draft's leave: it may not reach this position
         self._granted = 0  # the most it ever was: a token may have been on its way
@@ -190,12 +194,15 @@ class Session:
         """`drafted` stand at `position` and after it."""
         if self.over or not self.riding:
             return []
+        ids = tuple(one.token for one in drafted)
         if lineage < self.lineage:
             self._discard(len(drafted), "stale", created=True)
+            self._record("draft", now, elapsed_s, len(drafted), lineage, position, ids)
             return []
         if not self._is_possible(lineage, position, drafted):
             return self._offend(now)
-        self._computed("draft", self.stats.draft, now, elapsed_s, len(drafted))
+        self.stats.computed(self.stats.draft, now, elapsed_s)
+        self._record("draft", now, elapsed_s, len(drafted), lineage, position, ids)
         self._late = False
         each_s = elapsed_s / len(drafted)
         self._gap_s += 0.2 * (each_s - self._gap_s)
@@ -225,7 +232,9 @@ class Session:
         if wrong := self._contradiction(block, verdict):
             return self._end(Fault(f"the target worker broke the protocol: {wrong}"))
         self.verifying = None
-        self._computed("target", self.stats.target, now, verdict.elapsed_s, block + 1)
+        self.stats.computed(self.stats.target, now, verdict.elapsed_s)
+        passed = (block + 1, verdict.round, verdict.base, verdict.tokens)
+        self._record("target", now, verdict.elapsed_s, *passed)
         if self.stats.last_commit is not None:
             self.policy.verified(block + 1, verdict.elapsed_s, now - self._sent)
             self.policy.committed(len(verdict.tokens), now - self.stats.last_commit)
@@ -401,12 +410,13 @@ class Session:
         drafted = tuple(d.token for d in self.stock[:block])
         return [Verify(self.round, len(self.tokens), drafted)]
 
-    def _computed(self, name: str, lane: Lane, now: float, elapsed_s: float, rows: int) -> None:
-        self.stats.computed(lane, now, elapsed_s)
+    def _record(
+        self, lane: Role, now: float, elapsed_s: float, rows: int, number: int, base: int, ids: Ids
+    ) -> None:
         if self.task.trace:
             # a report that was delayed may not push its lane over the one that follows
-            ended = next((end for lane_, _, end, _ in reversed(self.trace) if lane_ == name), 0.0)
-            self.trace.append((name, max(now - elapsed_s, ended), now, rows))
+            ended = next((end for lane_, _, end, *_ in reversed(self.trace) if lane_ == lane), 0.0)
+            self.trace.append((lane, max(now - elapsed_s, ended), now, rows, number, base, ids))
 
     def _end(self, last: Command) -> list[Command]:
         self.over, self.deadline, self.verifying = True, None, None

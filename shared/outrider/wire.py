@@ -40,8 +40,10 @@ Probability = Annotated[float, Meta(ge=0.0, le=1.0)]
 Word = Annotated[str, Meta(max_length=256)]
 Line = Annotated[str, Meta(max_length=4096)]
 Text = Annotated[str, Meta(max_length=FRAME_LIMIT)]
-StatsTable = dict[Word, int | float | Word | None]
 Role = Literal["target", "draft"]
+# lane, start, end, rows; round and base, or lineage and position; what was chosen or drafted
+Span = tuple[Role, float, float, Count, Count, Count, Block]
+StatsTable = dict[Word, int | float | Word | None]
 
 
 class Base(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -288,6 +290,8 @@ class Submit(Tagged, frozen=True):
     mode: Literal["plain", "sync", "pipelined", "auto"] | None
     n_draft: Count | None
     trace: bool
+    n_min: Count | None = None
+    p_min: Probability | None = None
 
 
 class Cancel(Tagged, frozen=True):
@@ -334,7 +338,7 @@ class Finished(Tagged, frozen=True):
     call: Id
     reason: Literal["stop", "length", "cancelled"]
     stats: StatsTable
-    trace: tuple[tuple[str, float, float, int], ...] | None  # lane, start, end, tokens
+    trace: tuple[Span, ...] | None
 
 
 class HealthReport(Tagged, frozen=True):

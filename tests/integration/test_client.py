@@ -252,6 +252,19 @@ async def test_kinds_of_tokens_agree_with_the_statistics(
         assert stats.mean_accepted_length == 1 + stats.accepted_tokens / stats.verify_rounds
 
 
+async def test_a_request_fixes_the_length_of_its_blocks(served: Served, oracle: Oracle) -> None:
+    async with served.connect() as client:
+        stream = await client.create_completion(
+            PROMPT, max_tokens=40, temperature=0, mode="sync", n_draft=3, n_min=3, stream=True
+        )
+        result = await stream.result()
+        with pytest.raises(BadRequest, match="n_min is 4"):
+            await client.create_completion(PROMPT, max_tokens=4, n_draft=3, n_min=4)
+    assert [token.id for token in result.tokens] == oracle(PROMPT, 40).token_ids
+    lengths = [len(fragment.drafted) for fragment in stream.fragments[1:-2]]
+    assert set(lengths) == {3}  # the prompt has none, and the end may leave no room
+
+
 async def test_a_trace_shows_drafting_during_verification(served: Served) -> None:
     async with served.connect() as client:
         result = await client.create_completion(
@@ -259,8 +272,8 @@ async def test_a_trace_shows_drafting_during_verification(served: Served) -> Non
         )
         untraced = await client.create_completion(PROMPT, max_tokens=2)
     assert untraced.trace is None
-    target = [(a, b) for lane, a, b, _ in result.trace if lane == "target"]
-    draft = [(a, b) for lane, a, b, _ in result.trace if lane == "draft"]
+    target = [(a, b) for lane, a, b, *_ in result.trace if lane == "target"]
+    draft = [(a, b) for lane, a, b, *_ in result.trace if lane == "draft"]
     assert any(a < d and c < b for a, b in target for c, d in draft)
     assert len(target) == len({token.position for token in result.tokens}) - sum(
         token.kind == "drafted" for token in result.tokens

@@ -56,7 +56,7 @@ def traced(sim: Simulation, lane: str) -> list[Interval]:
     """One lane as the request's own trace shows it, prefill left out."""
     prefilled = sim.session.stats.prefilled
     assert prefilled is not None
-    trace = [(start, end) for name, start, end, _ in sim.session.trace if name == lane]
+    trace = [(start, end) for name, start, end, *_ in sim.session.trace if name == lane]
     return [one for one in trace if one[1] > prefilled + 1e-9]
 
 

@@ -842,10 +842,10 @@ def test_while_the_target_is_idle_no_verdict_counts() -> None:
 
 def test_the_trace_has_every_pass_and_drafted_token_if_asked_for() -> None:
     ride = verifying(3, task=replace(TASK, trace=True))
-    assert [(lane, rows) for lane, _, _, rows in ride.session.trace] == [
+    assert [(lane, rows) for lane, _, _, rows, *_ in ride.session.trace] == [
         *(("target", 1), ("draft", 1), ("draft", 1), ("target", 1))
     ]
-    assert all(end - start == pytest.approx(STEP_S) for _, start, end, _ in ride.session.trace)
+    assert all(end - start == pytest.approx(STEP_S) for _, start, end, *_ in ride.session.trace)
     assert verifying(3).session.trace == []
 
 

@@ -340,6 +340,8 @@ def test_a_message_within_its_bounds_passes_the_check(message: Message) -> None:
         pytest.param({"n_predict": 0}, "max_tokens", id="no-tokens"),
         pytest.param({"n_predict": 2**31}, "max_tokens", id="too-many-tokens"),
         pytest.param({"n_draft": -1}, "n_draft", id="a-negative-draft"),
+        pytest.param({"n_min": -1}, "n_min", id="a-negative-least-draft"),
+        pytest.param({"p_min": 1.5}, "p_min", id="a-probability-above-one"),
         pytest.param({"mode": "fast"}, "mode", id="an-unknown-mode"),
         pytest.param({"stop": ("x",) * 17}, "stop", id="too-many-stop-strings"),
         pytest.param({"stop": ("x" * 257,)}, "stop", id="a-stop-string-too-long"),

@@ -1,0 +1,384 @@
+"""`outrider bench`: how much faster than the target alone, and than llama.cpp's own programs.
+
+One pipeline answers for all arms. In each turn every arm answers the same prompt once, and each
+turn another arm begins, so that a machine that grows slower does so for all of them alike.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.metadata
+import math
+import os
+import platform
+import secrets
+import shlex
+import sys
+from collections.abc import Coroutine, Iterator, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, replace
+from datetime import datetime
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
+
+import uvloop
+
+from outrider.client import AsyncClient, Completion, Lane, connect
+from outrider.errors import ConfigError
+from outrider.policy import LONGEST
+from outrider_services import peers, plots, prompts
+from outrider_services.generate import same_model
+from outrider_services.launcher import Launcher, first_of
+from outrider_services.measures import (
+    PLAIN,
+    Results,
+    Sample,
+    as_csv,
+    as_json,
+    as_markdown,
+)
+from outrider_services.options import Draft, Settings, Target, cores, nearest
+from outrider_services.serving import News, has_draft, signalled, tell, with_paths
+
+MODES = (PLAIN, "sync", "pipelined", "auto")
+FAILED_CHECK = 9
+LANES_S = 3.0  # how much of an answer the picture of the lanes shows
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """One way to generate; with `length`, every block has exactly so many drafted tokens."""
+
+    name: str
+    mode: str
+    length: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    category: str
+    number: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What the command line asks for, checked."""
+
+    arms: tuple[Arm, ...]
+    peers: tuple[str, ...]
+    peer_n_max: tuple[int, ...]
+    categories: tuple[prompts.Category, ...]
+    count: int
+    repetitions: int
+    warmup: int
+    lanes: bool
+
+
+# ---- the command --------------------------------------------------------------------------------
+
+
+def run(settings: Settings, parsed: Any) -> int:
+    """Measure, write what was found, and say whether it was enough."""
+    plan = read_plan(parsed)
+    for path in filter(None, (parsed.plot, parsed.lanes)):
+        plots.check(path)
+    settings = place(settings, parsed.placement)
+    settings = with_paths(settings, fetch=parsed.pull)
+    settings = same_model(replace(settings, pipeline=replace(settings.pipeline, mode="auto")))
+    if not has_draft(settings) or settings.draft.place != "spawn":
+        raise ConfigError("bench starts both workers here: it needs a draft, and --n-draft above 0")
+    directory = Path(parsed.peers) if parsed.peers else peers.default_directory()
+    programs = {name: peers.find(directory, name) for name in plan.peers}
+    bench = Bench(plan, settings, programs)
+    stopped = uvloop.run(until_signalled(bench.run()))
+    if stopped:
+        return stopped
+    results = bench.results
+    sys.stdout.write({"md": as_markdown, "json": as_json, "csv": as_csv}[parsed.output](results))
+    if parsed.plot:
+        plots.bars(parsed.plot, results)
+    if parsed.lanes:
+        plots.lanes(parsed.lanes, bench.lanes, LANES_S)
+    return check_speedup(results, parsed.require_speedup)
+
+
+def check_speedup(results: Results, required: float | None) -> int:
+    """The exit status: whether `auto` gains what was required."""
+    if required is None:
+        return 0
+    gained = results.means()["auto"]
+    if gained >= required:
+        tell(f"auto is {gained:.2f} times as fast as plain; {required:g} was required.")
+        return 0
+    tell(
+        f"outrider: auto is {gained:.2f} times as fast as plain, {1 - gained / required:.0%} below "
+        f"the required {required:g}"
+    )
+    return FAILED_CHECK
+
+
+def read_plan(parsed: Any) -> Plan:
+    """Raises ConfigError for whatever could not be measured."""
+    names = [name.strip() for name in parsed.arms.split(",") if name.strip()]
+    names = list(dict.fromkeys([PLAIN, *names]))  # the baseline, always
+    arms = tuple(read_arm(name) for name in names if name not in peers.PEERS)
+    for flag, value, least in (
+        ("--n-predict", parsed.n_predict, 2),  # the first token has no speed
+        ("--repetitions", parsed.repetitions, 1),
+        ("--warmup", parsed.warmup, 0),
+        ("--per-category", parsed.per_category, 1),
+    ):
+        if value < least:
+            raise ConfigError(f"{flag} must be at least {least}, not {value}")
+    required = parsed.require_speedup
+    if required is not None and "auto" not in names:
+        raise ConfigError("--require-speedup is about the arm auto, which --arms leaves out")
+    if required is not None and not (required > 0 and math.isfinite(required)):
+        raise ConfigError(f"--require-speedup must be above 0, not {required:g}")
+    chosen = [name.strip() for name in (parsed.category or "").split(",") if name.strip()]
+    return Plan(
+        arms=arms,
+        peers=tuple(name for name in names if name in peers.PEERS),
+        peer_n_max=read_ranges(parsed.peer_n_max),
+        categories=tuple(prompts.load(parsed.prompts, chosen, parsed.per_category)),
+        count=parsed.n_predict,
+        repetitions=parsed.repetitions,
+        warmup=parsed.warmup,
+        lanes=parsed.lanes is not None,
+    )
+
+
+def read_arm(name: str) -> Arm:
+    """`auto`, or `sync:4` for blocks of one length."""
+    mode, colon, length = name.partition(":")
+    if mode not in MODES:
+        raise ConfigError(f"there is no arm {name!r}{nearest(mode, (*MODES, *peers.PEERS))}")
+    if not colon:
+        return Arm(name, mode)
+    if mode == PLAIN or not length.isdecimal() or not 1 <= int(length) <= LONGEST:
+        raise ConfigError(f"an arm of one length is like sync:4, 1 to {LONGEST} long, not {name!r}")
+    return Arm(name, mode, int(length))
+
+
+def read_ranges(text: str) -> tuple[int, ...]:
+    """The numbers that a list such as `1-4,8` names, ascending. Raises ConfigError."""
+    found: set[int] = set()
+    for part in filter(None, text.split(",")):
+        first, dash, last = part.strip().partition("-")
+        ends = (first, last if dash else first)
+        if not all(end.isdecimal() and 1 <= int(end) <= LONGEST for end in ends):
+            raise ConfigError(f"--peer-n-max is like 1-4,8, from 1 to {LONGEST}, not {text!r}")
+        found.update(range(int(ends[0]), int(ends[1]) + 1))
+    if not found:
+        raise ConfigError(f"--peer-n-max names no number: {text!r}")
+    return tuple(sorted(found))
+
+
+def place(settings: Settings, placement: str) -> Settings:
+    """The settings with cores and threads as `--placement` says. Raises ConfigError."""
+    target, draft = settings.target, settings.draft
+    if placement == "given":
+        return settings
+    allowed = sorted(os.sched_getaffinity(0))
+    if placement == "shared":
+        every, threads = ",".join(map(str, allowed)), len(allowed)
+        target = replace(target, cores=every, threads=threads)
+        draft = replace(draft, cores=every, threads=threads)
+    elif len(allowed) < 2:
+        raise ConfigError("--placement split needs two cores, and this process may use only one")
+    else:
+        target = replace(target, cores=str(allowed[0]), threads=1)
+        draft = replace(draft, cores=str(allowed[1]), threads=1)
+    return replace(settings, target=target, draft=draft)
+
+
+async def until_signalled(work: Coroutine[Any, Any, None]) -> int:
+    """Do `work`; the exit status of the signal that ended it first, else 0."""
+    stop = signalled()
+    task = asyncio.ensure_future(work)
+    await first_of(task, stop)
+    if not task.done():
+        task.cancel()
+        await asyncio.wait([task])
+        return stop.result()
+    task.result()
+    return 0
+
+
+# ---- measuring ----------------------------------------------------------------------------------
+
+
+class Bench:
+    """One measurement, from the first process to the last sample."""
+
+    def __init__(self, plan: Plan, settings: Settings, programs: dict[str, Path]) -> None:
+        self._plan, self._settings = plan, settings
+        self._setup = peers.Setup.of(settings) if programs else None
+        self._programs = programs
+        self._peers: dict[str, peers.Peer] = {}
+        self._client: AsyncClient | None = None
+        self._best: dict[tuple[str, str], int] = {}  # category and peer: the length it does best
+        self._texts: dict[Prompt, str] = {}
+        self.lanes: dict[str, tuple[Lane, ...]] = {}
+        self.results = Results(header(settings), tuple(arm.name for arm in plan.arms), plan.peers)
+
+    async def run(self) -> None:
+        async with AsyncExitStack() as stack:
+            name = f"bench-{secrets.token_hex(4)}"
+            with News() as news:
+                launcher = Launcher(self._settings, name, news.report, news.log)
+                await stack.enter_async_context(launcher)
+            self._client = await stack.enter_async_context(connect(name))
+            for peer, program in self._programs.items():
+                assert self._setup
+                made = peers.PEERS[peer](program, self._setup)
+                self._peers[peer] = await stack.enter_async_context(made)
+            for prompt in self._prompts():
+                self._texts[prompt] = await self._render(prompt)
+            await self._measure()
+
+    def _prompts(self) -> Iterator[Prompt]:
+        for category in self._plan.categories:
+            for number, text in enumerate(category.prompts):
+                yield Prompt(category.name, number, text)
+
+    async def _render(self, prompt: Prompt) -> str:
+        """What the model reads: the same text for ours and for the peers."""
+        assert self._client
+        if not next(c.chat for c in self._plan.categories if c.name == prompt.category):
+            return prompt.text
+        return await self._client.apply_template([{"role": "user", "content": prompt.text}])
+
+    async def _measure(self) -> None:
+        plan, all_prompts = self._plan, list(self._prompts())
+        await self._sweep()
+        arms = [*(arm.name for arm in plan.arms), *plan.peers]
+        for number in range(plan.warmup):
+            for arm in arms:
+                sample = await self._sample(arm, all_prompts[0], -1)
+                tell(f"[warm-up {number + 1}/{plan.warmup}] {_line(sample)}")
+        turns = list(schedule(arms, all_prompts, plan.repetitions))
+        for number, (prompt, repetition, arm) in enumerate(turns):
+            sample = await self._sample(arm, prompt, repetition)
+            self.results.samples.append(sample)
+            tell(f"[{number + 1}/{len(turns)}] {_line(sample)}")
+        for mode in ("pipelined", "sync") if plan.lanes else ():
+            answer = await self._ask(Arm(mode, mode), all_prompts[0], trace=True)
+            self.lanes[mode] = answer.trace or ()
+
+    async def _sweep(self) -> None:
+        """Try each length of each peer once in each category, and keep the best."""
+        firsts = [prompt for prompt in self._prompts() if prompt.number == 0]
+        for name, peer in self._peers.items():
+            for n_max in self._plan.peer_n_max:  # outside, for a server starts anew for each
+                for prompt in firsts:
+                    text = self._texts[prompt]
+                    answer = await peer.generate(text, self._plan.count, n_max)
+                    tried = self.results.sweeps.setdefault(prompt.category, {}).setdefault(name, {})
+                    tried[n_max] = answer.tokens_per_s
+                    speed = f"{answer.tokens_per_s:.2f} tokens/s"
+                    tell(f"[sweep] {prompt.category}: {name} with n_max {n_max}, {speed}")
+            await peer.stop()
+        for category, by_peer in self.results.sweeps.items():
+            for name, speeds in by_peer.items():
+                self._best[category, name] = max(speeds.items(), key=itemgetter(1))[0]
+
+    async def _sample(self, arm: str, prompt: Prompt, repetition: int) -> Sample:
+        where = (prompt.category, prompt.number, repetition, arm)
+        if peer := self._peers.get(arm):
+            n_max = self._best[prompt.category, arm]
+            told = await peer.generate(self._texts[prompt], self._plan.count, n_max)
+            speed, rate = told.tokens_per_s, told.acceptance_rate
+            return Sample(*where, speed, told.tokens, rate, n_max=n_max)
+        answer = await self._ask(next(a for a in self._plan.arms if a.name == arm), prompt)
+        stats, ids = answer.stats, tuple(token.id for token in answer.tokens)
+        if not stats.decode_s or len(ids) < 2:
+            raise ConfigError(f"{prompt.category}: the answer is too short to have a speed")
+        return Sample(
+            *where,
+            (len(ids) - 1) / stats.decode_s,
+            len(ids),
+            stats.acceptance_rate,
+            stats.mean_accepted_length,
+            stats.target_busy,
+            token_ids=ids,
+        )
+
+    async def _ask(self, arm: Arm, prompt: Prompt, *, trace: bool = False) -> Completion:
+        assert self._client
+        length = arm.length
+        answer: Completion = await self._client.create_completion(
+            self._texts[prompt],
+            max_tokens=self._plan.count,
+            temperature=0,
+            seed=0,
+            mode=arm.mode,  # type: ignore[arg-type]  # one of MODES
+            trace=trace,
+            n_draft=length,
+            n_min=length,
+            p_min=None if length is None else 0.0,
+        )
+        return answer
+
+
+def schedule(
+    arms: Sequence[str], all_prompts: Sequence[Prompt], repetitions: int
+) -> Iterator[tuple[Prompt, int, str]]:
+    """Every arm once in each turn; each turn another one begins."""
+    turn = 0
+    for category in dict.fromkeys(prompt.category for prompt in all_prompts):
+        for repetition in range(repetitions):
+            for prompt in (p for p in all_prompts if p.category == category):
+                first = turn % len(arms)
+                turn += 1
+                for arm in (*arms[first:], *arms[:first]):
+                    yield prompt, repetition, arm
+
+
+def _line(sample: Sample) -> str:
+    where = f"{sample.category} {sample.prompt + 1}"
+    return f"{where}: {sample.arm}, {sample.tokens_per_s:.2f} tokens/s"
+
+
+def header(settings: Settings) -> dict[str, str]:
+    """Where, when and with what."""
+    toy = settings.pipeline.backend == "toy"
+    allowed = os.sched_getaffinity(0)
+
+    def told(worker: Target | Draft) -> str:
+        if toy:
+            return "a made-up model (--backend toy)"
+        name, on = Path(worker.model or "").name, sorted(cores(worker.cores) or allowed)
+        threads = min(worker.threads, len(on))
+        return f"{name}, {threads} thread{'s' * (threads > 1)} on cores {','.join(map(str, on))}"
+
+    return {
+        "machine": f"{processor()}, {len(allowed)} of {os.cpu_count()} cores usable",
+        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "versions": ", ".join(versions()),
+        "target": told(settings.target),
+        "draft": told(settings.draft),
+        "command": shlex.join(["outrider", *sys.argv[1:]]),
+    }
+
+
+def processor() -> str:
+    """Its model's name, as the kernel tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.machine())
+
+
+def versions() -> list[str]:
+    found = [f"Python {platform.python_version()}"]
+    for package in ("llama-cpp-python", "outrider"):
+        try:
+            found.insert(0, f"{package} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

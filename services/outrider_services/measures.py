@@ -1,0 +1,240 @@
+"""What a benchmark has measured, what follows from it, and how that is written."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from statistics import median
+from typing import Any
+
+PLAIN = "plain"
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One answer. The first token is prefill's: `tokens_per_s` is the rate of those after it."""
+
+    category: str
+    prompt: int
+    repetition: int
+    arm: str
+    tokens_per_s: float
+    tokens: int
+    acceptance_rate: float | None = None
+    mean_accepted_length: float | None = None
+    target_busy: float | None = None
+    n_max: int | None = None  # a peer's
+    token_ids: tuple[int, ...] | None = None  # None: a peer tells only its speed
+
+    @property
+    def turn(self) -> tuple[str, int, int]:
+        """Samples of the same turn are minutes apart at most: their ratios mean something."""
+        return self.category, self.prompt, self.repetition
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """An arm in a category: medians over its samples."""
+
+    category: str
+    arm: str
+    ratio: float  # to plain in the same turn
+    low: float  # the least and the greatest such ratio
+    high: float
+    tokens_per_s: float
+    acceptance_rate: float | None
+    mean_accepted_length: float | None
+    target_busy: float | None
+    n_max: int | None
+    samples: int
+
+
+@dataclass(slots=True)
+class Results:
+    """Everything a benchmark found; `header` says where, when and with what."""
+
+    header: dict[str, str]
+    arms: tuple[str, ...]
+    peers: tuple[str, ...] = ()
+    samples: list[Sample] = field(default_factory=list)
+    # category, peer, most drafted tokens: tokens per second, tried once before the rest
+    sweeps: dict[str, dict[str, dict[int, float]]] = field(default_factory=dict)
+
+    @property
+    def categories(self) -> list[str]:
+        return list(dict.fromkeys(sample.category for sample in self.samples))
+
+    def summaries(self) -> list[Summary]:
+        plain = {s.turn: s.tokens_per_s for s in self.samples if s.arm == PLAIN}
+        found = []
+        for category in self.categories:
+            for arm in (*self.arms, *self.peers):
+                of = [s for s in self.samples if (s.category, s.arm) == (category, arm)]
+                if of:
+                    found.append(summarize(of, plain))
+        return found
+
+    def means(self) -> dict[str, float]:
+        """Each arm's geometric mean over the categories of its ratio to plain."""
+        summaries = self.summaries()
+        arms = dict.fromkeys(one.arm for one in summaries)
+        return {arm: geometric_mean(s.ratio for s in summaries if s.arm == arm) for arm in arms}
+
+    def against_peers(self) -> dict[str, dict[str, float]]:
+        """For each of our arms, category by category, its speed over that of the best peer."""
+        speed = {(s.category, s.arm): s.tokens_per_s for s in self.summaries()}
+        return {
+            arm: {
+                category: speed[category, arm] / max(speed[category, peer] for peer in self.peers)
+                for category in self.categories
+            }
+            for arm in (self.arms if self.peers else ())
+        }
+
+    def differences(self) -> list[str]:
+        """Where an arm of ours did not say what plain said, which should be nowhere."""
+        said: dict[tuple[str, int], tuple[int, ...] | None] = {}
+        for sample in self.samples:
+            if sample.arm == PLAIN:
+                said.setdefault((sample.category, sample.prompt), sample.token_ids)
+        wrong: dict[str, None] = {}
+        for s in self.samples:
+            plain = said[s.category, s.prompt]
+            if plain is None or s.token_ids in (None, plain):
+                continue
+            pairs = zip(s.token_ids or (), plain, strict=False)
+            at = next((i for i, (a, b) in enumerate(pairs) if a != b), "end")
+            wrong[f"{s.arm} in {s.category}, prompt {s.prompt + 1}, from token {at} on"] = None
+        return list(wrong)
+
+
+def summarize(samples: Sequence[Sample], plain: Mapping[tuple[str, int, int], float]) -> Summary:
+    """Samples of one arm in one category, over what plain did in the same turns."""
+    ratios = [s.tokens_per_s / plain[s.turn] for s in samples]
+    return Summary(
+        samples[0].category,
+        samples[0].arm,
+        median(ratios),
+        min(ratios),
+        max(ratios),
+        median(s.tokens_per_s for s in samples),
+        middle(s.acceptance_rate for s in samples),
+        middle(s.mean_accepted_length for s in samples),
+        middle(s.target_busy for s in samples),
+        samples[0].n_max,
+        len(samples),
+    )
+
+
+def middle(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return median(known) if known else None
+
+
+def geometric_mean(values: Iterable[float]) -> float:
+    logs = [math.log(value) for value in values]
+    return math.exp(sum(logs) / len(logs))
+
+
+# ---- writing ------------------------------------------------------------------------------------
+
+
+def as_json(results: Results) -> str:
+    against = results.against_peers()
+    found: dict[str, Any] = {
+        "header": results.header,
+        "geometric_means": results.means(),
+        "results": [asdict(summary) for summary in results.summaries()],
+        "against_best_peer": {
+            arm: {"geometric_mean": geometric_mean(ratios.values()), "categories": ratios}
+            for arm, ratios in against.items()
+        },
+        "identical": not results.differences(),
+        "differences": results.differences(),
+        "sweeps": results.sweeps,
+        "samples": [asdict(sample) for sample in results.samples],
+    }
+    return json.dumps(found, indent=2, ensure_ascii=False) + "\n"
+
+
+def as_csv(results: Results) -> str:
+    text = io.StringIO()
+    for name, value in results.header.items():
+        text.write(f"# {name}: {value}\n")
+    writer = csv.DictWriter(text, list(Summary.__dataclass_fields__), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(asdict(summary) for summary in results.summaries())
+    return text.getvalue()
+
+
+def as_markdown(results: Results) -> str:
+    """Tables that are also legible as they are."""
+    parts = ["# outrider bench\n"]
+    parts += [f"- {name}: {value}" for name, value in results.header.items()]
+    parts += ["\n## Speed over the target alone\n", _ratios(results)]
+    if against := results.against_peers():
+        rows = [
+            [arm, *(f"{ratios[c]:.2f}" for c in results.categories), _mean(ratios.values())]
+            for arm, ratios in against.items()
+        ]
+        parts += ["\n## Speed over the better peer\n"]
+        parts += [table(["arm", *results.categories, "geometric mean"], rows)]
+    parts += ["\n## Details\n", _details(results), "", _verdict(results)]
+    return "\n".join(parts) + "\n"
+
+
+def _ratios(results: Results) -> str:
+    """Arms down, categories across: what everybody looks for first."""
+    found = {(s.arm, s.category): s for s in results.summaries()}
+    rows = [
+        [arm, *(f"{found[arm, c].ratio:.2f}" for c in results.categories), f"{mean:.2f}"]
+        for arm, mean in results.means().items()
+    ]
+    return table(["arm", *results.categories, "geometric mean"], rows)
+
+
+def _details(results: Results) -> str:
+    head = ["category", "arm", "speed-up", "least", "most", "tokens/s", "accepted", "mean length"]
+    rows = []
+    for s in results.summaries():
+        arm = s.arm if s.n_max is None else f"{s.arm} (n_max {s.n_max})"
+        speeds = [f"{x:.2f}" for x in (s.ratio, s.low, s.high, s.tokens_per_s)]
+        figures = [_show(s.acceptance_rate, ".0%"), _show(s.mean_accepted_length, ".2f")]
+        busy = _show(s.target_busy, ".0%")
+        rows.append([s.category, arm, *speeds, *figures, busy])
+    return table([*head, "target busy"], rows, left=2)
+
+
+def _verdict(results: Results) -> str:
+    if wrong := results.differences():
+        return "Texts differ from plain: " + "; ".join(wrong) + "."
+    return "All arms of outrider gave the same token ids."
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """Markdown, padded; the first `left` columns are words, the others figures."""
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = [
+            cell.ljust(width) if at < left else cell.rjust(width)
+            for at, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        ]
+        return f"| {' | '.join(padded)} |"
+
+    rule = [
+        "-" * width if at < left else "-" * (width - 1) + ":" for at, width in enumerate(widths)
+    ]
+    return "\n".join(map(line, [head, rule, *rows]))
+
+
+def _mean(values: Iterable[float]) -> str:
+    return f"{geometric_mean(values):.2f}"
+
+
+def _show(value: float | None, form: str) -> str:
+    return "n/a" if value is None else format(value, form)
