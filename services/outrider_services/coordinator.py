@@ -186,10 +186,11 @@ class Coordinator:
             drafted = [core.Drafted(token, confidence) for token, confidence in pairs]
             if len(message.tokens) != len(message.confidences):
                 drafted = []  # an offence, as an empty draft is
-            lineage, position, elapsed_s = message.lineage, message.position, message.elapsed_s
+            at = message.lineage, message.position
+            elapsed_s, paused = message.elapsed_s, message.paused
             self._advance(
                 request,
-                lambda session, now: session.on_drafted(lineage, position, drafted, elapsed_s, now),
+                lambda session, now: session.on_drafted(*at, drafted, elapsed_s, now, paused),
             )
 
     def _on_failed(self, role: wire.Role, number: int, error: OutriderError) -> None:
@@ -391,8 +392,8 @@ class Coordinator:
         match command:
             case core.Verify(round_, base, drafted):
                 self._tell_role("target", wire.Verify(request.id, round_, base, drafted))
-            case core.Commit(base, tokens, until):
-                self._tell_role("draft", wire.Commit(request.id, base, tokens, until))
+            case core.Commit(base, tokens, until, floors):
+                self._tell_role("draft", wire.Commit(request.id, base, tokens, until, floors))
             case core.Emit():
                 self._tell(request.client, _fragment(request, session, command))
             case core.Prefill():
@@ -400,10 +401,11 @@ class Coordinator:
                 logprobs = request.submit.logprobs
                 opened = wire.Open(request.id, request.tokens, request.sampling, logprobs)
                 self._tell_role("target", opened)
-            case core.OpenDraft(lineage, base, tokens, until):
+            case core.OpenDraft(lineage, base, tokens, until, floors):
                 assert request.sampling is not None
                 size = session.task.vocabulary
-                draft = wire.Draft(request.id, lineage, base, tokens, request.sampling, until, size)
+                leave = request.sampling, until, size, floors
+                draft = wire.Draft(request.id, lineage, base, tokens, *leave)
                 self._tell_role("draft", draft)
             case core.CloseDraft():
                 self._tell_role("draft", wire.Close(request.id))

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from outrider import wire
 from outrider.engine import Cancelled, Engine, EngineFault
 from outrider.errors import OutriderError
+from outrider.estimates import usual_acceptance
 from outrider.sampling import Choice, Sampling, Token, choose
 from outrider_services.worker import Curve, Worker, failure
 
@@ -28,8 +30,16 @@ class Stream:
     until: int
     vocabulary: int
     committed: int  # tokens before this position are the target's
+    floors: tuple[float, ...] = ()
+    likely: list[float] = field(default_factory=list)  # usual acceptances of what it drafted
     evaluated: int = 0  # tokens whose evaluation the cache may keep
     open: bool = True
+
+    @property
+    def paused(self) -> bool:
+        """Whether what it drafted is too doubtful to go on from."""
+        drafted = len(self.likely)
+        return 0 < drafted <= len(self.floors) and math.prod(self.likely) < self.floors[drafted - 1]
 
     @property
     def told_to_stop(self) -> bool:
@@ -46,8 +56,10 @@ class Stream:
                 del self.tokens[position:]
                 self.evaluated = min(self.evaluated, position)
                 self.lineage += 1
+                self.likely.clear()
                 cut = True
             self.tokens.append(token)
+        del self.likely[: len(tokens)]
         self.committed = base + len(tokens)
         return cut
 
@@ -64,11 +76,11 @@ class DraftWorker(Worker):
 
     def handle(self, message: wire.Message) -> None:
         match message:
-            case wire.Commit(request, base, tokens, until):
+            case wire.Commit(request, base, tokens, until, floors):
                 stream = self._streams.get(request)
                 if stream is None or stream.committed != base:
                     return
-                stream.until = min(until, self.engine.info.context)
+                stream.until, stream.floors = min(until, self.engine.info.context), floors
                 if (stream.follow(base, tokens) or stream.told_to_stop) and stream is self._running:
                     self.engine.cancel()  # what it computes is not wanted, or not now
                 self.wake()
@@ -96,6 +108,8 @@ class DraftWorker(Worker):
             until=min(message.until, info.context),
             vocabulary=min(message.vocabulary, info.vocabulary.size),
             committed=message.base,
+            floors=message.floors,
+            likely=[1.0] * (len(message.tokens) - message.base),
         )
         self._turns.append(message.request)
         self.wake()
@@ -131,7 +145,7 @@ class DraftWorker(Worker):
             return True
         drafted = len(stream.tokens) > stream.committed
         ended = drafted and stream.tokens[-1] in self.engine.info.vocabulary.ends
-        return len(stream.tokens) < stream.until and not ended
+        return len(stream.tokens) < stream.until and not ended and not stream.paused
 
     async def _step(self, request: int, stream: Stream) -> None:
         lineage, end = stream.lineage, len(stream.tokens)
@@ -156,10 +170,11 @@ class DraftWorker(Worker):
             stream.evaluated = start + len(tokens)
         if choice is None or lineage != stream.lineage or end != len(stream.tokens):
             return  # more of the prompt to come, or the target has said meanwhile what comes here
-        stream.tokens.append(choice.token)
-        elapsed_s = time.perf_counter() - began
         confidence = min(choice.confidence, 1.0)
-        self.send(wire.Drafted(request, lineage, end, (choice.token,), (confidence,), elapsed_s))
+        stream.tokens.append(choice.token)
+        stream.likely.append(float(usual_acceptance((confidence,))[0]))
+        drafted = (choice.token,), (confidence,), time.perf_counter() - began
+        self.send(wire.Drafted(request, lineage, end, *drafted, stream.paused))
 
     def _evaluate(self, stream: Stream, start: int, tokens: list[Token], end: int) -> Choice | None:
         """On the owner thread: the token at position `end`, once all before it is evaluated."""

@@ -19,6 +19,7 @@ class Costs:
     verify_s: tuple[float, ...]  # a pass over 1, 2, 3 … rows
     draft_s: float  # one drafted token
     link_s: float  # added to each pass by messages
+    turn_s: float = 0.0  # added to the first drafted token where draft and target take turns
 
     def passes(self, longest: int) -> Values:
         """Seconds of a round with 0 … `longest` drafted tokens."""
@@ -44,6 +45,7 @@ class CostModel:
         self._verify = [math.log(max(seconds, 1e-6)) for seconds in verify_s]
         self._draft = math.log(max(draft_s, 1e-6))
         self._link = math.log(link_s)
+        self._first = self._draft + math.log(1.3)
         self._costs: Costs | None = None
         self.acceptance = Acceptance(memory=300)  # of all requests: where the next one starts
 
@@ -57,16 +59,22 @@ class CostModel:
         self._link += self.OWN * _bounded(math.log(link_s) - self._link)
         self._costs = None
 
-    def drafted(self, elapsed_s: float) -> None:
-        self._draft += self.SHARED * _bounded(math.log(max(elapsed_s, 1e-6)) - self._draft)
+    def drafted(self, elapsed_s: float, first: bool = False) -> None:
+        """`first`: after the draft's turn began, with what it had to catch up."""
+        seconds = math.log(max(elapsed_s, 1e-6))
+        if first:
+            self._first += self.SHARED * _bounded(seconds - self._first)
+        else:
+            self._draft += self.SHARED * _bounded(seconds - self._draft)
         self._costs = None
 
     @property
     def costs(self) -> Costs:
         if self._costs is None:
             verify = np.maximum.accumulate(self._rounded(self._verify))
-            draft, link = self._rounded([self._draft, self._link])
-            self._costs = Costs(tuple(map(float, verify)), float(draft), float(link))
+            draft, link, first = map(float, self._rounded([self._draft, self._link, self._first]))
+            verify_s = tuple(map(float, verify))
+            self._costs = Costs(verify_s, draft, link, max(0.0, first - draft))
         return self._costs
 
     def _rounded(self, logs: Sequence[float]) -> Values:
@@ -79,12 +87,20 @@ def _bounded(error: float) -> float:
     return min(max(error, -math.log(2)), math.log(2))
 
 
+# doubt = log2(1 / (1 - confidence)) and what came true at it, on 1,644 recorded tokens
+DOUBTS = (0.0, 0.5, 1.5, 2.5, 3.5, 4.5, 6.0)
+CAME_TRUE = (0.22, 0.5, 0.70, 0.86, 0.925, 0.965, 0.995)
+
+
+def usual_acceptance(confidences: Sequence[float]) -> Values:
+    """How often tokens were accepted of which a draft was so sure."""
+    doubts = -np.log2(np.maximum(1 - np.asarray(confidences, np.float64), 1e-4))
+    likely: Values = np.interp(doubts, DOUBTS, CAME_TRUE)
+    return likely
+
+
 class Acceptance:
     """How likely a drafted token is accepted: on average lately, and by the draft's confidence."""
-
-    # doubt = log2(1 / (1 - confidence)) and what came true at it, on 1,644 recorded tokens
-    DOUBTS = (0.0, 0.5, 1.5, 2.5, 3.5, 4.5, 6.0)
-    PRIOR = (0.22, 0.5, 0.70, 0.86, 0.925, 0.965, 0.995)
 
     def __init__(self, memory: float = 60.0, prior: float = 0.8, weight: float = 10.0) -> None:
         self._memory, self._weight = memory, weight
@@ -96,7 +112,7 @@ class Acceptance:
         fade = 1 - 1 / self._memory
         self._good, self._seen = self._good * fade + good, self._seen * fade + 1
         self._came = self._came * fade + good
-        self._foretold = self._foretold * fade + float(self._usually((confidence,))[0])
+        self._foretold = self._foretold * fade + float(usual_acceptance((confidence,))[0])
 
     @property
     def average(self) -> float:
@@ -109,12 +125,7 @@ class Acceptance:
         return min(1.0, (self._came + weight) / (self._foretold + weight))
 
     def of(self, confidences: Sequence[float]) -> Values:
-        return self._usually(confidences) * self.trust
-
-    def _usually(self, confidences: Sequence[float]) -> Values:
-        doubts = -np.log2(np.maximum(1 - np.asarray(confidences, np.float64), 1e-4))
-        likely: Values = np.interp(doubts, self.DOUBTS, self.PRIOR)
-        return likely
+        return usual_acceptance(confidences) * self.trust
 
 
 LEVELS = np.array([0.3, 0.5, 0.65, 0.78, 0.87, 0.93, 0.97, 0.995])  # acceptances told apart
@@ -125,7 +136,7 @@ class Spread:
 
     MEMORY, SHARES = 60.0, 20
 
-    def __init__(self, prior: Values | None = None, weight: float = 4.0) -> None:
+    def __init__(self, prior: Values | None = None, weight: float = 16.0) -> None:
         self._seen = weight * (np.full(len(LEVELS), 1 / len(LEVELS)) if prior is None else prior)
 
     def observe(self, likely: Values) -> None:

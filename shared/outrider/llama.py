@@ -256,7 +256,7 @@ def prepare_environment(exact: bool) -> None:
     # an idle OpenMP thread must soon leave its core to the other worker, yet not sleep between two
     # layers: milliseconds for clang's library, turns of a loop for gcc's. Its own default made the
     # default pair on two shared cores five times slower than the target alone.
-    os.environ.setdefault("KMP_BLOCKTIME", "10")
+    os.environ.setdefault("KMP_BLOCKTIME", "3")
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     if exact:
         os.environ["GGML_CPU_TILED_MM"] = "0"  # a kernel that starts at 8 rows, rounding otherwise

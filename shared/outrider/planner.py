@@ -12,8 +12,11 @@ that its confidence foretells. No block length is tuned; where drafts are bad, i
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from outrider.estimates import LEVELS, Costs, Spread, Values
 
@@ -88,7 +91,8 @@ def plan_in_turn(costs: Costs, spread: Spread, likely: Values, limit: int) -> in
     Each drafted token costs its drafting and its row, and shows how sure the draft is of it: going
     on is worth what the best stopping rule makes of the confidences that `spread` foretells.
     """
-    rate, going_on = solve_in_turn(costs, spread.rounded)
+    turn = solve_in_turn(costs, spread.rounded)
+    rate = turn.rate
     longest = min(LONGEST, limit)
     there = min(len(likely), longest)
     reach = np.cumprod(np.concatenate(([1.0], likely[:there])))
@@ -97,15 +101,23 @@ def plan_in_turn(costs: Costs, spread: Spread, likely: Values, limit: int) -> in
     worth[:-1] += rate * costs.draft_s * reach[1:]  # left over, it may meet the target's own token
     block = int(np.argmax(worth))
     if there < longest:
-        depth = -np.log2(max(reach[there], 1e-9)) / NOTCH
-        if gain[there] + np.interp(depth, np.arange(NOTCHES), going_on[there]) > worth[block]:
-            return None
+        goes_on = reach[there] >= turn.floors[there - 1] if there else turn.first > worth[0]
+        return None if goes_on else block
     return block
 
 
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """The best way to take turns; values are tokens."""
+
+    rate: float  # tokens per second
+    first: float  # the value of drafting a first token
+    floors: tuple[float, ...]  # with 1, 2, … drafted: how likely all are accepted, to go on
+
+
 @functools.lru_cache(maxsize=256)
-def solve_in_turn(costs: Costs, spread: tuple[float, ...]) -> tuple[float, tuple[Values, ...]]:
-    """The best rate in turns, and what drafting on is worth with 0 … LONGEST - 1 drafted tokens.
+def solve_in_turn(costs: Costs, spread: tuple[float, ...]) -> Turn:
+    """The best rule of when to stop drafting, if acceptances are spread like this.
 
     An optimal stopping problem in two quantities: how many tokens are drafted, and how likely all
     of them are accepted, which is 2^(-NOTCH n) at index n. Every round begins it anew, so the rate
@@ -127,8 +139,9 @@ def solve_in_turn(costs: Costs, spread: tuple[float, ...]) -> tuple[float, tuple
             kept_s = time[low] * (1 - part) + time[low + 1] * part
             dropped_s = passes[drafted] - then * draft_s  # a hit spares drafting it again
             dropped = -rate * dropped_s
-            going_on.append(np.maximum(kept, dropped) @ weights - rate * draft_s)
-            more_s = draft_s + np.where(kept > dropped, kept_s, dropped_s) @ weights
+            next_s = draft_s if drafted else draft_s + costs.turn_s
+            going_on.append(np.maximum(kept, dropped) @ weights - rate * next_s)
+            more_s = next_s + np.where(kept > dropped, kept_s, dropped_s) @ weights
             stop = -rate * passes[drafted]
             value = np.maximum(stop, going_on[-1])
             time = np.where(going_on[-1] > stop, more_s, passes[drafted])
@@ -136,7 +149,25 @@ def solve_in_turn(costs: Costs, spread: tuple[float, ...]) -> tuple[float, tuple
         if abs(profit) < 1e-6:
             break
         rate += profit / float(time[0])
-    return rate, tuple(reversed(going_on))
+    going_on.reverse()
+    stop = -rate * passes[1:LONGEST, None]
+    stop = np.repeat(stop, NOTCHES, axis=1)
+    # a single token may as well be left for the target's own to meet
+    stop[0] = np.maximum(stop[0], -reach * (1 - rate * draft_s) - rate * passes[0])
+    floors = tuple(_floor(reach, gain) for gain in np.array(going_on[1:]) - stop)
+    return Turn(rate, 1 + float(going_on[0][0]), floors)
+
+
+def _floor(reach: Values, gain: NDArray[np.floating[Any]]) -> float:
+    """The least reach from which on going on gains; 2 if it never does."""
+    losing = np.flatnonzero(gain <= 0)
+    if not len(losing):
+        return 0.0
+    if losing[0] == 0:
+        return 2.0
+    at = losing[0]
+    part = gain[at - 1] / (gain[at - 1] - gain[at])
+    return float(reach[at - 1] * (reach[at] / reach[at - 1]) ** part)
 
 
 def appraise(costs: Costs, average: float, likely: Values, limit: int) -> tuple[int, float]:

@@ -47,6 +47,11 @@ class Policy:
             return 0 if busy else self.n_max
         return 2 * self.n_max + 2
 
+    @property
+    def floors(self) -> tuple[float, ...]:
+        """See `wire.Commit`: a draft that follows fixed numbers has none."""
+        return ()
+
     def decide(self, confidences: Sequence[float], limit: int, next_s: float | None) -> int | None:
         """Verify how many of the drafted tokens now; None: wait for the next.
 
@@ -71,7 +76,7 @@ class Policy:
     def committed(self, tokens: int, spent_s: float) -> None:
         """Nor do they measure."""
 
-    def drafted(self, elapsed_s: float, confidences: Sequence[float]) -> None:
+    def drafted(self, elapsed_s: float, confidences: Sequence[float], first: bool) -> None:
         """Nor do they measure."""
 
 
@@ -95,6 +100,15 @@ class Pilot:
         if self.mode == "sync":
             return min(planner.LONGEST, self._n_max)
         return min(planner.DEEPEST, 2 * self._n_max + 2)
+
+    @property
+    def floors(self) -> tuple[float, ...]:
+        """In turns the draft stops by itself: asking first would cost it a round of messages."""
+        if self.mode != "sync":
+            return ()
+        floors = planner.solve_in_turn(self._costs.costs, self._spread.rounded).floors
+        trust = max(self._costs.acceptance.trust, 0.1)
+        return tuple(floor / trust ** (n + 1) for n, floor in enumerate(floors))
 
     def decide(self, confidences: Sequence[float], limit: int, next_s: float | None) -> int | None:
         """See `Policy.decide`."""
@@ -133,9 +147,9 @@ class Pilot:
         costs = self._costs.costs
         self._guard.committed(tokens, spent_s, costs.verify_s[0] + costs.link_s)
 
-    def drafted(self, elapsed_s: float, confidences: Sequence[float]) -> None:
+    def drafted(self, elapsed_s: float, confidences: Sequence[float], first: bool) -> None:
         if self._prefilled:
-            self._costs.drafted(elapsed_s)
+            self._costs.drafted(elapsed_s, first and self.mode == "sync")
         else:
             self._guard.excuse(elapsed_s / self._costs.costs.verify_s[0])  # with it came the prompt
             self._prefilled = True
@@ -149,7 +163,7 @@ class Guard:
     cannot: it is in plain steps of the target, and stands for at most `CREDIT` of them.
     """
 
-    LOSS, CREDIT, RESTS = 2.0, 4.0, (24, 256)
+    LOSS, CREDIT, RESTS = 3.0, 6.0, (24, 256)
 
     def __init__(self) -> None:
         self._saved = 0.0

@@ -92,6 +92,7 @@ class OpenDraft:
     base: int  # what follows it in `tokens` is not committed yet
     tokens: tuple[Token, ...]
     until: int
+    floors: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +100,7 @@ class Commit:
     base: int
     tokens: tuple[Token, ...]
     until: int
+    floors: tuple[float, ...] = ()  # see `wire.Commit`
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,10 +157,13 @@ class Session:
         self.deadline: float | None = None  # when to call `on_timer`
         self.trace: list[Span] = []
         self._heard = 0  # where the current lineage's next drafted token may stand, at the earliest
+        self._floors: tuple[float, ...] = ()
         self._until = 0  # the draft's leave: it may not reach this position
         self._granted = 0  # the most it ever was: a token may have been on its way
+        self._turned = 0.0  # when the draft was last heard of, or told
         self._sent = 0.0  # when the target was given its block
         self._next = 0.0  # when the next drafted token is expected
+        self._paused = False  # the draft has stopped by its floors, until the next commit
         self._late = False  # the draft let a deadline pass and has not been heard of since
         self._gap_s = PATIENCE_S[1] / 4  # its usual time for a token
         self._offences = 0
@@ -175,13 +180,13 @@ class Session:
         """A draft worker is there (again): let it catch up with the text."""
         if self.over or self.riding or not self.policy.drafts or self._offences >= OFFENCES:
             return []
-        self.riding, self._late = True, False
+        self.riding, self._late, self._paused = True, False, False
         self.lineage += 1
         # what an earlier draft worker left in stock is part of the new one's stream
         stream = (*self.tokens, *(drafted.token for drafted in self.stock))
         self._heard = len(stream)
         self._grant()
-        return [OpenDraft(self.lineage, len(self.tokens), stream, self._until)]
+        return [OpenDraft(self.lineage, len(self.tokens), stream, self._until, self._floors)]
 
     def on_draft_lost(self, now: float) -> list[Command]:
         """It died, hung or refused: what it drafted is still good to verify."""
@@ -189,9 +194,15 @@ class Session:
         return self._advance(now)
 
     def on_drafted(
-        self, lineage: int, position: int, drafted: Sequence[Drafted], elapsed_s: float, now: float
+        self,
+        lineage: int,
+        position: int,
+        drafted: Sequence[Drafted],
+        elapsed_s: float,
+        now: float,
+        paused: bool = False,
     ) -> list[Command]:
-        """`drafted` stand at `position` and after it."""
+        """`drafted` stand at `position` and after it; `paused`: the floors let nothing follow."""
         if self.over or not self.riding:
             return []
         ids = tuple(one.token for one in drafted)
@@ -203,11 +214,16 @@ class Session:
             return self._offend(now)
         self.stats.computed(self.stats.draft, now, elapsed_s)
         self._record("draft", now, elapsed_s, len(drafted), lineage, position, ids)
-        self._late = False
+        self._late, self._paused = False, paused
         each_s = elapsed_s / len(drafted)
         self._gap_s += 0.2 * (each_s - self._gap_s)
         self._next = now + each_s
-        self.policy.drafted(each_s, [one.confidence for one in drafted])
+        # in turns, what a token costs is the time until it is here
+        cost_s = now - self._turned if self.policy.mode == "sync" else elapsed_s
+        first = position == len(self.tokens)
+        confidences = [one.confidence for one in drafted]
+        self.policy.drafted(max(cost_s, elapsed_s) / len(drafted), confidences, first)
+        self._turned = now
         self.stats.created += len(drafted)
         for at, one in enumerate(drafted):
             where = position + at
@@ -244,10 +260,12 @@ class Session:
             self._discard(len(self.stock) - block, "stop")
             return [emit, *self._end(Finish(reason))]
         self._reconcile(block, verdict.accepted, now)
-        self.deadline = None
+        self.deadline, self._turned = None, now
         following = self._verify(now)
         self._grant()
-        commit = [Commit(verdict.base, verdict.tokens, self._until)] if self.riding else []
+        self._paused = False
+        leave = self._until, self._floors
+        commit = [Commit(verdict.base, verdict.tokens, *leave)] if self.riding else []
         # the workers first: the client's fragment can wait a microsecond
         return [*following, *commit, emit]
 
@@ -374,6 +392,7 @@ class Session:
         lead = self.policy.lead(busy=self.verifying is not None)
         self._until = len(self.tokens) + max(0, min(lead, self._room() - 1))
         self._granted = max(self._granted, self._until)
+        self._floors = self.policy.floors
 
     # ---- the next pass --------------------------------------------------------------------------
 
@@ -388,7 +407,8 @@ class Session:
         # it is told what it would not find out: that it may run further, or is to stop
         matters = self._until > before or drafted_to < before != self._until
         if self.riding and matters and not self._ended:
-            return [*following, Commit(len(self.tokens), (), self._until)]
+            self._paused = False
+            return [*following, Commit(len(self.tokens), (), self._until, self._floors)]
         return following
 
     @property
@@ -398,7 +418,8 @@ class Session:
 
     def _verify(self, now: float) -> list[Command]:
         room = self._room() - 1
-        more = self.riding and not self._late and not self._ended and len(self.stock) < room
+        silent = not self.riding or self._late or self._paused or self._ended
+        more = not silent and len(self.stock) < room
         next_s = max(0.0, self._next - now) if more else None
         block = self.policy.decide([d.confidence for d in self.stock], room, next_s)
         if block is None:

@@ -37,6 +37,7 @@ TokenIds = Annotated[tuple[TokenId, ...], Meta(max_length=1 << 18)]
 Block = Annotated[tuple[TokenId, ...], Meta(max_length=1024)]
 Seconds = Annotated[float, Meta(ge=0.0, le=1e6)]
 Probability = Annotated[float, Meta(ge=0.0, le=1.0)]
+Floors = Annotated[tuple[float, ...], Meta(max_length=64)]
 Word = Annotated[str, Meta(max_length=256)]
 Line = Annotated[str, Meta(max_length=4096)]
 Text = Annotated[str, Meta(max_length=FRAME_LIMIT)]
@@ -202,15 +203,21 @@ class Draft(Tagged, frozen=True):
     sampling: Sampling
     until: Count
     vocabulary: Count  # ids from here on do not exist in the target
+    floors: Floors = ()
 
 
 class Commit(Tagged, frozen=True):
-    """The text from `base` on; where it differs from what was drafted, a new lineage starts."""
+    """The text from `base` on; where it differs from what was drafted, a new lineage starts.
+
+    With n drafted tokens ahead of it, the draft goes on only if the product of their usual
+    acceptances (`outrider.estimates`) is at least the n-th of `floors`, or there is no n-th.
+    """
 
     request: Id
     base: Count
     tokens: Block
     until: Count
+    floors: Floors = ()
 
 
 class Drafted(Tagged, frozen=True):
@@ -220,6 +227,7 @@ class Drafted(Tagged, frozen=True):
     tokens: Block
     confidences: Annotated[tuple[Probability, ...], Meta(max_length=1024)]
     elapsed_s: Seconds
+    paused: bool = False  # by the floors: nothing follows before the next commit
 
 
 # ---- questions about text: client → coordinator → target worker, and back -----------------------

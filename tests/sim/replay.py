@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from outrider.estimates import CostModel
+from outrider.estimates import CostModel, usual_acceptance
 from outrider.policy import Pilot, Policy
 from outrider.sampling import Sampling
 from outrider.session import (
@@ -129,9 +129,10 @@ class Replay:
         if isinstance(command, OpenDraft):
             lineage, until, base = command.lineage, command.until, command.base
             self.stream = Stream(0, list(command.tokens), Sampling(), lineage, until, WRONG, base)
+            self.stream.floors = command.floors
         else:
             assert self.stream is not None
-            self.stream.until = command.until
+            self.stream.until, self.stream.floors = command.until, command.floors
             cut = self.stream.follow(command.base, command.tokens)
             if (cut or self.stream.told_to_stop) and self.world.cuts:
                 self.busy = None
@@ -139,7 +140,9 @@ class Replay:
 
     def draft(self, now: float) -> None:
         stream = self.stream
-        if stream and self.busy is None and len(stream.tokens) < stream.until:
+        if not stream or self.busy is not None or stream.paused:
+            return
+        if len(stream.tokens) < stream.until:
             self.busy = next(self.count)
             begun = self.busy, stream.lineage, len(stream.tokens)
             self.at(now + self.world.draft_s, "computed", begun)
@@ -153,12 +156,14 @@ class Replay:
             token = self.recorded(self.stream.tokens)
             self.stream.evaluated = len(self.stream.tokens)
             self.stream.tokens.append(token.token)
-            self.at(now + self.world.link_s, "drafted", (lineage, position, token))
+            self.stream.likely.append(float(usual_acceptance([token.confidence])[0]))
+            said = lineage, position, token, self.stream.paused
+            self.at(now + self.world.link_s, "drafted", said)
         self.draft(now)
 
-    def drafted(self, message: tuple[int, int, Drafted], now: float) -> list[Command]:
-        lineage, position, token = message
-        return self.session.on_drafted(lineage, position, [token], self.world.draft_s, now)
+    def drafted(self, message: tuple[int, int, Drafted, bool], now: float) -> list[Command]:
+        lineage, position, token, paused = message
+        return self.session.on_drafted(lineage, position, [token], self.world.draft_s, now, paused)
 
     def timer(self, _: None, now: float) -> list[Command]:
         return self.session.on_timer(now)

@@ -266,20 +266,32 @@ class NeverStartsALineage(Session):
 
 class TakesOldLineages(Session):
     def on_drafted(
-        self, lineage: int, position: int, drafted: Sequence[Drafted], elapsed_s: float, now: float
+        self,
+        lineage: int,
+        position: int,
+        drafted: Sequence[Drafted],
+        elapsed_s: float,
+        now: float,
+        paused: bool = False,
     ) -> list[Command]:
-        return super().on_drafted(self.lineage, position, drafted, elapsed_s, now)
+        return super().on_drafted(self.lineage, position, drafted, elapsed_s, now, paused)
 
 
 class ForgetsLateTokens(Session):
     """What stands before the end of the text is ignored, whether it agrees or not."""
 
     def on_drafted(
-        self, lineage: int, position: int, drafted: Sequence[Drafted], elapsed_s: float, now: float
+        self,
+        lineage: int,
+        position: int,
+        drafted: Sequence[Drafted],
+        elapsed_s: float,
+        now: float,
+        paused: bool = False,
     ) -> list[Command]:
         if position < len(self.tokens):
             return []
-        return super().on_drafted(lineage, position, drafted, elapsed_s, now)
+        return super().on_drafted(lineage, position, drafted, elapsed_s, now, paused)
 
 
 class KeepsTheStock(Session):

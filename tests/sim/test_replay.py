@@ -45,7 +45,7 @@ def test_in_turns_it_beats_every_fixed_length() -> None:
     best = max(mean(speedups(lambda n=n: Policy("sync", n), HERE)) for n in range(1, 10))
     figures = speedups(lambda: HERE.pilot("sync"), HERE)
     assert mean(figures) >= best + 0.05, figures
-    assert min(figures.values()) >= 0.97, figures
+    assert min(figures.values()) >= 0.95, figures  # what finding out may cost in 137 tokens
 
 
 def test_the_replay_agrees_with_what_was_measured_for_a_fixed_rule() -> None:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from outrider.policy import Mode, Policy
+from outrider.policy import Guard, Mode, Policy
 
 quiet = settings(derandomize=True, database=None, deadline=None, max_examples=500)
 MODES: list[Mode] = ["plain", "sync", "pipelined"]
@@ -98,3 +98,31 @@ def test_a_block_is_in_stock_fits_and_is_sure_enough(
 @given(policies, st.integers(0, 9))
 def test_with_its_whole_lead_in_stock_it_never_waits(policy: Policy, limit: int) -> None:
     assert policy.decide([1.0] * min(policy.lead(busy=False), limit), limit, 0.0) is not None
+
+
+def test_the_guard_lets_a_draft_rest_that_loses_time_and_tries_it_again() -> None:
+    guard = Guard()
+    for _ in range(3):  # each round commits one token in the time of two
+        guard.committed(1, 2.0, 1.0)
+        assert not guard.resting
+    guard.committed(1, 2.0, 1.0)
+    rests = []
+    while len(rests) < 4:
+        assert guard.resting
+        steps = 0
+        while guard.resting:
+            guard.committed(1, 1.0, 1.0)
+            steps += 1
+        rests.append(steps)
+        while not guard.resting:
+            guard.committed(1, 2.0, 1.0)
+    assert rests == [24, 48, 96, 192]
+
+
+def test_the_guard_leaves_alone_what_gains_and_forgives_what_is_paid_once() -> None:
+    guard = Guard()
+    guard.excuse(50.0)
+    guard.committed(1, 50.0, 1.0)
+    for _ in range(100):
+        guard.committed(3, 2.0, 1.0)
+        assert not guard.resting

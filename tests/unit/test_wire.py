@@ -97,7 +97,7 @@ def test_no_two_messages_share_a_tag_and_all_are_frozen() -> None:
 
 def test_a_frame_is_one_array_that_begins_with_its_tag() -> None:
     frame = encode(wire.Commit(7, 3, (1, 2), 9))
-    assert msgpack.unpackb(frame) == ["commit", 7, 3, [1, 2], 9]
+    assert msgpack.unpackb(frame) == ["commit", 7, 3, [1, 2], 9, []]
 
 
 @pytest.mark.parametrize(
