@@ -121,7 +121,7 @@ def answer(text: str, parent_fd: int | None) -> int:
 
 
 def _end_with(parent_fd: int, job: Job) -> None:
-    """llama.cpp cannot be interrupted: once the parent is gone, leave at once, and no file behind."""
+    """llama.cpp cannot be interrupted: once the parent is gone, leave no file behind."""
     from outrider.llama_quantise import partial
 
     with contextlib.suppress(OSError):
