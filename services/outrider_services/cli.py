@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import uvloop
@@ -20,7 +21,11 @@ import outrider
 from outrider.client import connect
 from outrider.errors import ConfigError, ConnectionFailed, OutriderError
 from outrider.transport import address_of, runtime_dir
+<<<<<<< HEAD
 from outrider_services import bench, children, models, options, serving
+=======
+from outrider_services import children, measuring, models, options, serving, tuning
+>>>>>>> 2fb7471f75efafb547e33d35b02e24dbbe305bf3
 from outrider_services.generate import run
 from outrider_services.options import Parser, add_options
 from outrider_services.progress import progress_reporter
@@ -108,6 +113,14 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     _worker_verbs(verb, verbs)
     pull = verb("pull", _pull, "fetch a model, or the default pair", ("pipeline",))
     pull.add_argument("model", nargs="?", help="hf://user/repo[:quant]; default: the default pair")
+    tune = verb(
+        "tune",
+        _tune,
+        "find the fastest draft and placement for this processor, and keep to it",
+        ("target", "draft", "pipeline", "log"),
+    )
+    tune.add_argument("--json", action="store_true", help="as a JSON object")
+    tune.add_argument("--pull", action="store_true", help="fetch the default pair if it is missing")
     verb("ls", _ls, "list the models in the caches")
     ps = verb("ps", _ps, "list the pipelines that are up")
     ps.add_argument("--json", action="store_true", help="as a JSON array")
@@ -118,8 +131,12 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     )
     child.add_argument("--name", default="default")
     child.add_argument("--parent-fd", type=int)
-    # a verb for the launcher alone
-    commands._choices_actions = [a for a in commands._choices_actions if a.dest != "coordinator"]
+    measure = verb("measure", _measure, argparse.SUPPRESS, ("log",))
+    measure.add_argument("job")
+    measure.add_argument("--parent-fd", type=int)
+    # verbs for other processes of ours alone
+    hidden = ("coordinator", "measure")
+    commands._choices_actions = [a for a in commands._choices_actions if a.dest not in hidden]
     return parser, verbs
 
 
@@ -232,6 +249,34 @@ def _worker(settings: options.Settings, parsed: Any) -> int:
     return 0
 
 
+def _measure(settings: options.Settings, parsed: Any) -> int:
+    return measuring.answer(parsed.job, parsed.parent_fd)
+
+
+def _tune(settings: options.Settings, parsed: Any) -> int:
+    decision = tuning.tune(serving.with_paths(settings, fetch=parsed.pull))
+    if parsed.json:
+        print(json.dumps(asdict(decision), indent=2))
+        return 0
+    for trial in decision.trials:
+        table = Table("", "draft", "MB", "ms/token", "acceptance", "tokens/s", "speed-up", box=None)
+        chosen = tuning.is_chosen(decision, trial)
+        for one in trial.variants:
+            table.add_row(
+                "*" if chosen and one.quant == decision.quant else "",
+                "as given" if one.quant == "off" else one.quant,
+                f"{one.bytes / 1e6:,.0f}",
+                f"{1000 * one.draft_s:.1f}",
+                f"{one.acceptance:.0%}",
+                f"{one.rate:.1f}",
+                f"{one.rate / trial.plain_rate:.2f}x",
+            )
+        _show(tuning.headline(trial))
+        _show(table)
+    _show("* chosen, and kept for run and serve; tokens/s are forecasts")
+    return 0
+
+
 def _pull(settings: options.Settings, parsed: Any) -> int:
     with progress_reporter() as progress:
         offline = settings.pipeline.offline
@@ -267,7 +312,7 @@ def _ps(settings: options.Settings, parsed: Any) -> int:
     return 0
 
 
-def _show(table: Table) -> None:
+def _show(table: Table | str) -> None:
     """Whole lines where a program reads them: no path is cut to a width that nobody has."""
     Console(width=None if sys.stdout.isatty() else 10_000).print(table)
 

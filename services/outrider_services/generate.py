@@ -18,6 +18,7 @@ from outrider.client import AsyncClient, Completion, Fragment, Lane, Stream, con
 from outrider.errors import BadRequest, ConfigError
 from outrider.sampling import Sampling
 from outrider.stats import Report
+from outrider_services import tuning
 from outrider_services.launcher import Launcher
 from outrider_services.options import Settings
 from outrider_services.serving import SAME_MODEL, News, has_draft, tell, with_paths
@@ -32,7 +33,7 @@ def run(settings: Settings, parsed: Any) -> int:
     prompt = read_prompt(parsed, sys.stdin)
     request = arguments(settings, parsed)  # wrong settings are told before anything is started
     if parsed.connect is None:
-        settings = with_paths(settings, fetch=parsed.pull)
+        settings = tuning.prepared(with_paths(settings, fetch=parsed.pull), tell)
         settings = same_model(settings)
     return uvloop.run(_run(settings, parsed, prompt, request))
 

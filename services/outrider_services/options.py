@@ -21,6 +21,8 @@ from outrider.errors import ConfigError
 Mode = Literal["plain", "sync", "pipelined", "auto"]
 Backend = Literal["llama", "toy"]
 Place = Literal["spawn", "remote"]
+Quant = Literal["auto", "off", "q4_0", "q4_1", "q8_0"]
+QUANTS: tuple[str, ...] = get_args(Quant)[2:]
 
 
 def opt(default: Any, flags: str, help: str, metavar: str | None = None) -> Any:
@@ -47,6 +49,7 @@ class Target:
 class Draft:
     model: str | None = opt(None, "-md --model-draft -draft-model --draft-model --spec-draft-model", "draft model", "FILE")
     hf: str | None = opt(None, "-hfd --hf-repo-draft --spec-draft-hf", "draft model from the hub", "USER/REPO[:QUANT]")
+    quant: Quant = opt("auto", "--draft-quant", "re-quantise the draft: the type that `outrider tune` found (found at once for the default pair), none, or this")
     n_max: int | None = opt(None, "--spec-draft-n-max -n-draft --n-draft", "most drafted tokens in one block (default: what the measured costs say); 0: plain", "N")
     n_min: int = opt(0, "--spec-draft-n-min", "least drafted tokens in a block, while the draft delivers", "N")
     p_min: float = opt(0.0, "--spec-draft-p-min", "a block ends before a token less probable than this", "P")

@@ -12,7 +12,7 @@ import uvloop
 from rich.console import Console
 
 from outrider.errors import ModelNotFound
-from outrider_services import models
+from outrider_services import models, tuning
 from outrider_services.launcher import Launcher, first_of
 from outrider_services.options import Settings
 from outrider_services.progress import progress_reporter
@@ -102,7 +102,7 @@ class News:
 
 def serve(settings: Settings, parsed: Any) -> int:
     """Start the pipeline, and keep it up until a signal or `outrider stop`."""
-    settings = with_paths(settings, fetch=parsed.pull)
+    settings = tuning.prepared(with_paths(settings, fetch=parsed.pull), tell)
     return uvloop.run(_serve(settings, parsed.name))
 
 

@@ -23,7 +23,14 @@ PROMPT = "The future of AI is"
 GREEDY: dict[str, Any] = {"temperature": 0.0}
 SAMPLED: dict[str, Any] = {"temperature": 0.8, "seed": 7}
 LENGTH = {0.0: 96, 0.8: 40}
-SPLIT = ("--exact", "--target-cores=0", "--draft-cores=1", "--ctx=512", "--parallel=2")
+SPLIT = (
+    "--exact",
+    "--target-cores=0",
+    "--draft-cores=1",
+    "--ctx=512",
+    "--parallel=2",
+    "--draft-quant=off",
+)
 FIXED = ("--n-draft=8", "--spec-draft-n-min=8")  # blocks are verified whether they pay or not
 
 

@@ -31,6 +31,7 @@ HELP = {
     "worker draft": ("target", "pipeline", "toy", "log"),
     "worker target": ("target", "pipeline", "toy", "log"),
     "pull": ("pipeline",),
+    "tune": ("target", "draft", "pipeline", "log"),
     "ls": (),
     "ps": (),
     "stop": (),

@@ -106,7 +106,7 @@ def test_the_guard_lets_a_draft_rest_that_loses_time_and_tries_it_again() -> Non
         guard.committed(1, 2.0, 1.0)
         assert not guard.resting
     guard.committed(1, 2.0, 1.0)
-    rests = []
+    rests: list[int] = []
     while len(rests) < 4:
         assert guard.resting
         steps = 0

@@ -1,0 +1,184 @@
+"""What one model costs and says, measured in a process of its own: `outrider measure JOB`.
+
+Whoever asks never loads a model, so nothing that goes wrong in one can take it along; and each
+measurement has the threads and cores that a worker of that role would have.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from outrider.errors import (
+    IncompatiblePair,
+    InternalError,
+    OutriderError,
+    RequestTimeout,
+    WorkerLost,
+    from_code,
+)
+from outrider.sampling import Token
+from outrider_services import options
+from outrider_services.worker import calibrate
+
+if TYPE_CHECKING:
+    from outrider.llama import LlamaEngine
+
+CONTEXT = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One model, made from another first if `kind` is given; without `rows` that is all."""
+
+    model: str
+    threads: int
+    cores: str = ""
+    gpu_layers: int = 0
+    exact: bool = False
+    source: str = ""
+    kind: str = ""
+    rows: tuple[int, ...] = ()  # of the passes whose seconds are asked for
+    repeats: int = 1
+    texts: tuple[tuple[str, str], ...] = ()  # prompt, answer: to be made tokens
+    sequences: tuple[tuple[tuple[Token, ...], int], ...] = ()  # tokens, so many of them answer
+    chooses: bool = True  # whether the model is to say what it would have answered
+
+
+@dataclass(frozen=True, slots=True)
+class Findings:
+    curve_s: tuple[float, ...] = ()  # of a pass over 1, 2, 3 … rows
+    sequences: tuple[tuple[tuple[Token, ...], int], ...] = ()
+    choices: tuple[Token, ...] = ()  # the likeliest token at each place of each answer
+
+
+# ---- here ---------------------------------------------------------------------------------------
+
+
+def ask(job: Job, limit_s: float) -> Findings:
+    """Have `job` done by a child. Raises OutriderError; the child never outlives this call."""
+    if limit_s <= 0:
+        raise RequestTimeout("there was no time left to measure")
+    reading, writing = os.pipe()
+    command = [sys.executable, "-m", "outrider_services.cli", "measure"]
+    try:
+        done = subprocess.run(
+            [*command, f"--parent-fd={reading}", json.dumps(asdict(job))],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=limit_s,
+            pass_fds=(reading,),
+            start_new_session=True,  # Ctrl-C is for us, who kill it then
+        )
+    except subprocess.TimeoutExpired:
+        raise RequestTimeout(f"measuring took more than {limit_s:.0f} s") from None
+    finally:
+        os.close(reading)
+        os.close(writing)
+    return read_answer(done.stdout, done.returncode)
+
+
+def read_answer(out: bytes, status: int) -> Findings:
+    """What a child said last. Raises OutriderError."""
+    try:
+        state, *rest = json.loads(out.splitlines()[-1])
+        if state == "error":
+            raise from_code(*rest)
+        found = rest[0]
+        return Findings(
+            tuple(found["curve_s"]),
+            tuple((tuple(tokens), answers) for tokens, answers in found["sequences"]),
+            tuple(found["choices"]),
+        )
+    except (ValueError, LookupError, TypeError):
+        raise WorkerLost(f"the measuring process ended with status {status}") from None
+
+
+# ---- in the child -------------------------------------------------------------------------------
+
+
+def answer(text: str, parent_fd: int | None) -> int:
+    """Do the job in `text` and say what was found, as one line of JSON."""
+    given = json.loads(text)
+    for name in ("rows", "texts", "sequences"):
+        given[name] = tuple(given[name])
+    job = Job(**given)
+    if parent_fd is not None:
+        threading.Thread(target=_end_with, args=(parent_fd, job), daemon=True).start()
+    try:
+        said: list[Any] = ["done", asdict(work(job))]
+    except OutriderError as exc:
+        said = ["error", exc.code, str(exc)]
+    sys.stdout.write(json.dumps(said) + "\n")
+    return 0
+
+
+def _end_with(parent_fd: int, job: Job) -> None:
+    """llama.cpp cannot be interrupted: once the parent is gone, leave no file behind."""
+    from outrider.llama_quantise import partial
+
+    with contextlib.suppress(OSError):
+        os.read(parent_fd, 1)
+    if job.kind:
+        partial(Path(job.model)).unlink(missing_ok=True)
+    os._exit(InternalError.exit_code)
+
+
+def work(job: Job) -> Findings:
+    """Make the model, load it, measure. Raises OutriderError."""
+    from outrider.llama import LlamaEngine, LlamaSettings
+    from outrider.llama_quantise import requantise
+
+    allowed = len(os.sched_getaffinity(0))
+    if job.kind:
+        requantise(Path(job.source), Path(job.model), job.kind, allowed)
+    if not job.rows:
+        return Findings()
+    if cores := options.cores(job.cores):
+        os.sched_setaffinity(0, cores)
+    settings = LlamaSettings(
+        context=CONTEXT,
+        slots=1,
+        threads=min(job.threads, len(os.sched_getaffinity(0))),
+        gpu_layers=job.gpu_layers,
+        exact=job.exact,
+    )
+    engine = LlamaEngine.load(Path(job.model), settings)
+    try:
+        # whatever disturbs a measurement makes it longer
+        curves = [calibrate(engine, job.rows) for _ in range(job.repeats)]
+        sequences = job.sequences or tuple(_tokens(engine, *text) for text in job.texts)
+        choices = [_choices(engine, *one) for one in sequences] if job.chooses else []
+    finally:
+        engine.close()
+    curve_s = tuple(map(min, zip(*curves, strict=True)))
+    return Findings(curve_s, sequences, tuple(token for some in choices for token in some))
+
+
+def _tokens(engine: LlamaEngine, prompt: str, answer: str) -> tuple[tuple[Token, ...], int]:
+    """Prompt and answer in one, and how many tokens the answer is."""
+    try:
+        before = engine.render([("user", prompt)])
+    except OutriderError:
+        before = prompt + "\n\n"  # a model that was not made for conversations
+    start = len(engine.tokenize(before, special=True))
+    tokens = engine.tokenize(before + answer, special=True)[: engine.info.chunk]
+    return tuple(tokens), max(len(tokens) - start, 1)
+
+
+def _choices(engine: LlamaEngine, tokens: tuple[Token, ...], answers: int) -> list[Token]:
+    """What the model finds likeliest at each place of the answer, the ones before being given."""
+    try:
+        scores = engine.extend(0, tokens[:-1], answers)
+    except ValueError as exc:  # the ids are another model's
+        raise IncompatiblePair(f"the draft does not speak the target's tokens: {exc}") from None
+    chosen = [int(token) for token in scores.argmax(axis=1)]
+    engine.rewind(0, 0)
+    return chosen

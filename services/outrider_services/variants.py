@@ -1,0 +1,165 @@
+"""What tuning keeps in the cache: re-quantised drafts, and which one was chosen for what.
+
+A decision holds for one pair of files on one kind of processor with one share of its cores: when
+any of that changes, so does its key, and it is not found any more.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+
+from outrider.errors import ModelUnusable
+from outrider_services import fetching, options
+from outrider_services.options import Settings
+
+LOCK_S = 300.0
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """A draft, and what it did on the cores of one placement."""
+
+    quant: str  # "off": the file as given
+    bytes: int
+    draft_s: float  # one drafted token
+    acceptance: float
+    rate: float  # tokens per second to expect
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One way to share the cores, and every variant there."""
+
+    target_cores: str
+    draft_cores: str
+    pipelined: bool
+    plain_rate: float  # tokens per second of the target alone
+    variants: tuple[Variant, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    quant: str
+    target_cores: str = ""  # empty: as the settings say
+    draft_cores: str = ""
+    trials: tuple[Trial, ...] = ()
+
+
+def folder(name: str) -> Path:
+    return platformdirs.user_cache_path("outrider") / name
+
+
+def identity(path: str) -> list[str | int]:
+    status = os.stat(path)
+    return [os.path.realpath(path), status.st_size, status.st_mtime_ns]
+
+
+def variant_path(source: str, quant: str) -> Path:
+    """Where the draft in `source` lies, re-quantised so."""
+    if quant == "off":
+        return Path(source)
+    digest = hashlib.sha256(json.dumps(identity(source)).encode()).hexdigest()
+    return folder("drafts") / f"{Path(source).stem}.{quant}-{digest[:12]}.gguf"
+
+
+@contextmanager
+def locked() -> Iterator[None]:
+    """Alone with the drafts; what a killed process left unfinished is removed."""
+    drafts = folder("drafts")
+    with ExitStack() as stack:
+        try:
+            drafts.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(fetching.locked(drafts / "lock", LOCK_S))
+        except OSError as exc:
+            raise ModelUnusable(f"{drafts} cannot be written: {exc.strerror}") from exc
+        remove_unfinished()
+        stack.callback(remove_unfinished)
+        yield
+
+
+def remove_unfinished() -> None:
+    for path in folder("drafts").glob("*.partial"):
+        path.unlink(missing_ok=True)
+
+
+# ---- decisions ----------------------------------------------------------------------------------
+
+
+def key(settings: Settings) -> str:
+    """Of everything that a decision depends on. Raises OSError if a model file is not there."""
+    target, draft, pipeline = settings.target, settings.draft, settings.pipeline
+    what = [
+        *(identity(str(one.model)) for one in (target, draft)),
+        *([one.threads, usable(one.cores), one.ngl] for one in (target, draft)),
+        [pipeline.mode, pipeline.exact],
+        processor(),
+        [_version(name) for name in ("outrider", "llama-cpp-python")],
+    ]
+    return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:32]
+
+
+def usable(cores: str) -> list[int]:
+    return sorted(options.cores(cores) or os.sched_getaffinity(0))
+
+
+def processor() -> list[str]:
+    """Its model and what it can do."""
+    found: dict[str, str] = {}
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            name, _, value = line.partition(":")
+            found.setdefault(name.strip(), value.strip())
+    return [found.get(name, "") for name in ("model name", "flags", "Features")]
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def load(name: str) -> Decision | None:
+    """The decision under this key; one that cannot be read is none."""
+    with suppress(OSError, ValueError, TypeError, LookupError):
+        return from_json(json.loads(_file(name).read_text("utf-8")))
+    return None
+
+
+def save(name: str, decision: Decision) -> None:
+    path = _file(name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(f".{secrets.token_hex(4)}")
+    try:
+        unfinished.write_text(json.dumps(asdict(decision), indent=1), "utf-8")
+        unfinished.rename(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def from_json(found: dict[str, Any]) -> Decision:
+    """Raises ValueError, TypeError or LookupError for anything else than a decision."""
+    trials = tuple(
+        Trial(**{**trial, "variants": tuple(Variant(**one) for one in trial["variants"])})
+        for trial in found["trials"]
+    )
+    decision = Decision(**{**found, "trials": trials})
+    if decision.quant not in ("off", *options.QUANTS):
+        raise ValueError(f"no such type: {decision.quant}")
+    options.cores(decision.target_cores), options.cores(decision.draft_cores)
+    return decision
+
+
+def _file(name: str) -> Path:
+    return folder("tuned") / f"{name}.json"
