@@ -27,7 +27,7 @@ import uvloop
 from outrider.client import AsyncClient, Completion, Lane, connect
 from outrider.errors import ConfigError
 from outrider.policy import LONGEST
-from outrider_services import peers, plots, prompts
+from outrider_services import peers, plots, prompts, tuning
 from outrider_services.generate import same_model
 from outrider_services.launcher import Launcher, first_of
 from outrider_services.measures import (
@@ -85,7 +85,7 @@ def run(settings: Settings, parsed: Any) -> int:
     for path in filter(None, (parsed.plot, parsed.lanes)):
         plots.check(path)
     settings = place(settings, parsed.placement)
-    settings = with_paths(settings, fetch=parsed.pull)
+    settings = tuning.prepared(with_paths(settings, fetch=parsed.pull), tell)
     settings = same_model(replace(settings, pipeline=replace(settings.pipeline, mode="auto")))
     if not has_draft(settings) or settings.draft.place != "spawn":
         raise ConfigError("bench starts both workers here: it needs a draft, and --n-draft above 0")

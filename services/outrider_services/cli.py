@@ -21,11 +21,15 @@ import outrider
 from outrider.client import connect
 from outrider.errors import ConfigError, ConnectionFailed, OutriderError
 from outrider.transport import address_of, runtime_dir
-<<<<<<< HEAD
-from outrider_services import bench, children, models, options, serving
-=======
-from outrider_services import children, measuring, models, options, serving, tuning
->>>>>>> 2fb7471f75efafb547e33d35b02e24dbbe305bf3
+from outrider_services import (
+    bench,
+    children,
+    measuring,
+    models,
+    options,
+    serving,
+    tuning,
+)
 from outrider_services.generate import run
 from outrider_services.options import Parser, add_options
 from outrider_services.progress import progress_reporter
