@@ -27,7 +27,7 @@ import uvloop
 from outrider.client import AsyncClient, Completion, Lane, connect
 from outrider.errors import ConfigError
 from outrider.policy import LONGEST
-from outrider_services import peers, plots, prompts, tuning
+from outrider_services import peers, plots, prompts, simulate, tuning
 from outrider_services.generate import same_model
 from outrider_services.launcher import Launcher, first_of
 from outrider_services.measures import (
@@ -81,6 +81,8 @@ class Plan:
 
 def run(settings: Settings, parsed: Any) -> int:
     """Measure, write what was found, and say whether it was enough."""
+    if parsed.simulate:
+        return uvloop.run(until_signalled(simulate.simulate(settings, parsed)))
     plan = read_plan(parsed)
     for path in filter(None, (parsed.plot, parsed.lanes)):
         plots.check(path)

@@ -41,7 +41,9 @@ def worker(role: str, settings: Settings, address: str, parent_fd: int | None) -
     cores = options.cores(settings.target.cores)
     if cores:
         os.sched_setaffinity(0, cores)
-    connection = Connection(address, timeout_s=10.0)
+    simulated = settings.pipeline.backend == "toy"
+    delay_s = settings.toy.link_ms / 1000 if simulated else 0.0
+    connection = Connection(address, timeout_s=10.0, delay_s=delay_s)
     make = TargetWorker if role == "target" else DraftWorker
 
     def load(progress: Callable[[float], None]) -> Engine:

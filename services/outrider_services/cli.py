@@ -225,6 +225,19 @@ def _bench_flags(parser: Parser) -> None:
         help="end with status 9 if auto is less than X times as fast as plain",
     )
     add("--pull", action="store_true", help="fetch the default pair if it is missing")
+    add(
+        "--simulate",
+        action="store_true",
+        help="made-up devices instead of models: passes of --toy-step-ms whatever their rows, a "
+        "link of --toy-link-ms, and each pair of the next two",
+    )
+    add(
+        "--acceptance",
+        default="0.6,0.8,0.9",
+        metavar="LIST",
+        help="of a drafted token (%(default)s)",
+    )
+    add("--cost", default="0.05,0.1,0.2", metavar="LIST", help="of one, in passes (%(default)s)")
 
 
 def _worker_verbs(verb: Any, verbs: dict[str, Parser]) -> None:

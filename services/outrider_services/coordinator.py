@@ -79,7 +79,8 @@ class Coordinator:
     def __init__(self, send: Send, defaults: Defaults) -> None:
         self._send, self._defaults = send, defaults
         self._roster = Roster(self._tell, self._on_joined, self._on_lost)
-        self._costs: CostModel | None = None  # of the two workers; None until both have joined
+        # of the two workers, by mode: in turns a drafted token also costs its messages
+        self._costs: dict[Mode, CostModel] = {}
         self._clients: set[bytes] = set()
         self._bad_frames: dict[bytes, int] = {}
         self._requests: dict[tuple[bytes, int], Request] = {}  # by client and its number: all
@@ -206,7 +207,8 @@ class Coordinator:
     def _on_joined(self, role: wire.Role) -> None:
         target, draft = self._roster.get("target"), self._roster.get("draft")
         if target and draft:
-            self._costs = CostModel(target.hello.curve_s, draft.hello.curve_s[0])
+            curves = target.hello.curve_s, draft.hello.curve_s[0]
+            self._costs = {"sync": CostModel(*curves), "pipelined": CostModel(*curves)}
         if role == "draft":
             for request in list(self._running.values()):
                 self._advance(request, lambda session, now: session.on_draft_ready())
@@ -350,9 +352,9 @@ class Coordinator:
         """Fixed numbers where they are asked for, else what the measured costs say."""
         n_min = self._defaults.n_min if submit.n_min is None else submit.n_min
         p_min = self._defaults.p_min if submit.p_min is None else submit.p_min
-        if mode == "plain" or n_min > 0 or p_min > 0 or self._costs is None:
+        if mode == "plain" or n_min > 0 or p_min > 0 or mode not in self._costs:
             return Policy(mode, n_max, min(n_min, n_max), p_min)
-        return Pilot(mode, n_max, self._costs)
+        return Pilot(mode, n_max, self._costs[mode])
 
     def _mode(self, mode: str | None) -> Mode:
         """`auto`: pipelined where draft and target have devices of their own, else synchronous."""

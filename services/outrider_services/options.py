@@ -97,6 +97,7 @@ class Toy:
     step_ms: float = opt(20.0, "--toy-step-ms", "milliseconds of a made-up target pass", "MS")
     row_ms: float = opt(0.2, "--toy-row-ms", "milliseconds of each further row in it", "MS")
     draft_ms: float = opt(2.0, "--toy-draft-ms", "milliseconds of a made-up drafted token", "MS")
+    link_ms: float = opt(0.0, "--toy-link-ms", "milliseconds of each message to or from a made-up device", "MS")
     variant: int = opt(0, "--toy-variant", "another number: another vocabulary, which does not fit", "N")
 
 

@@ -49,6 +49,7 @@ class Connection:
 
     address: str
     timeout_s: float  # for the first answer
+    delay_s: float = 0.0  # of each message either way: a made-up link
 
 
 class Worker(ABC):
@@ -67,6 +68,7 @@ class Worker(ABC):
         self._owner = owner
         self._curve_s = curve_s
         self._link: Link | None = None
+        self._delay_s = 0.0
         self._incarnation = secrets.randbits(62)
         self._heard = 0.0
         self._welcomed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -99,6 +101,12 @@ class Worker(ABC):
 
     def send(self, message: wire.Message) -> None:
         """Send, or do without: a coordinator that is gone has forgotten the request too."""
+        if self._delay_s:
+            asyncio.get_running_loop().call_later(self._delay_s, self._send_now, message)
+        else:
+            self._send_now(message)
+
+    def _send_now(self, message: wire.Message) -> None:
         if self._link is None:
             return
         try:
@@ -123,7 +131,8 @@ class Worker(ABC):
 
     async def run(self, connection: Connection, status: Status) -> None:
         """Serve until cancelled or refused. Raises OutriderError."""
-        self._link = Link(connection.address, self._on_message)
+        self._delay_s = connection.delay_s
+        self._link = Link(connection.address, self._on_arrival)
         tasks = [asyncio.ensure_future(c) for c in (self._beat(), self._compute_forever())]
         try:
             await self._join(connection)
@@ -150,6 +159,12 @@ class Worker(ABC):
             self.send(self._hello())
             answers = {self.ended, self._welcomed}
             await asyncio.wait(answers, timeout=RETRY_S, return_when=asyncio.FIRST_COMPLETED)
+
+    def _on_arrival(self, message: wire.Message) -> None:
+        if self._delay_s:
+            asyncio.get_running_loop().call_later(self._delay_s, self._on_message, message)
+        else:
+            self._on_message(message)
 
     def _on_message(self, message: wire.Message) -> None:
         self._heard = time.monotonic()

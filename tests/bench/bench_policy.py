@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.sim.replay import PROCESSOR, TRACES, World, mean, speedups
+from tests.sim.replay import PROCESSOR, TRACES, speedups
 
 from outrider.policy import Policy
+from outrider_services.replay import World, mean
 
 WORLD = World(PROCESSOR, 0.031)
 

@@ -205,3 +205,21 @@ def test_help_names_the_arms(cli: Cli) -> None:
     assert done.returncode == 0
     for word in ("sync:4", "llama-server", "--placement", "--require-speedup", "--peer-n-max"):
         assert word in done.stdout
+
+
+def test_simulated_devices_are_compared_with_their_ideal(cli: Cli) -> None:
+    flags = ("--simulate", "--acceptance=0.8", "--cost=0.1", "-n", "80", "-r", "1", "-o", "json")
+    (cell,) = json.loads(cli("bench", *flags, "--toy-step-ms=20").stdout)
+    assert (cell["acceptance"], cell["cost"]) == (0.8, 0.1)
+    assert 1.0 < cell["pipelined"] <= 1.05 * cell["ideal"]
+    assert cell["tokens_limit"] == pytest.approx(5)
+    assert cell["draft_limit"] == pytest.approx(11)
+
+
+def test_a_simulated_link_delays_every_message(cli: Cli) -> None:
+    flags = ("--backend=toy", "--toy-step-ms=1", "--mode=plain", "-n", "20", "-o", "json")
+    fast, slow = (
+        json.loads(cli("run", *flags, f"--toy-link-ms={link}", "x").stdout)["stats"]["decode_s"]
+        for link in (0, 20)
+    )
+    assert slow - fast >= 19 * 2 * 0.020 * 0.9  # to the target and back, for every token

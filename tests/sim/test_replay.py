@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import pytest
-from tests.sim.replay import FLAT, PROCESSOR, Replay, World, mean, speedups
+from tests.sim.replay import FLAT, PROCESSOR, speedups
 
 from outrider.estimates import CostModel
 from outrider.policy import Pilot, Policy
+from outrider_services.replay import Replay, World, mean
 
 HERE = World(PROCESSOR, 0.031)
 CURVES = {
