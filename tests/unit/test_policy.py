@@ -102,7 +102,7 @@ def test_with_its_whole_lead_in_stock_it_never_waits(policy: Policy, limit: int)
 
 def test_the_guard_lets_a_draft_rest_that_loses_time_and_tries_it_again() -> None:
     guard = Guard()
-    for _ in range(3):  # each round commits one token in the time of two
+    for _ in range(int(Guard.LOSS)):  # each round commits one token in the time of two
         guard.committed(1, 2.0, 1.0)
         assert not guard.resting
     guard.committed(1, 2.0, 1.0)
@@ -116,7 +116,7 @@ def test_the_guard_lets_a_draft_rest_that_loses_time_and_tries_it_again() -> Non
         rests.append(steps)
         while not guard.resting:
             guard.committed(1, 2.0, 1.0)
-    assert rests == [24, 48, 96, 192]
+    assert rests == [Guard.RESTS[0] * 2**n for n in range(4)]
 
 
 def test_the_guard_leaves_alone_what_gains_and_forgives_what_is_paid_once() -> None:
