@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import heapq
 import itertools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -222,8 +221,3 @@ def _choice(engine: Engine, text: Sequence[Token]) -> Choice:
         engine.extend(0, text[kept : kept + engine.info.chunk], 0)
         kept += engine.info.chunk
     return choose(engine.extend(0, text[kept:], 1)[0], GREEDY, text, len(text))
-
-
-def mean(figures: dict[str, float]) -> float:
-    """The geometric mean."""
-    return math.exp(sum(map(math.log, figures.values())) / len(figures))

@@ -163,7 +163,7 @@ class Guard:
     cannot: it is in plain steps of the target, and stands for at most `CREDIT` of them.
     """
 
-    LOSS, CREDIT, RESTS = 2.0, 6.0, (16, 256)
+    LOSS, CREDIT, RESTS = 1.5, 6.0, (24, 256)
 
     def __init__(self) -> None:
         self._saved = 0.0

@@ -10,7 +10,8 @@ from typing import Any
 from tests.sim.replay import PROCESSOR, TRACES, speedups
 
 from outrider.policy import Policy
-from outrider_services.replay import World, mean
+from outrider_services.measures import geometric_mean
+from outrider_services.replay import World
 
 WORLD = World(PROCESSOR, 0.031)
 
@@ -23,7 +24,11 @@ def main() -> None:
     print(f"{'':26}", *(f"{name[:11]:>11}" for name in TRACES), "geometric mean")
     for name, rule in rules.items():
         figures = speedups(rule, WORLD)
-        print(f"{name:26}", *(f"{x:11.2f}" for x in figures.values()), f"{mean(figures):14.2f}")
+        print(
+            f"{name:26}",
+            *(f"{x:11.2f}" for x in figures.values()),
+            f"{geometric_mean(figures.values()):14.2f}",
+        )
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ from tests.sim.replay import FLAT, PROCESSOR, speedups
 
 from outrider.estimates import CostModel
 from outrider.policy import Pilot, Policy
-from outrider_services.replay import Replay, World, mean
+from outrider_services.measures import geometric_mean
+from outrider_services.replay import Replay, World
 
 HERE = World(PROCESSOR, 0.031)
 CURVES = {
@@ -31,28 +32,32 @@ def fixed_rules() -> Iterator[Callable[[], Policy]]:
 def test_the_recorded_traces_are_worth_what_was_promised(cuts: bool) -> None:
     world = World(PROCESSOR, 0.031, cuts=cuts)
     figures = speedups(lambda: world.pilot("pipelined"), world)
-    assert mean(figures) >= 1.70, figures
+    assert geometric_mean(figures.values()) >= 1.70, figures
     assert min(figures.values()) >= 1.08, figures
 
 
 @pytest.mark.parametrize("name", CURVES)
 def test_no_fixed_rule_does_better_under_any_costs(name: str) -> None:
     world = CURVES[name]
-    best = max(mean(speedups(rule, world)) for rule in fixed_rules())
-    assert mean(speedups(lambda: world.pilot("pipelined"), world)) >= best
+    best = max(geometric_mean(speedups(rule, world).values()) for rule in fixed_rules())
+    assert geometric_mean(speedups(lambda: world.pilot("pipelined"), world).values()) >= best
 
 
 def test_in_turns_it_beats_every_fixed_length() -> None:
-    best = max(mean(speedups(lambda n=n: Policy("sync", n), HERE)) for n in range(1, 10))
+    best = max(
+        geometric_mean(speedups(lambda n=n: Policy("sync", n), HERE).values()) for n in range(1, 10)
+    )
     figures = speedups(lambda: HERE.pilot("sync"), HERE)
-    assert mean(figures) >= best + 0.05, figures
-    assert min(figures.values()) >= 0.95, figures  # what finding out may cost in 137 tokens
+    assert geometric_mean(figures.values()) >= best + 0.05, figures
+    assert min(figures.values()) >= 0.97, figures
 
 
 def test_the_replay_agrees_with_what_was_measured_for_a_fixed_rule() -> None:
     """1.60 over target alone was found for blocks of at most 8 that are never waited for."""
     world = World(PROCESSOR, 0.031, cuts=False)
-    assert mean(speedups(lambda: Policy("pipelined", 8), world)) == pytest.approx(1.60, abs=0.03)
+    assert geometric_mean(
+        speedups(lambda: Policy("pipelined", 8), world).values()
+    ) == pytest.approx(1.60, abs=0.03)
 
 
 def test_a_draft_too_slow_to_help_is_left_alone() -> None:
