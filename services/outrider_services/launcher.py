@@ -250,6 +250,8 @@ class Launcher:
 
     async def _forward(self, child: Child, stream: asyncio.StreamReader) -> None:
         async for line in stream:
+            if self._stopping and child.role == "coordinator":
+                continue  # it misses the workers that we have just ended
             self._log(child.role, line.decode("utf-8", "replace").rstrip())
 
 
