@@ -249,9 +249,10 @@ class Bench:
     async def _render(self, prompt: Prompt) -> str:
         """What the model reads: the same text for ours and for the peers."""
         assert self._client
-        if not next(c.chat for c in self._plan.categories if c.name == prompt.category):
+        category = next(c for c in self._plan.categories if c.name == prompt.category)
+        if not category.chat:
             return prompt.text
-        return await self._client.apply_template([{"role": "user", "content": prompt.text}])
+        return await self._client.apply_template(category.messages(prompt.text))
 
     async def _measure(self) -> None:
         plan, all_prompts = self._plan, list(self._prompts())

@@ -4,20 +4,30 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import msgspec
 
 from outrider.errors import ConfigError
 from outrider_services.options import nearest
 
+Text = Annotated[str, msgspec.Meta(min_length=1)]
 
-@dataclass(frozen=True, slots=True)
-class Category:
-    name: str
+
+class Category(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A table of the file, which gives it its `name`."""
+
     chat: bool  # its prompts are messages of the user, not the beginning of the text
-    prompts: tuple[str, ...]
+    prompts: Annotated[tuple[Text, ...], msgspec.Meta(min_length=1)]
+    system: str = ""  # the first message of the chat
+    name: str = ""
+
+    def messages(self, prompt: str) -> list[dict[str, str]]:
+        """The chat that asks `prompt`."""
+        roles = [("system", self.system)] if self.system else []
+        return [{"role": role, "content": text} for role, text in (*roles, ("user", prompt))]
 
 
 def load(path: str | None, names: Sequence[str], count: int) -> list[Category]:
@@ -43,11 +53,12 @@ def load(path: str | None, names: Sequence[str], count: int) -> list[Category]:
 
 
 def _category(source: str, name: str, entry: Any, count: int) -> Category:
-    match entry:
-        case {"chat": bool(chat), "prompts": list(prompts)} if (
-            len(entry) == 2 and prompts and all(isinstance(p, str) and p for p in prompts)
-        ):
-            if len(prompts) < count:
-                raise ConfigError(f"{source} has {len(prompts)} prompts of {name}, not {count}")
-            return Category(name, chat, tuple(prompts[:count]))
-    raise ConfigError(f"{source}: {name} needs chat = true or false and prompts = [text, …] only")
+    try:
+        found = msgspec.convert(entry, Category)
+    except msgspec.ValidationError as exc:
+        raise ConfigError(f"{source}: {name} is not as it should be: {exc}") from None
+    if found.system and not found.chat:
+        raise ConfigError(f"{source}: {name} has a system message, but is no chat")
+    if len(found.prompts) < count:
+        raise ConfigError(f"{source} has {len(found.prompts)} prompts of {name}, not {count}")
+    return msgspec.structs.replace(found, name=name, prompts=found.prompts[:count])

@@ -22,8 +22,6 @@ from outrider_services.bench import Arm, Prompt
 from outrider_services.measures import Results, Sample
 
 TRACES = Path(__file__).parents[1] / "sim" / "acceptance-traces.json"
-SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
-ANSWER = "<|im_end|>\n<|im_start|>assistant\n"
 
 
 def parsed(**changes: Any) -> Namespace:
@@ -134,11 +132,17 @@ def test_one_core_cannot_be_split() -> None:
 # --- prompts --------------------------------------------------------------------------------------
 
 
+def qwen(messages: list[dict[str, str]]) -> str:
+    """The template of the default pair."""
+    turns = [f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages]
+    return "".join(turns) + "<|im_start|>assistant\n"
+
+
 def test_the_first_prompts_are_those_whose_acceptance_was_recorded() -> None:
     categories = {category.name: category for category in prompts.load(None, (), 3)}
     assert len(categories) >= 6
     rendered = {
-        name: f"{SYSTEM}{c.prompts[0]}{ANSWER}" if c.chat else c.prompts[0]
+        name: qwen(c.messages(c.prompts[0])) if c.chat else c.prompts[0]
         for name, c in categories.items()
     }
     recorded = json.loads(TRACES.read_text())
@@ -153,7 +157,8 @@ def test_the_first_prompts_are_those_whose_acceptance_was_recorded() -> None:
 @pytest.mark.parametrize(
     "text",
     ["[a]\nchat = 1\nprompts = ['x']", "[a]\nchat = true", "[a]\nchat = true\nprompts = []",
-     "[a]\nchat = true\nprompts = ['x']\nmore = 1", "a = 1", "", "["],
+     "[a]\nchat = true\nprompts = ['x']\nmore = 1", "a = 1", "", "[",
+     "[a]\nchat = false\nsystem = 'y'\nprompts = ['x']", "[a]\nchat = true\nprompts = ['']"],
 )  # fmt: skip
 def test_a_file_of_prompts_must_be_as_described(text: str, tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
