@@ -28,7 +28,7 @@ from outrider.errors import (
     from_code,
 )
 from outrider.estimates import CostModel
-from outrider.policy import LONGEST, Mode, Pilot, Policy
+from outrider.policy import LONGEST, Experience, Mode, Pilot, Policy
 from outrider.session import Command, Session
 from outrider.stats import Stats
 from outrider.transport import PeerGone
@@ -79,8 +79,7 @@ class Coordinator:
     def __init__(self, send: Send, defaults: Defaults) -> None:
         self._send, self._defaults = send, defaults
         self._roster = Roster(self._tell, self._on_joined, self._on_lost)
-        # of the two workers, by mode: in turns a drafted token also costs its messages
-        self._costs: dict[Mode, CostModel] = {}
+        self._experience: dict[Mode, Experience] = {}
         self._clients: set[bytes] = set()
         self._bad_frames: dict[bytes, int] = {}
         self._requests: dict[tuple[bytes, int], Request] = {}  # by client and its number: all
@@ -208,7 +207,8 @@ class Coordinator:
         target, draft = self._roster.get("target"), self._roster.get("draft")
         if target and draft:
             curves = target.hello.curve_s, draft.hello.curve_s[0]
-            self._costs = {"sync": CostModel(*curves), "pipelined": CostModel(*curves)}
+            modes: tuple[Mode, ...] = ("sync", "pipelined")
+            self._experience = {mode: Experience(CostModel(*curves)) for mode in modes}
         if role == "draft":
             for request in list(self._running.values()):
                 self._advance(request, lambda session, now: session.on_draft_ready())
@@ -352,9 +352,9 @@ class Coordinator:
         """Fixed numbers where they are asked for, else what the measured costs say."""
         n_min = self._defaults.n_min if submit.n_min is None else submit.n_min
         p_min = self._defaults.p_min if submit.p_min is None else submit.p_min
-        if mode == "plain" or n_min > 0 or p_min > 0 or mode not in self._costs:
+        if mode == "plain" or n_min > 0 or p_min > 0 or mode not in self._experience:
             return Policy(mode, n_max, min(n_min, n_max), p_min)
-        return Pilot(mode, n_max, self._costs[mode])
+        return Pilot(mode, n_max, self._experience[mode])
 
     def _mode(self, mode: str | None) -> Mode:
         """`auto`: pipelined where draft and target have devices of their own, else synchronous."""

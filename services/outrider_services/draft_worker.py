@@ -1,10 +1,17 @@
-"""The draft worker: drafts token after token, and follows what the target commits."""
+"""The draft worker: drafts token after token, and follows what the target commits.
+
+The owner thread drafts on without asking the loop, which meanwhile takes what the target commits
+and sends what was drafted: `_lock` is around whatever both touch, and held for no computation.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import math
+import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -63,6 +70,22 @@ class Stream:
         self.committed = base + len(tokens)
         return cut
 
+    def took(self, begun: tuple[int, int, int], evaluated: int, choice: Choice | None) -> bool:
+        """Note that the text up to `evaluated` was evaluated, and append what was chosen there.
+
+        `begun`: lineage, evaluated tokens and end of the text that it was for. False: nothing was
+        chosen, or the text has become another.
+        """
+        lineage, _, end = begun
+        if lineage != self.lineage:
+            return False
+        self.evaluated = evaluated
+        if choice is None or end != len(self.tokens):
+            return False
+        self.tokens.append(choice.token)
+        self.likely.append(float(usual_acceptance((min(choice.confidence, 1.0),))[0]))
+        return True
+
 
 class DraftWorker(Worker):
     calibrated_rows: ClassVar[tuple[int, ...]] = (1,)
@@ -73,8 +96,13 @@ class DraftWorker(Worker):
         self._streams: dict[int, Stream] = {}
         self._turns: deque[int] = deque()
         self._running: Stream | None = None
+        self._lock = threading.Lock()
 
     def handle(self, message: wire.Message) -> None:
+        with self._lock:
+            self._handle(message)
+
+    def _handle(self, message: wire.Message) -> None:
         match message:
             case wire.Commit(request, base, tokens, until, floors):
                 stream = self._streams.get(request)
@@ -90,8 +118,9 @@ class DraftWorker(Worker):
                 self._close(request)
 
     def forget(self) -> None:
-        for request in list(self._streams):
-            self._close(request)
+        with self._lock:
+            for request in list(self._streams):
+                self._close(request)
 
     def _open(self, message: wire.Draft) -> None:
         info = self.engine.info
@@ -135,54 +164,89 @@ class DraftWorker(Worker):
             if self._has_work(stream):
                 self._turns.remove(request)
                 self._turns.append(request)
-                await self._step(request, stream)
+                await self._ride(request, stream)
                 return True
         return False
 
     def _has_work(self, stream: Stream) -> bool:
         """A prompt is prefilled before anything may be drafted; nothing follows an end token."""
+        if not stream.open:
+            return False
         if len(stream.tokens) - stream.evaluated > self.chunk:
             return True
         drafted = len(stream.tokens) > stream.committed
         ended = drafted and stream.tokens[-1] in self.engine.info.vocabulary.ends
         return len(stream.tokens) < stream.until and not ended and not stream.paused
 
-    async def _step(self, request: int, stream: Stream) -> None:
-        lineage, end = stream.lineage, len(stream.tokens)
-        began = time.perf_counter()
+    async def _ride(self, request: int, stream: Stream) -> None:
+        loop = asyncio.get_running_loop()
+
+        def post(message: wire.Drafted) -> None:
+            loop.call_soon_threadsafe(self.send, message)
+
         self._running = stream
         try:
-            tokens = stream.tokens[stream.evaluated : stream.evaluated + self.chunk]
-            start = stream.evaluated
-            choice = await self.owned(lambda: self._evaluate(stream, start, tokens, end))
-        except Cancelled:
-            return
+            await self.owned(lambda: self._draft(request, stream, post))
         except (EngineFault, ValueError) as exc:
             if stream.open:
                 self.send(failure(request, exc))
-                self._close(request)
-            return
+                with self._lock:
+                    self._close(request)
         finally:
             self._running = None
-        if not stream.open:
-            return
-        if lineage == stream.lineage:
-            stream.evaluated = start + len(tokens)
-        if choice is None or lineage != stream.lineage or end != len(stream.tokens):
-            return  # more of the prompt to come, or the target has said meanwhile what comes here
-        confidence = min(choice.confidence, 1.0)
-        stream.tokens.append(choice.token)
-        stream.likely.append(float(usual_acceptance((confidence,))[0]))
-        drafted = (choice.token,), (confidence,), time.perf_counter() - began
-        self.send(wire.Drafted(request, lineage, end, *drafted, stream.paused))
 
-    def _evaluate(self, stream: Stream, start: int, tokens: list[Token], end: int) -> Choice | None:
-        """On the owner thread: the token at position `end`, once all before it is evaluated."""
+    def _draft(self, request: int, stream: Stream, post: Callable[[wire.Drafted], None]) -> None:
+        """On the owner thread: draft until the stream has to wait, or another one may want to.
+
+        Where draft and target take turns nobody waits for a single token: they are sent together.
+        """
+        unsent: wire.Drafted | None = None
+        started = False
+        while True:
+            with self._lock:
+                going_on = self._has_work(stream) and not (started and len(self._turns) > 1)
+                if unsent and not (going_on and stream.floors and stream.lineage == unsent.lineage):
+                    post(unsent)
+                    unsent = None
+                if not going_on:
+                    return
+                begun = stream.lineage, stream.evaluated, len(stream.tokens)
+                text = stream.tokens[: stream.evaluated + self.chunk]
+            began, started = time.perf_counter(), True
+            self.steps += 1
+            try:
+                choice = self._evaluate(stream, text, *begun[1:])
+            except Cancelled:
+                continue
+            with self._lock:
+                if not stream.took(begun, len(text), choice):
+                    continue  # more of the prompt to come, or the target said what comes here
+                assert choice
+                elapsed_s = time.perf_counter() - began
+                told = (choice.token,), (min(choice.confidence, 1.0),), elapsed_s, stream.paused
+                unsent = joined(unsent, wire.Drafted(request, begun[0], begun[2], *told))
+
+    def _evaluate(self, stream: Stream, text: list[Token], start: int, end: int) -> Choice | None:
+        """The token at position `end`, if `text`, evaluated up to `start`, goes so far."""
         if self.engine.length(stream.slot) > start:
             self.engine.rewind(stream.slot, start)
-        last = start + len(tokens) == end
-        rows = self.engine.extend(stream.slot, tokens, 1 if last else 0)
+        last = len(text) == end
+        rows = self.engine.extend(stream.slot, text[start:], 1 if last else 0)
         if not last:
             return None
-        history = [*stream.tokens[:start], *tokens]
-        return choose(rows[0], stream.sampling, history, end, n_vocab=stream.vocabulary)
+        return choose(rows[0], stream.sampling, text, end, n_vocab=stream.vocabulary)
+
+
+def joined(one: wire.Drafted | None, other: wire.Drafted) -> wire.Drafted:
+    """Both as one message, the `other` being what follows."""
+    if one is None:
+        return other
+    return wire.Drafted(
+        one.request,
+        one.lineage,
+        one.position,
+        (*one.tokens, *other.tokens),
+        (*one.confidences, *other.confidences),
+        one.elapsed_s + other.elapsed_s,
+        other.paused,
+    )

@@ -17,7 +17,7 @@ import numpy as np
 
 from outrider.engine import Engine
 from outrider.estimates import CostModel, usual_acceptance
-from outrider.policy import Pilot, Policy
+from outrider.policy import Experience, Pilot, Policy
 from outrider.sampling import Choice, Sampling, Token, choose
 from outrider.session import (
     Command,
@@ -48,8 +48,11 @@ class World:
     link_s: float = 0.00025
     cuts: bool = True  # a token that is being drafted for a text that is no more is cut short
 
+    def experience(self) -> Experience:
+        return Experience(CostModel(self.verify_s, self.draft_s, 2 * self.link_s))
+
     def pilot(self, mode: Any) -> Pilot:
-        return Pilot(mode, 64, CostModel(self.verify_s, self.draft_s, 2 * self.link_s))
+        return Pilot(mode, 64, self.experience())
 
 
 def curve(milliseconds: dict[int, float], rows: int = 65) -> tuple[float, ...]:
@@ -69,6 +72,8 @@ class Replay:
     events: list[tuple[float, int, str, Any]] = field(default_factory=list)
     stream: Stream | None = None
     busy: int | None = None  # number of the token that the draft computes; None: idle
+    unsent: list[Drafted] = field(default_factory=list)
+    unsent_at: tuple[int, int] = (0, 0)  # their lineage and first position
     over: bool = False
 
     def speedup(self) -> float:
@@ -131,6 +136,7 @@ class Replay:
             cut = self.stream.follow(command.base, command.tokens)
             if (cut or self.stream.told_to_stop) and self.world.cuts:
                 self.busy = None
+                self.tell(now)
         self.draft(now)
 
     def draft(self, now: float) -> None:
@@ -152,13 +158,23 @@ class Replay:
             self.stream.evaluated = len(self.stream.tokens)
             self.stream.tokens.append(token.token)
             self.stream.likely.append(float(usual_acceptance([token.confidence])[0]))
-            said = lineage, position, token, self.stream.paused
-            self.at(now + self.world.link_s, "drafted", said)
+            self.unsent.append(token)
+            self.unsent_at = lineage, position + 1 - len(self.unsent)
         self.draft(now)
+        self.tell(now)
 
-    def drafted(self, message: tuple[int, int, Drafted, bool], now: float) -> list[Command]:
-        lineage, position, token, paused = message
-        return self.session.on_drafted(lineage, position, [token], self.world.draft_s, now, paused)
+    def tell(self, now: float) -> None:
+        """Say what was drafted: in turns all of it together, when the draft has to wait."""
+        assert self.stream
+        if self.unsent and (self.busy is None or not self.stream.floors):
+            said = *self.unsent_at, self.unsent, self.stream.paused
+            self.at(now + self.world.link_s, "drafted", said)
+            self.unsent = []
+
+    def drafted(self, said: tuple[int, int, list[Drafted], bool], now: float) -> list[Command]:
+        lineage, position, drafted, paused = said
+        elapsed_s = len(drafted) * self.world.draft_s
+        return self.session.on_drafted(lineage, position, drafted, elapsed_s, now, paused)
 
     def timer(self, _: None, now: float) -> list[Command]:
         return self.session.on_timer(now)

@@ -35,19 +35,19 @@ class CostModel:
     """The costs of a pair of workers: calibrated when they were loaded, followed ever after.
 
     A measurement moves the number of rows that it is of, and a little all others with it, as a
-    machine that has become slower is so for all. `costs` are rounded to steps of 4 %, so that what
-    is solved for them can be kept.
+    machine that has become slower is so for all. `costs` stay as they are until one is off by 5 %
+    and 0.5 % of a plain step, so that what is solved for them can be kept.
     """
 
-    OWN, SHARED, STEP = 0.2, 0.05, math.log(1.04)
+    OWN, SHARED, OFF, NEGLIGIBLE = 0.2, 0.05, 0.05, 0.005
 
     def __init__(self, verify_s: Sequence[float], draft_s: float, link_s: float = 5e-4) -> None:
         self._verify = [math.log(max(seconds, 1e-6)) for seconds in verify_s]
         self._draft = math.log(max(draft_s, 1e-6))
         self._link = math.log(link_s)
-        self._first = self._draft + math.log(1.3)
-        self._costs: Costs | None = None
-        self.acceptance = Acceptance(memory=300)  # of all requests: where the next one starts
+        self._turn = self._draft + math.log(0.3)
+        self._changed = False
+        self._hold(np.exp([*self._verify, self._draft, self._link, self._turn]))
 
     def verified(self, rows: int, elapsed_s: float, round_trip_s: float) -> None:
         if not 1 <= rows <= len(self._verify):
@@ -57,29 +57,32 @@ class CostModel:
         self._verify[rows - 1] += (self.OWN - self.SHARED) * error
         link_s = min(max(round_trip_s - elapsed_s, 1e-5), 1.0)
         self._link += self.OWN * _bounded(math.log(link_s) - self._link)
-        self._costs = None
+        self._changed = True
 
-    def drafted(self, elapsed_s: float, first: bool = False) -> None:
-        """`first`: after the draft's turn began, with what it had to catch up."""
-        seconds = math.log(max(elapsed_s, 1e-6))
-        if first:
-            self._first += self.SHARED * _bounded(seconds - self._first)
-        else:
-            self._draft += self.SHARED * _bounded(seconds - self._draft)
-        self._costs = None
+    def drafted(self, each_s: float, count: int = 1, turn_s: float | None = None) -> None:
+        """`count` tokens took `each_s`, and the draft's turn took `turn_s` beside them."""
+        weight = 1 - (1 - self.SHARED) ** count
+        self._draft += weight * _bounded(math.log(max(each_s, 1e-6)) - self._draft)
+        if turn_s is not None:
+            self._turn += self.SHARED * _bounded(math.log(max(turn_s, 1e-5)) - self._turn)
+        self._changed = True
 
     @property
     def costs(self) -> Costs:
-        if self._costs is None:
-            verify = np.maximum.accumulate(self._rounded(self._verify))
-            draft, link, first = map(float, self._rounded([self._draft, self._link, self._first]))
-            verify_s = tuple(map(float, verify))
-            self._costs = Costs(verify_s, draft, link, max(0.0, first - draft))
+        if not self._changed:
+            return self._costs
+        self._changed = False
+        seconds = np.exp([*self._verify, self._draft, self._link, self._turn])
+        allowed = np.maximum(self.OFF * self._held, self.NEGLIGIBLE * self._held[0])
+        if (np.abs(seconds - self._held) > allowed).any():
+            self._hold(seconds)
         return self._costs
 
-    def _rounded(self, logs: Sequence[float]) -> Values:
-        rounded: Values = np.exp(np.round(np.asarray(logs) / self.STEP) * self.STEP)
-        return rounded
+    def _hold(self, seconds: Values) -> None:
+        self._held = seconds
+        *verify_s, draft_s, link_s, turn_s = map(float, seconds)
+        verify_s = np.maximum.accumulate(verify_s).tolist()
+        self._costs = Costs(tuple(verify_s), draft_s, link_s, turn_s)
 
 
 def _bounded(error: float) -> float:
@@ -134,14 +137,18 @@ LEVELS = np.array([0.3, 0.5, 0.65, 0.78, 0.87, 0.93, 0.97, 0.995])  # acceptance
 class Spread:
     """How the acceptances of drafted tokens are spread lately: the weight of each of `LEVELS`."""
 
-    MEMORY, SHARES = 60.0, 20
+    OFF = 0.1
 
-    def __init__(self, prior: Values | None = None, weight: float = 16.0) -> None:
+    def __init__(
+        self, memory: float = 60.0, prior: Values | None = None, weight: float = 16.0
+    ) -> None:
+        self._memory = memory
         self._seen = weight * (np.full(len(LEVELS), 1 / len(LEVELS)) if prior is None else prior)
+        self._held: tuple[float, ...] = tuple(map(float, self.weights))
 
     def observe(self, likely: Values) -> None:
         for level in np.searchsorted((LEVELS[1:] + LEVELS[:-1]) / 2, likely):
-            self._seen *= 1 - 1 / self.MEMORY
+            self._seen *= 1 - 1 / self._memory
             self._seen[level] += 1
 
     @property
@@ -150,7 +157,9 @@ class Spread:
         return weights
 
     @property
-    def rounded(self) -> tuple[float, ...]:
-        """The weights in steps of a twentieth, so that what is solved for them can be kept."""
-        shares = np.round(self.weights * self.SHARES)
-        return tuple(map(float, shares / max(shares.sum(), 1.0)))
+    def steady(self) -> tuple[float, ...]:
+        """The weights, or what they were before, while that is off by little: see `CostModel`."""
+        weights = self.weights
+        if np.abs(weights - self._held).sum() > self.OFF:
+            self._held = tuple(map(float, weights))
+        return self._held

@@ -26,6 +26,7 @@ FARTHEST = 16  # drafted tokens in stock that a decision looks at one by one
 WAITS_FOR = 4
 GRID = 0.02  # acceptances are rounded to this, so that few processes are ever solved
 LEAST, MOST = 0.3, 0.96
+LEAST_GAIN = 1e-3  # tokens: what makes no more difference is left
 NOTCH, NOTCHES = 0.25, 25  # of a joint acceptance: halvings, in quarters
 
 
@@ -93,7 +94,7 @@ def plan(
         acceptance = rounded(average)
         _, later = appraise(costs, average, np.append(likely, acceptance), limit)
         rate, _ = solve(costs, acceptance)
-        if later - rate * next_s > value + 1e-3:
+        if later - rate * next_s > value + LEAST_GAIN:
             return None
     return block
 
@@ -104,7 +105,7 @@ def plan_in_turn(costs: Costs, spread: Spread, likely: Values, limit: int) -> in
     Each drafted token costs its drafting and its row, and shows how sure the draft is of it: going
     on is worth what the best stopping rule makes of the confidences that `spread` foretells.
     """
-    turn = solve_in_turn(costs, spread.rounded)
+    turn = solve_in_turn(costs, spread.steady)
     rate = turn.rate
     longest = min(LONGEST, limit)
     there = min(len(likely), longest)
@@ -114,7 +115,9 @@ def plan_in_turn(costs: Costs, spread: Spread, likely: Values, limit: int) -> in
     worth[:-1] += rate * costs.draft_s * reach[1:]  # left over, it may meet the target's own token
     block = int(np.argmax(worth))
     if there < longest:
-        goes_on = reach[there] >= turn.floors[there - 1] if there else turn.first > worth[0]
+        goes_on = (
+            reach[there] >= turn.floors[there - 1] if there else turn.first > worth[0] + LEAST_GAIN
+        )
         return None if goes_on else block
     return block
 

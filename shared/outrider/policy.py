@@ -19,7 +19,7 @@ from outrider.estimates import LEVELS, Acceptance, CostModel, Spread
 Mode = Literal["plain", "sync", "pipelined"]
 
 LONGEST = 64  # drafted tokens in a block
-CERTAIN = Spread(np.eye(len(LEVELS))[-1], weight=1.0)
+CERTAIN = Spread(prior=np.eye(len(LEVELS))[-1], weight=1.0)
 PROBES = (8, 256)  # plain steps until a draft that did not pay is tried again: at first, at most
 
 
@@ -52,6 +52,11 @@ class Policy:
         """See `wire.Commit`: a draft that follows fixed numbers has none."""
         return ()
 
+    @property
+    def block_s(self) -> float:
+        """How much longer than for a token one has to wait, where a block is sent as a whole."""
+        return 0.0
+
     def decide(self, confidences: Sequence[float], limit: int, next_s: float | None) -> int | None:
         """Verify how many of the drafted tokens now; None: wait for the next.
 
@@ -76,22 +81,54 @@ class Policy:
     def committed(self, tokens: int, spent_s: float) -> None:
         """Nor do they measure."""
 
-    def drafted(self, elapsed_s: float, confidences: Sequence[float], first: bool) -> None:
+    def drafted(self, each_s: float, confidences: Sequence[float], turn_s: float | None) -> None:
         """Nor do they measure."""
+
+
+class Experience:
+    """What the requests of a pipeline learn from each other: each starts where the last has ended.
+
+    Of two workers in one mode, for in turns a drafted token also costs its messages.
+    """
+
+    def __init__(self, costs: CostModel) -> None:
+        self.costs = costs
+        self.acceptance = Acceptance(memory=300)
+        self.spread = Spread(memory=300)
+        self.guard = Guard()
+        self.plain_steps, self.patience = PROBES[0], PROBES[0]  # the first probe is at once
+
+    def probes(self, block: int | None) -> bool:
+        """Whether a draft that did not pay (`block` 0) is to be tried again, ever less often."""
+        if block != 0:
+            self.plain_steps, self.patience = 0, PROBES[0]
+            return False
+        self.plain_steps += 1
+        if self.plain_steps < self.patience:
+            return False
+        self.plain_steps, self.patience = 0, min(2 * self.patience, PROBES[1])
+        # unless it could not pay however good it has become
+        best = planner.plan_in_turn(self.costs.costs, CERTAIN, np.empty(0), LONGEST)
+        return best is None
 
 
 class Pilot:
     """The same questions, answered by the price of time; `n_max` only bounds the answers."""
 
-    drafts = True
-
-    def __init__(self, mode: Literal["sync", "pipelined"], n_max: int, costs: CostModel) -> None:
-        self.mode, self._n_max, self._costs = mode, n_max, costs
-        self._acceptance = Acceptance(prior=costs.acceptance.average)
-        self._spread = Spread()
-        self._guard = Guard()
+    def __init__(
+        self, mode: Literal["sync", "pipelined"], n_max: int, experience: Experience
+    ) -> None:
+        self.mode, self._n_max, self._experience = mode, n_max, experience
+        self._costs, self._guard = experience.costs, experience.guard
+        self._acceptance = Acceptance(prior=experience.acceptance.average)
+        self._spread = Spread(prior=experience.spread.weights)
         self._prefilled = False
-        self._plain_steps, self._patience = PROBES[0], PROBES[0]  # the first probe is at once
+        self._guard.begin()
+
+    @property
+    def drafts(self) -> bool:
+        """A draft that rests need not even know the prompt."""
+        return not self._guard.resting
 
     def lead(self, busy: bool) -> int:
         """In turns the draft runs until it is told to stop; else as far as makes a difference."""
@@ -106,39 +143,30 @@ class Pilot:
         """In turns the draft stops by itself: asking first would cost it a round of messages."""
         if self.mode != "sync":
             return ()
-        floors = planner.solve_in_turn(self._costs.costs, self._spread.rounded).floors
-        trust = max(self._costs.acceptance.trust, 0.1)
+        floors = planner.solve_in_turn(self._costs.costs, self._spread.steady).floors
+        trust = max(self._experience.acceptance.trust, 0.1)
         return tuple(floor / trust ** (n + 1) for n, floor in enumerate(floors))
+
+    @property
+    def block_s(self) -> float:
+        return planner.LONGEST * self._costs.costs.draft_s if self.mode == "sync" else 0.0
 
     def decide(self, confidences: Sequence[float], limit: int, next_s: float | None) -> int | None:
         """See `Policy.decide`."""
         if self._guard.resting:
             return 0
         limit = max(0, min(limit, self._n_max))
-        likely, costs = self._costs.acceptance.of(confidences), self._costs.costs
+        likely, costs = self._experience.acceptance.of(confidences), self._costs.costs
         if self.mode == "pipelined":
             return planner.plan(costs, self._acceptance.average, likely, limit, next_s)
         block = planner.plan_in_turn(costs, self._spread, likely, limit)
-        if not len(confidences) and self._probes(block) and limit:
+        if not len(confidences) and self._experience.probes(block) and limit:
             block = None
         return min(len(likely), limit) if block is None and next_s is None else block
 
-    def _probes(self, block: int | None) -> bool:
-        """Whether a draft that did not pay is to be tried again, less and less often."""
-        if block != 0:
-            self._plain_steps, self._patience = 0, PROBES[0]
-            return False
-        self._plain_steps += 1
-        if self._plain_steps < self._patience:
-            return False
-        self._plain_steps, self._patience = 0, min(2 * self._patience, PROBES[1])
-        # unless it could not pay however good it has become
-        best = planner.plan_in_turn(self._costs.costs, CERTAIN, np.empty(0), LONGEST)
-        return best is None
-
     def observe(self, good: bool, confidence: float) -> None:
         self._acceptance.observe(good, confidence)
-        self._costs.acceptance.observe(good, confidence)
+        self._experience.acceptance.observe(good, confidence)
 
     def verified(self, rows: int, elapsed_s: float, round_trip_s: float) -> None:
         self._costs.verified(rows, elapsed_s, round_trip_s)
@@ -147,13 +175,19 @@ class Pilot:
         costs = self._costs.costs
         self._guard.committed(tokens, spent_s, costs.verify_s[0] + costs.link_s)
 
-    def drafted(self, elapsed_s: float, confidences: Sequence[float], first: bool) -> None:
+    def drafted(self, each_s: float, confidences: Sequence[float], turn_s: float | None) -> None:
+        """Tokens took `each_s`, and if they began a turn of the draft, that took `turn_s` more."""
+        costs = self._costs.costs
         if self._prefilled:
-            self._costs.drafted(elapsed_s, first and self.mode == "sync")
-        else:
-            self._guard.excuse(elapsed_s / self._costs.costs.verify_s[0])  # with it came the prompt
+            in_turns = self.mode == "sync"
+            self._costs.drafted(each_s, len(confidences), turn_s if in_turns else None)
+        else:  # with the first came the prompt
+            prompt_s = max(0.0, each_s - costs.draft_s) * len(confidences)
+            self._guard.excuse(prompt_s / costs.verify_s[0])
             self._prefilled = True
-        self._spread.observe(self._costs.acceptance.of(confidences))
+        likely = self._experience.acceptance.of(confidences)
+        for spread in (self._spread, self._experience.spread):
+            spread.observe(likely)
 
 
 class Guard:
@@ -163,7 +197,7 @@ class Guard:
     cannot: it is in plain steps of the target, and stands for at most `CREDIT` of them.
     """
 
-    LOSS, CREDIT, RESTS = 1.5, 6.0, (24, 256)
+    LOSS, CREDIT, RESTS = 2.5, 6.0, (24, 256)
 
     def __init__(self) -> None:
         self._saved = 0.0
@@ -172,6 +206,10 @@ class Guard:
     @property
     def resting(self) -> bool:
         return self._left > 0
+
+    def begin(self) -> None:
+        """A request begins: it may not lose what others have saved."""
+        self._saved = min(self._saved, 0.0)
 
     def excuse(self, steps: float) -> None:
         """What had to be paid once counts for nothing."""
@@ -186,3 +224,5 @@ class Guard:
         if self._saved < -self.LOSS:
             self._left, self._rest = self._rest, min(2 * self._rest, self.RESTS[1])
             self._saved = -self.LOSS / 2  # the next attempt is cheaper
+        elif self._saved > 0:
+            self._rest = self.RESTS[0]

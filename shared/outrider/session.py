@@ -36,6 +36,8 @@ Role = Literal["target", "draft"]
 Span = tuple[Role, float, float, int, int, int, Ids]
 
 PATIENCE_S = (0.02, 0.5)  # least and most wait for one drafted token
+BLOCK_PATIENCE_S = 2.0  # most wait for a block that is sent as a whole
+UNTOLD = 256  # committed tokens that an idle draft worker may not know of
 OFFENCES = 3  # malformed drafts after which a request does without its draft worker
 
 
@@ -152,7 +154,8 @@ class Session:
         self.round = 0
         self.verifying: int | None = 0  # length of the block at the target; None: it is idle
         self.over = False
-        self.riding = False  # a draft worker drafts for this request
+        self.offered = False  # a draft worker is there
+        self.riding = False  # it drafts for this request
         self.lineage = 0
         self.deadline: float | None = None  # when to call `on_timer`
         self.trace: list[Span] = []
@@ -160,7 +163,8 @@ class Session:
         self._floors: tuple[float, ...] = ()
         self._until = 0  # the draft's leave: it may not reach this position
         self._granted = 0  # the most it ever was: a token may have been on its way
-        self._turned = 0.0  # when the draft was last heard of, or told
+        self._told = 0  # the draft knows the committed text up to this position
+        self._told_at = 0.0  # when the target has last fallen idle and the draft was told
         self._sent = 0.0  # when the target was given its block
         self._next = 0.0  # when the next drafted token is expected
         self._paused = False  # the draft has stopped by its floors, until the next commit
@@ -177,20 +181,21 @@ class Session:
         return [Prefill(), *(self.on_draft_ready() if draft else [])]
 
     def on_draft_ready(self) -> list[Command]:
-        """A draft worker is there (again): let it catch up with the text."""
+        """A draft worker is there (again): let it catch up with the text, now or when needed."""
+        self.offered = True
         if self.over or self.riding or not self.policy.drafts or self._offences >= OFFENCES:
             return []
         self.riding, self._late, self._paused = True, False, False
         self.lineage += 1
         # what an earlier draft worker left in stock is part of the new one's stream
         stream = (*self.tokens, *(drafted.token for drafted in self.stock))
-        self._heard = len(stream)
+        self._heard, self._told = len(stream), len(self.tokens)
         self._grant()
         return [OpenDraft(self.lineage, len(self.tokens), stream, self._until, self._floors)]
 
     def on_draft_lost(self, now: float) -> list[Command]:
         """It died, hung or refused: what it drafted is still good to verify."""
-        self.riding = False
+        self.riding = self.offered = False
         return self._advance(now)
 
     def on_drafted(
@@ -218,12 +223,9 @@ class Session:
         each_s = elapsed_s / len(drafted)
         self._gap_s += 0.2 * (each_s - self._gap_s)
         self._next = now + each_s
-        # in turns, what a token costs is the time until it is here
-        cost_s = now - self._turned if self.policy.mode == "sync" else elapsed_s
-        first = position == len(self.tokens)
         confidences = [one.confidence for one in drafted]
-        self.policy.drafted(max(cost_s, elapsed_s) / len(drafted), confidences, first)
-        self._turned = now
+        turn_s = now - self._told_at - elapsed_s if position == len(self.tokens) else None
+        self.policy.drafted(each_s, confidences, turn_s)
         self.stats.created += len(drafted)
         for at, one in enumerate(drafted):
             where = position + at
@@ -260,14 +262,16 @@ class Session:
             self._discard(len(self.stock) - block, "stop")
             return [emit, *self._end(Finish(reason))]
         self._reconcile(block, verdict.accepted, now)
-        self.deadline, self._turned = None, now
-        following = self._verify(now)
+        self.deadline, self._told_at = None, now
+        joining = self.on_draft_ready() if self.offered else []
+        following, before = self._verify(now), self._until
         self._grant()
         self._paused = False
-        leave = self._until, self._floors
-        commit = [Commit(verdict.base, verdict.tokens, *leave)] if self.riding else []
+        # a draft that neither works nor is to work hears of the text later, much of it at once
+        held = len(self.tokens) - self._told
+        matters = self.riding and (max(before, self._until) > len(self.tokens) or held > UNTOLD)
         # the workers first: the client's fragment can wait a microsecond
-        return [*following, *commit, emit]
+        return [*joining, *following, *([self._tell()] if matters else []), emit]
 
     def on_timer(self, now: float) -> list[Command]:
         """`deadline` has passed."""
@@ -392,7 +396,12 @@ class Session:
         lead = self.policy.lead(busy=self.verifying is not None)
         self._until = len(self.tokens) + max(0, min(lead, self._room() - 1))
         self._granted = max(self._granted, self._until)
-        self._floors = self.policy.floors
+        self._floors = self.policy.floors if lead else ()
+
+    def _tell(self) -> Commit:
+        """What the draft does not know yet of the text, and its leave."""
+        base, self._told = self._told, len(self.tokens)
+        return Commit(base, tuple(self.tokens[base:]), self._until, self._floors)
 
     # ---- the next pass --------------------------------------------------------------------------
 
@@ -408,7 +417,7 @@ class Session:
         matters = self._until > before or drafted_to < before != self._until
         if self.riding and matters and not self._ended:
             self._paused = False
-            return [*following, Commit(len(self.tokens), (), self._until, self._floors)]
+            return [*following, self._tell()]
         return following
 
     @property
@@ -424,7 +433,8 @@ class Session:
         block = self.policy.decide([d.confidence for d in self.stock], room, next_s)
         if block is None:
             least, most = PATIENCE_S
-            self.deadline = now + min(max(4 * self._gap_s, least), most)
+            patience_s = min(max(4 * self._gap_s, least), most)
+            self.deadline = now + min(patience_s + self.policy.block_s, BLOCK_PATIENCE_S)
             return []
         self.round += 1
         self.verifying, self._sent = block, now

@@ -10,6 +10,7 @@ the end, the run is held against what must be true (`Simulation._look`, `Simulat
 from __future__ import annotations
 
 import codecs
+import copy
 import heapq
 import itertools
 from collections import Counter
@@ -596,9 +597,12 @@ class Simulation:
         ):
             return
         self.seen["agreement"] += 1
-        assert draft.stream.lineage == session.lineage, "each has a lineage of its own"
+        stream, told = copy.deepcopy(draft.stream), session._told
+        stream.follow(told, tuple(session.tokens[told:]))  # what an idle draft has yet to hear
+        self.seen["untold"] += told < len(session.tokens)
+        assert stream.lineage == session.lineage, "each has a lineage of its own"
         stock = [drafted.token for drafted in session.stock]
-        assert draft.stream.tokens == session.tokens + stock, "each has a stream of its own"
+        assert stream.tokens == session.tokens + stock, "each has a stream of its own"
 
     def check(self) -> None:
         """At the end: the answer is whole, it ended once, and the figures add up."""

@@ -228,7 +228,16 @@ def test_a_world_of_trouble_changes_nothing(first: int) -> None:
         seen["rejected draft"] += sim.session._offences >= 3
     # the trouble was real
     wanted = [
-        *("death", "hang", "lie", "lost with stock", "joined with stock", "draft full", "deadline"),
+        *(
+            "death",
+            "hang",
+            "lie",
+            "lost with stock",
+            "joined with stock",
+            "draft full",
+            "deadline",
+            "untold",
+        ),
         *("hit", "late hit", "late miss", "agreement", "corrected", "bonus", "plain", "truncated"),
         *(f"dropped: {reason}" for reason in ("correction", "miss", "stale", "stop")),
     ]

@@ -8,7 +8,7 @@ import pytest
 from tests.sim.replay import FLAT, PROCESSOR, speedups
 
 from outrider.estimates import CostModel
-from outrider.policy import Pilot, Policy
+from outrider.policy import Experience, Pilot, Policy
 from outrider_services.measures import geometric_mean
 from outrider_services.replay import Replay, World
 
@@ -67,8 +67,8 @@ def test_a_draft_too_slow_to_help_is_left_alone() -> None:
 
 
 def test_a_useless_draft_costs_little_and_later_requests_less() -> None:
-    costs = CostModel(PROCESSOR, 0.031, 0.0005)
+    experience = Experience(CostModel(PROCESSOR, 0.031, 0.0005))
     trace = {"match": [0] * 300, "confidence": [0.3] * 300, "off_path_confidence": {}}
     for mode in ("sync", "pipelined"):
         for least in (0.9, 0.97):
-            assert Replay(trace, Pilot(mode, 64, costs), HERE).speedup() >= least
+            assert Replay(trace, Pilot(mode, 64, experience), HERE).speedup() >= least

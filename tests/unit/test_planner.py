@@ -85,7 +85,7 @@ def test_in_turns_drafting_ends_where_the_next_token_is_not_worth_its_time() -> 
 def test_the_rate_in_turns_is_what_a_known_chain_gives() -> None:
     """Drafts that are certain: the longest block, each token for its drafting and its row."""
     costs = Costs((0.1,) * 16, 0.01, 0.0)
-    rate = planner.solve_in_turn(costs, spread_of(0.999).rounded).rate
+    rate = planner.solve_in_turn(costs, spread_of(0.999).steady).rate
     expected = sum(0.995**n for n in range(planner.LONGEST + 1))
     assert rate == pytest.approx(expected / (0.1 + planner.LONGEST * 0.01), rel=0.02)
 
