@@ -23,7 +23,7 @@ from outrider.estimates import LEVELS, Costs, Spread, Values
 DEEPEST = 24  # drafted tokens ahead that are told apart: more add nothing
 LONGEST = 15  # most drafted tokens of a block
 FARTHEST = 16  # drafted tokens in stock that a decision looks at one by one
-WAITS_FOR = 4
+WAIT_GAIN = 0.005  # tokens: waiting for less only adds decisions
 GRID = 0.02  # acceptances are rounded to this, so that few processes are ever solved
 LEAST, MOST = 0.3, 0.96
 LEAST_GAIN = 1e-3  # tokens: what makes no more difference is left
@@ -87,14 +87,14 @@ def plan(
     """How many drafted tokens to verify now while the draft goes on; None: wait for the next.
 
     `likely` are the acceptances of the tokens in stock; the next one is there in `next_s` (None: no
-    more can come). Waiting is considered where the stock is so small that one more could matter.
+    more can come).
     """
     block, value = appraise(costs, average, likely, limit)
-    if next_s is not None and len(likely) < min(limit, WAITS_FOR):
+    if next_s is not None and len(likely) < min(limit, FARTHEST):
         acceptance = rounded(average)
         _, later = appraise(costs, average, np.append(likely, acceptance), limit)
         rate, _ = solve(costs, acceptance)
-        if later - rate * next_s > value + LEAST_GAIN:
+        if later - rate * next_s > value + WAIT_GAIN:
             return None
     return block
 
