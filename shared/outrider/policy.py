@@ -20,7 +20,7 @@ Mode = Literal["plain", "sync", "pipelined"]
 
 LONGEST = 64  # drafted tokens in a block
 CERTAIN = Spread(prior=np.eye(len(LEVELS))[-1], weight=1.0)
-PROBES = (8, 256)  # plain steps until a draft that did not pay is tried again: at first, at most
+PROBES = (8, 512)  # plain steps until a draft that did not pay is tried again: at first, at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +56,11 @@ class Policy:
     def block_s(self) -> float:
         """How much longer than for a token one has to wait, where a block is sent as a whole."""
         return 0.0
+
+    @property
+    def step_s(self) -> float | None:
+        """What a plain step of the target takes by now, with its messages; None: not followed."""
+        return None
 
     def decide(self, confidences: Sequence[float], limit: int, next_s: float | None) -> int | None:
         """Verify how many of the drafted tokens now; None: wait for the next.
@@ -106,7 +111,7 @@ class Experience:
         self.plain_steps += 1
         if self.plain_steps < self.patience:
             return False
-        self.plain_steps, self.patience = 0, min(2 * self.patience, PROBES[1])
+        self.plain_steps, self.patience = 0, min(3 * self.patience, PROBES[1])
         # unless it could not pay however good it has become
         best = planner.plan_in_turn(self.costs.costs, CERTAIN, np.empty(0), LONGEST)
         return best is None
@@ -151,6 +156,11 @@ class Pilot:
     def block_s(self) -> float:
         return planner.LONGEST * self._costs.costs.draft_s if self.mode == "sync" else 0.0
 
+    @property
+    def step_s(self) -> float:
+        costs = self._costs.costs
+        return costs.verify_s[0] + costs.link_s
+
     def decide(self, confidences: Sequence[float], limit: int, next_s: float | None) -> int | None:
         """See `Policy.decide`."""
         if self._guard.resting:
@@ -172,8 +182,7 @@ class Pilot:
         self._costs.verified(rows, elapsed_s, round_trip_s)
 
     def committed(self, tokens: int, spent_s: float) -> None:
-        costs = self._costs.costs
-        self._guard.committed(tokens, spent_s, costs.verify_s[0] + costs.link_s)
+        self._guard.committed(tokens, spent_s, self.step_s)
 
     def drafted(self, each_s: float, confidences: Sequence[float], turn_s: float | None) -> None:
         """Tokens took `each_s`, and if they began a turn of the draft, that took `turn_s` more."""

@@ -256,6 +256,7 @@ class Session:
         if self.stats.last_commit is not None:
             self.policy.verified(block + 1, verdict.elapsed_s, now - self._sent)
             self.policy.committed(len(verdict.tokens), now - self.stats.last_commit)
+            self.stats.step_s = self.policy.step_s or self.stats.step_s
         self.stats.count(block, verdict.accepted, now)
         emit, reason = self._commit(block, verdict)
         if reason:

@@ -66,7 +66,7 @@ class Stats:
     seed: int = 0
     submitted: float = 0.0
     started: float = 0.0
-    step_s: float = 0.0  # one plain step of the target, measured when it was loaded
+    step_s: float = 0.0  # one plain step of the target: when it was loaded, then as it changes
     created: int = 0
     verified: int = 0
     accepted: int = 0
