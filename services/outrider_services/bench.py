@@ -27,7 +27,7 @@ import uvloop
 from outrider.client import AsyncClient, Completion, Lane, connect
 from outrider.errors import ConfigError
 from outrider.policy import LONGEST
-from outrider_services import peers, plots, prompts, simulate, tuning
+from outrider_services import peers, plots, prompts, recording, simulate, tuning
 from outrider_services.generate import same_model
 from outrider_services.launcher import Launcher, first_of
 from outrider_services.measures import (
@@ -91,6 +91,9 @@ def run(settings: Settings, parsed: Any) -> int:
     settings = same_model(replace(settings, pipeline=replace(settings.pipeline, mode="auto")))
     if not has_draft(settings) or settings.draft.place != "spawn":
         raise ConfigError("bench starts both workers here: it needs a draft, and --n-draft above 0")
+    if parsed.record:
+        recording.write(parsed.record, settings, plan.categories, plan.count)
+        return 0
     directory = Path(parsed.peers) if parsed.peers else peers.default_directory()
     programs = {name: peers.find(directory, name) for name in plan.peers}
     bench = Bench(plan, settings, programs)

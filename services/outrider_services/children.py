@@ -47,11 +47,7 @@ def worker(role: str, settings: Settings, address: str, parent_fd: int | None) -
     make = TargetWorker if role == "target" else DraftWorker
 
     def load(progress: Callable[[float], None]) -> Engine:
-        return (
-            _toy(role, settings)
-            if settings.pipeline.backend == "toy"
-            else _llama(settings, progress)
-        )
+        return load_engine(role, settings, progress)
 
     _run(serve(make, load, connection, say), parent_fd, lambda: None)
 
@@ -84,6 +80,13 @@ async def _coordinate(settings: Settings, name: str) -> None:
         await asyncio.sleep(0.05)  # a moment for the last messages to leave
         router.close()
         path.unlink(missing_ok=True)
+
+
+def load_engine(role: str, settings: Settings, progress: Callable[[float], None]) -> Engine:
+    """The model that is the target of `settings`, for a worker of `role`. Raises OutriderError."""
+    if settings.pipeline.backend == "toy":
+        return _toy(role, settings)
+    return _llama(settings, progress)
 
 
 def _llama(settings: Settings, progress: Callable[[float], None]) -> Engine:

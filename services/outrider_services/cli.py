@@ -226,6 +226,12 @@ def _bench_flags(parser: Parser) -> None:
     )
     add("--pull", action="store_true", help="fetch the default pair if it is missing")
     add(
+        "--record",
+        metavar="FILE",
+        help="measure nothing: write where the draft agrees with the target, and how sure it is, "
+        "for policies to be tried on",
+    )
+    add(
         "--simulate",
         action="store_true",
         help="made-up devices instead of models: passes of --toy-step-ms whatever their rows, a "

@@ -32,6 +32,7 @@ from outrider.policy import LONGEST, Experience, Mode, Pilot, Policy
 from outrider.session import Command, Session
 from outrider.stats import Stats
 from outrider.transport import PeerGone
+from outrider_services.places import shared
 from outrider_services.roster import Member, Roster
 
 log = logging.getLogger(__name__)
@@ -364,7 +365,7 @@ class Coordinator:
         target, draft = self._roster.get("target"), self._roster.get("draft")
         if target is None or draft is None:
             return "pipelined"  # a draft that comes later comes from elsewhere
-        return "sync" if _share_cores(target.hello.cores, draft.hello.cores) else "pipelined"
+        return "sync" if shared(target.hello.cores, draft.hello.cores) else "pipelined"
 
     def _cancel(self, request: Request) -> None:
         if request.session:
@@ -505,11 +506,3 @@ def _fragment(request: Request, session: Session, emit: core.Emit) -> wire.Fragm
     drafted = tuple((drafted.token, drafted.confidence) for drafted in emit.drafted)
     stats = asdict(session.stats.report())
     return wire.Fragment(request.submit.call, emit.round, emit.text, tokens, drafted, stats)
-
-
-def _share_cores(one: str, other: str) -> bool:
-    """Whether two workers' "host:core,core" have a core in common; "" is a device of its own."""
-    if not one or not other:
-        return False
-    (host, cores), (other_host, others) = (place.rsplit(":", 1) for place in (one, other))
-    return host == other_host and not set(cores.split(",")).isdisjoint(others.split(","))

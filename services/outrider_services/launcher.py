@@ -269,8 +269,8 @@ async def first_of(*futures: asyncio.Future[Any]) -> None:
     await asyncio.wait(futures, return_when=asyncio.FIRST_COMPLETED)
 
 
-def worker_arguments(role: str, settings: Settings, address: str) -> list[str]:
-    """The command line of a worker; its own model is the target of its settings."""
+def own_settings(role: str, settings: Settings) -> Settings:
+    """The same for a worker on its own: its model is the target."""
     draft = settings.draft
     if role == "draft":
         own = replace(
@@ -282,6 +282,10 @@ def worker_arguments(role: str, settings: Settings, address: str) -> list[str]:
             ctx=settings.target.ctx,
         )
         settings = replace(settings, target=own)
-    settings = replace(settings, target=replace(settings.target, place="spawn"))
-    flags = to_flags(settings, ("target", "pipeline", "toy", "log"))
+    return replace(settings, target=replace(settings.target, place="spawn"))
+
+
+def worker_arguments(role: str, settings: Settings, address: str) -> list[str]:
+    """The command line of a worker."""
+    flags = to_flags(own_settings(role, settings), ("target", "pipeline", "toy", "log"))
     return ["worker", role, f"--connect={address}", *flags]

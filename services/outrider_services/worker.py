@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import secrets
-import socket
 import statistics
 import time
 from abc import ABC, abstractmethod
@@ -27,6 +25,7 @@ from outrider.engine import Engine
 from outrider.errors import BadRequest, ConnectionFailed, OutriderError, Overloaded, from_code
 from outrider.sampling import Sampling, Token
 from outrider.transport import Link, PeerGone
+from outrider_services.places import place
 
 log = logging.getLogger(__name__)
 
@@ -203,8 +202,6 @@ class Worker(ABC):
 
     def _hello(self) -> wire.Hello:
         info = self.engine.info
-        on_processor = info.device.startswith("cpu")
-        cores = ",".join(map(str, sorted(os.sched_getaffinity(0)))) if on_processor else ""
         return wire.Hello(
             protocol=wire.PROTOCOL,
             version=outrider.__version__,
@@ -215,7 +212,7 @@ class Worker(ABC):
             context=info.context,
             slots=info.slots,
             device=info.device[:256],
-            cores=f"{socket.gethostname()}:{cores}"[:256] if cores else "",
+            cores=place(info.device)[:256],
             curve_s=self._curve_s,
         )
 

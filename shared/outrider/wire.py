@@ -111,7 +111,7 @@ class Hello(Tagged, frozen=True):
     context: Count
     slots: Count
     device: Word
-    cores: Word  # where its threads may run: "host:0,1"; "" if elsewhere than on a processor
+    cores: Word  # where it computes: "host:0,1", "host:gpu0", "host:gpu*"; "": a device of its own
     curve_s: Annotated[tuple[Seconds, ...], Meta(min_length=1, max_length=64)]  # see `calibrate`
 
 

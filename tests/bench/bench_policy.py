@@ -1,10 +1,14 @@
 """What each policy gains over the target alone on the recorded traces.
 
-Run at the top: `PYTHONPATH=. .venv/bin/python -m tests.bench.bench_policy`.
+Run at the top: `PYTHONPATH=. .venv/bin/python -m tests.bench.bench_policy`, with the name of a file
+that `outrider bench --record` has written for other traces than those of the default pair.
 """
 
 from __future__ import annotations
 
+import json
+import sys
+from pathlib import Path
 from typing import Any
 
 from tests.sim.replay import PROCESSOR, TRACES, speedups
@@ -17,6 +21,9 @@ WORLD = World(PROCESSOR, 0.031)
 
 
 def main() -> None:
+    if len(sys.argv) > 1:
+        TRACES.clear()
+        TRACES.update(json.loads(Path(sys.argv[1]).read_text()))
     rules: dict[str, Any] = {f"sync, {n}": lambda n=n: Policy("sync", n) for n in (3, 4, 5)}
     rules["sync, price of time"] = lambda: WORLD.pilot("sync")
     rules |= {f"pipelined, {n}": lambda n=n: Policy("pipelined", n) for n in (3, 5, 8, 12)}

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import pytest
 
+from outrider_services.replay import Replay, World
+
 if TYPE_CHECKING:
     from tests.integration.conftest import Cli
 
@@ -223,3 +225,23 @@ def test_a_simulated_link_delays_every_message(cli: Cli) -> None:
         for link in (0, 20)
     )
     assert slow - fast >= 19 * 2 * 0.020 * 0.9  # to the target and back, for every token
+
+
+def test_recorded_traces_can_be_replayed(cli: Cli, tmp_path: Path) -> None:
+    path = tmp_path / "traces.json"
+    found = cli("bench", *QUICK, "-n", "60", "--category", "code,chat", "--record", str(path))
+    assert found.returncode == 0, found.stderr
+    traces = json.loads(path.read_text())
+    assert list(traces) == ["code", "chat"]
+    for trace in traces.values():
+        assert len(trace["match"]) == len(trace["confidence"]) == 60
+        wrong = {str(at) for at, match in enumerate(trace["match"]) if not match}
+        assert set(trace["off_path_confidence"]) == wrong
+        assert 0 < trace["prompt_tokens"] <= len(trace["prompt"].encode())
+        world = World((0.1,) * 65, 0.01)
+        assert Replay(trace, world.pilot("pipelined"), world).speedup() > 1.5
+    beyond = str(tmp_path / "missing" / "traces.json")
+    refused = cli("bench", *QUICK, *SHORT, "--record", beyond)
+    assert refused.returncode == 3
+    assert refused.stderr.count("\n") == 1, refused.stderr
+    assert beyond in refused.stderr
