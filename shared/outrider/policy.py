@@ -52,9 +52,9 @@ class Policy:
         """See `wire.Commit`: a draft that follows fixed numbers has none."""
         return ()
 
-    @property
-    def block_s(self) -> float:
-        """How much longer than for a token one has to wait, where a block is sent as a whole."""
+    def block_s(self, behind: int) -> float:
+        """How much longer than for a token to wait for a draft that sends whole blocks and has
+        `behind` tokens of the text to catch up with."""
         return 0.0
 
     @property
@@ -152,9 +152,9 @@ class Pilot:
         trust = max(self._experience.acceptance.trust, 0.1)
         return tuple(floor / trust ** (n + 1) for n, floor in enumerate(floors))
 
-    @property
-    def block_s(self) -> float:
-        return planner.LONGEST * self._costs.costs.draft_s if self.mode == "sync" else 0.0
+    def block_s(self, behind: int) -> float:
+        tokens = planner.LONGEST + behind / 2  # to read one takes less than to draft one
+        return tokens * self._costs.costs.draft_s if self.mode == "sync" else 0.0
 
     @property
     def step_s(self) -> float:

@@ -163,6 +163,7 @@ class Session:
         self._floors: tuple[float, ...] = ()
         self._until = 0  # the draft's leave: it may not reach this position
         self._granted = 0  # the most it ever was: a token may have been on its way
+        self._read = 0  # the draft has certainly evaluated the text up to this position
         self._told = 0  # the draft knows the committed text up to this position
         self._told_at = 0.0  # when the target has last fallen idle and the draft was told
         self._sent = 0.0  # when the target was given its block
@@ -189,7 +190,7 @@ class Session:
         self.lineage += 1
         # what an earlier draft worker left in stock is part of the new one's stream
         stream = (*self.tokens, *(drafted.token for drafted in self.stock))
-        self._heard, self._told = len(stream), len(self.tokens)
+        self._heard, self._told, self._read = len(stream), len(self.tokens), 0
         self._grant()
         return [OpenDraft(self.lineage, len(self.tokens), stream, self._until, self._floors)]
 
@@ -219,7 +220,7 @@ class Session:
             return self._offend(now)
         self.stats.computed(self.stats.draft, now, elapsed_s)
         self._record("draft", now, elapsed_s, len(drafted), lineage, position, ids)
-        self._late, self._paused = False, paused
+        self._late, self._paused, self._read = False, paused, position
         each_s = elapsed_s / len(drafted)
         self._gap_s += 0.2 * (each_s - self._gap_s)
         self._next = now + each_s
@@ -435,7 +436,8 @@ class Session:
         if block is None:
             least, most = PATIENCE_S
             patience_s = min(max(4 * self._gap_s, least), most)
-            self.deadline = now + min(patience_s + self.policy.block_s, BLOCK_PATIENCE_S)
+            block_s = self.policy.block_s(len(self.tokens) - self._read)
+            self.deadline = now + min(patience_s + block_s, BLOCK_PATIENCE_S)
             return []
         self.round += 1
         self.verifying, self._sent = block, now
