@@ -6,16 +6,20 @@ say is all that `outrider_services.replay` needs to play an answer again under a
 
 from __future__ import annotations
 
+import asyncio
 import json
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from outrider import wire
 from outrider.engine import Engine
 from outrider.errors import BadRequest, ConfigError
 from outrider_services.children import load_engine
 from outrider_services.launcher import own_settings
 from outrider_services.options import Settings
+from outrider_services.pairing import Texts, check_pair
 from outrider_services.prompts import Category
 from outrider_services.replay import record
 from outrider_services.serving import tell
@@ -34,8 +38,7 @@ def write(path: str, settings: Settings, categories: tuple[Category, ...], count
             engines.append(load_engine(role, own_settings(role, settings), lambda done: None))
             stack.callback(engines[-1].close)
         target, draft = engines
-        if draft.info.vocabulary.digest != target.info.vocabulary.digest:
-            raise ConfigError("draft and target do not have the same vocabulary")
+        check(target, draft)
         for category in categories:
             for number, prompt in enumerate(category.prompts, 1):
                 name = category.name if len(category.prompts) == 1 else f"{category.name} {number}"
@@ -48,6 +51,21 @@ def write(path: str, settings: Settings, categories: tuple[Category, ...], count
                 _save(path, found)
                 agreed, answered = sum(trace["match"]), len(trace["match"])
                 tell(f"{name}: the draft agrees at {agreed} of {answered} tokens")
+
+
+def check(target: Engine, draft: Engine) -> None:
+    """Raises IncompatiblePair."""
+
+    def texts_of(engine: Engine) -> Texts:
+        async def texts(start: int, count: int) -> tuple[str, ...]:
+            return tuple(map(engine.label, range(start, start + count)))
+
+        return texts
+
+    ours, theirs = (
+        wire.Fingerprint(**asdict(engine.info.vocabulary)) for engine in (target, draft)
+    )
+    asyncio.run(check_pair(ours, theirs, texts_of(target), texts_of(draft)))
 
 
 def rendered(target: Engine, category: Category, prompt: str) -> str:

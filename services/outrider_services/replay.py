@@ -199,17 +199,18 @@ def record(target: Engine, draft: Engine, prompt: Sequence[Token], count: int) -
     `match` and `confidence`: at each position, whether the draft agrees and how sure it is;
     `off_path_confidence`: where it does not, how sure it goes on being behind its own token.
     """
+    known = target.info.vocabulary.size
     match: list[int] = []
     confidence: list[float] = []
     off_path: dict[str, list[float]] = {}
     text = list(prompt)
     told = _choice(target, text).token
     for position in range(count):
-        choice = _choice(draft, text)
+        choice = _choice(draft, text, known)
         match.append(int(choice.token == told))
         confidence.append(min(choice.confidence, 1.0))
         if choice.token != told:
-            off_path[str(position)] = _goes_on(draft, [*text, choice.token])
+            off_path[str(position)] = _goes_on(draft, [*text, choice.token], known)
         text.append(told)
         if told in target.info.vocabulary.ends:
             break
@@ -219,21 +220,26 @@ def record(target: Engine, draft: Engine, prompt: Sequence[Token], count: int) -
     return {"match": match, "confidence": confidence, "off_path_confidence": off_path}
 
 
-def _goes_on(draft: Engine, text: list[Token]) -> list[float]:
+def _goes_on(draft: Engine, text: list[Token], known: int) -> list[float]:
     found = []
     for _ in range(OFF_PATH):
-        choice = _choice(draft, text)
+        choice = _choice(draft, text, known)
         found.append(min(choice.confidence, 1.0))
         text.append(choice.token)
     return found
 
 
-def _choice(engine: Engine, text: Sequence[Token]) -> Choice:
-    """The likeliest token after `text`; what the cache holds of it is not evaluated again."""
+def _choice(engine: Engine, text: Sequence[Token], known: int | None = None) -> Choice:
+    """The likeliest token after `text`, one of the first `known`.
+
+    What the cache holds of the text is not evaluated again.
+    """
     kept = min(engine.length(0), len(text) - 1)
     if engine.length(0) > kept:
         engine.rewind(0, kept)
     while len(text) - kept > engine.info.chunk:
         engine.extend(0, text[kept : kept + engine.info.chunk], 0)
         kept += engine.info.chunk
-    return choose(engine.extend(0, text[kept:], 1)[0], GREEDY, text, len(text))
+    row = engine.extend(0, text[kept:], 1)[0]
+    size = engine.info.vocabulary.size
+    return choose(row, GREEDY, text, len(text), n_vocab=min(known or size, size))

@@ -142,6 +142,7 @@ class Worker(ABC):
                 if task.done():
                     task.result()
         finally:
+            self.forget()  # what computes ends
             self.engine.cancel()
             for task in tasks:
                 task.cancel()

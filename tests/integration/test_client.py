@@ -425,6 +425,20 @@ async def test_a_pipeline_that_ends_is_one_error_for_each_request(pipeline: Any)
             await client.create_completion(PROMPT)
 
 
+async def test_in_turns_a_block_is_one_message(pipeline: Any) -> None:
+    async with pipeline(toy__agreement=0.95) as up, up.connect() as client:
+        traces = {}
+        for mode in ("sync", "pipelined"):
+            done = await client.create_completion(
+                PROMPT, max_tokens=80, temperature=0, mode=mode, trace=True
+            )
+            drafted = [rows for role, _, _, rows, *_ in done.trace if role == "draft"]
+            assert sum(drafted) == done.stats.drafted_tokens
+            traces[mode] = drafted
+    assert max(traces["sync"]) > 2
+    assert max(traces["pipelined"]) == 1
+
+
 async def end(up: Pipeline) -> None:
     await up.launcher.stop()
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from outrider.sampling import Sampling
-from outrider_services.draft_worker import CUT_SHORT, Stream
+from outrider import wire
+from outrider.sampling import Choice, Sampling
+from outrider_services.draft_worker import CUT_SHORT, Stream, joined
 
 
 def stream(drafted: list[float], floors: tuple[float, ...] = (), until: int = 99) -> Stream:
@@ -40,3 +41,23 @@ def test_told_to_stop_it_gives_up_a_token_but_not_a_prompt() -> None:
     prompt = stream([], until=3)
     prompt.evaluated = 3 - CUT_SHORT - 1
     assert not prompt.told_to_stop
+
+
+def test_what_was_chosen_counts_only_for_the_text_that_it_was_chosen_for() -> None:
+    one = stream([])
+    begun = one.lineage, one.evaluated, len(one.tokens)
+    choice = Choice(token=7, confidence=0.9)
+    assert not one.took((one.lineage + 1, *begun[1:]), 3, choice)
+    assert one.evaluated == 2
+    assert not one.took(begun, 3, None)  # more of the prompt to come
+    assert (one.evaluated, one.tokens) == (3, [0, 1, 2])
+    assert one.took(begun, 3, choice)
+    assert (one.tokens, len(one.likely)) == ([0, 1, 2, 7], 1)
+    assert not one.took(begun, 3, choice)  # something else stands there now
+
+
+def test_two_messages_make_one() -> None:
+    one = wire.Drafted(1, 2, 10, (5,), (0.5,), 0.25)
+    other = wire.Drafted(1, 2, 11, (6,), (0.6,), 0.5, paused=True)
+    assert joined(None, one) is one
+    assert joined(one, other) == wire.Drafted(1, 2, 10, (5, 6), (0.5, 0.6), 0.75, paused=True)

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from outrider.policy import Guard, Mode, Policy
+from outrider.estimates import CostModel
+from outrider.policy import Experience, Guard, Mode, Pilot, Policy
 
 quiet = settings(derandomize=True, database=None, deadline=None, max_examples=500)
 MODES: list[Mode] = ["plain", "sync", "pipelined"]
@@ -126,3 +127,46 @@ def test_the_guard_leaves_alone_what_gains_and_forgives_what_is_paid_once() -> N
     for _ in range(100):
         guard.committed(3, 2.0, 1.0)
         assert not guard.resting
+
+
+def test_a_request_may_not_lose_what_others_have_saved() -> None:
+    guard = Guard()
+    for _ in range(9):
+        guard.committed(3, 1.0, 1.0)
+    lost = 1 + Guard.LOSS + 0.1
+    guard.committed(1, lost, 1.0)
+    assert not guard.resting
+    guard.begin()
+    guard.committed(1, lost, 1.0)
+    assert guard.resting
+
+
+def test_the_next_request_begins_where_the_last_one_ended() -> None:
+    experience = Experience(CostModel([0.1 + 0.02 * n for n in range(16)], 0.03))
+    first = Pilot("sync", 64, experience)
+    assert first.decide([], 90, 0.03) is None  # it may pay, for all that is known
+    for _ in range(60):
+        first.drafted(0.03, [0.1], 0.002)
+        first.observe(False, 0.1)
+    assert Pilot("sync", 64, Experience(experience.costs)).decide([], 90, 0.03) is None
+    later = Pilot("sync", 64, experience)
+    waits = [later.decide([], 90, 0.03) is None for _ in range(100)]
+    assert 1 <= sum(waits) <= 4  # tried again, less and less often
+
+
+def test_resting_needs_no_draft() -> None:
+    experience = Experience(CostModel([0.1] * 16, 0.01))
+    pilot = Pilot("sync", 64, experience)
+    assert pilot.drafts
+    pilot.committed(1, 10.0)
+    assert not pilot.drafts
+    assert (pilot.lead(busy=False), pilot.decide([0.99], 9, 0.01)) == (0, 0)
+    assert not Pilot("sync", 64, experience).drafts
+
+
+def test_a_whole_block_is_waited_for_longer_the_more_there_is_to_read() -> None:
+    costs = CostModel([0.1] * 16, 0.01)
+    sync, pipelined = (Pilot(mode, 64, Experience(costs)) for mode in ("sync", "pipelined"))
+    assert sync.block_s(0) == pytest.approx(0.15)
+    assert sync.block_s(100) == pytest.approx(0.65)
+    assert pipelined.block_s(100) == Policy("sync").block_s(100) == 0

@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -16,6 +16,7 @@ from outrider.sampling import Token
 from outrider.session import (
     OFFENCES,
     PATIENCE_S,
+    UNTOLD,
     CloseDraft,
     Command,
     Commit,
@@ -711,6 +712,59 @@ def test_a_late_draft_is_waited_for_until_the_deadline_and_not_again() -> None:
     ride.drafted(3, position=BASE + 2)  # heard of again
     ride.verdict(4)
     assert ride.session.deadline is not None
+
+
+class Sleepy(Policy):
+    """Lets the draft rest until it is woken."""
+
+    awake: ClassVar[bool] = False
+
+    def lead(self, busy: bool) -> int:
+        return super().lead(busy) if self.awake else 0
+
+
+class Absent(Sleepy):
+    """Does not even open it."""
+
+    @property
+    def drafts(self) -> bool:
+        return self.awake
+
+
+def test_an_idle_draft_hears_of_the_text_when_it_is_to_work(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ride = Ride(policy=Sleepy("pipelined", 4))
+    for token in (1, 2, 3):
+        ride.verdict(token)
+    assert not [command for command in ride.commands if isinstance(command, Commit)]
+    monkeypatch.setattr(Sleepy, "awake", True)
+    ride.verdict(4)
+    assert ride.one(Commit) == Commit(BASE, (1, 2, 3, 4), BASE + 4 + 10)
+    ride.verdict(5)
+    assert ride.one(Commit) == Commit(BASE + 4, (5,), BASE + 5 + 10)
+
+
+def test_what_an_idle_draft_has_not_heard_is_bounded() -> None:
+    ride = Ride(policy=Sleepy("pipelined", 4))
+    for _ in range(3 * UNTOLD):
+        ride.verdict(1)
+    told = [command for command in ride.commands if isinstance(command, Commit)]
+    assert [len(command.tokens) for command in told] == [UNTOLD + 1] * 2
+    assert [command.base for command in told] == [BASE, BASE + UNTOLD + 1]
+
+
+def test_a_draft_that_rests_from_the_start_is_opened_when_it_is_needed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ride = Ride(policy=Absent("pipelined", 4))
+    ride.verdict(1)
+    assert not ride.session.riding
+    monkeypatch.setattr(Sleepy, "awake", True)
+    ride.verdict(2)
+    assert ride.one(OpenDraft).tokens == (*PROMPT, 1, 2)
+    ride.drafted(3)
+    assert ride.session.stats.created == 1
 
 
 def test_each_drafted_token_puts_the_deadline_off() -> None:
