@@ -8,6 +8,7 @@ import os
 import re
 import socket
 import struct
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from itertools import pairwise
@@ -583,6 +584,23 @@ def test_a_draft_of_another_vocabulary_is_refused_with_the_first_difference(
     result = parsed(done)
     assert result["token_ids"] == oracle(PROMPT, 30).token_ids
     assert result["stats"]["accepted_tokens"] > 0
+    assert served.stop() == 143
+
+
+def test_a_draft_worker_ends_at_once_though_it_has_leave_to_draft_on(
+    cli: Cli, serve: Serve
+) -> None:
+    slow = ("--toy-step-ms=200", "--toy-draft-ms=150")
+    served = serve("slow", "--draft-place=remote", *slow)
+    worker = cli.start("worker", "draft", "--backend=toy", "--connect=slow", *slow)
+    while "draft" not in json.loads(cli("ps", "--json").stdout)[0]["workers"]:
+        pass
+    cli.start("run", "--connect=slow", "--mode=pipelined", "-n", "200", PROMPT)
+    time.sleep(2.0)
+    began = time.monotonic()
+    worker.terminate()
+    worker.wait(timeout=10)
+    assert time.monotonic() - began < 1.0
     assert served.stop() == 143
 
 
