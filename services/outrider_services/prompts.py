@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any
-
-import msgspec
+from typing import Any
 
 from outrider.errors import ConfigError
 from outrider_services.options import nearest
 
-Text = Annotated[str, msgspec.Meta(min_length=1)]
 
-
-class Category(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A table of the file, which gives it its `name`."""
-
+@dataclass(frozen=True, slots=True)
+class Category:
+    name: str
     chat: bool  # its prompts are messages of the user, not the beginning of the text
-    prompts: Annotated[tuple[Text, ...], msgspec.Meta(min_length=1)]
+    prompts: tuple[str, ...]
     system: str = ""  # the first message of the chat
-    name: str = ""
 
     def messages(self, prompt: str) -> list[dict[str, str]]:
         """The chat that asks `prompt`."""
@@ -53,12 +49,19 @@ def load(path: str | None, names: Sequence[str], count: int) -> list[Category]:
 
 
 def _category(source: str, name: str, entry: Any, count: int) -> Category:
-    try:
-        found = msgspec.convert(entry, Category)
-    except msgspec.ValidationError as exc:
-        raise ConfigError(f"{source}: {name} is not as it should be: {exc}") from None
-    if found.system and not found.chat:
-        raise ConfigError(f"{source}: {name} has a system message, but is no chat")
-    if len(found.prompts) < count:
-        raise ConfigError(f"{source} has {len(found.prompts)} prompts of {name}, not {count}")
-    return msgspec.structs.replace(found, name=name, prompts=found.prompts[:count])
+    match entry:
+        case {"chat": bool(chat), "prompts": [*prompts], **rest} if prompts:
+            system = rest.pop("system", "")
+            texts = [*prompts, system]
+            if rest or not all(isinstance(text, str) for text in texts) or not all(prompts):
+                pass
+            elif system and not chat:
+                raise ConfigError(f"{source}: {name} has a system message, but is no chat")
+            elif len(prompts) < count:
+                raise ConfigError(f"{source} has {len(prompts)} prompts of {name}, not {count}")
+            else:
+                return Category(name, chat, tuple(prompts[:count]), system)
+    raise ConfigError(
+        f"{source}: {name} needs chat = true or false and prompts = [text, …]; a chat may have "
+        "system = text; nothing else"
+    )
