@@ -49,18 +49,19 @@ def load(path: str | None, names: Sequence[str], count: int) -> list[Category]:
 
 
 def _category(source: str, name: str, entry: Any, count: int) -> Category:
+    system = entry.get("system", "") if isinstance(entry, dict) else ""
     match entry:
-        case {"chat": bool(chat), "prompts": [*prompts], **rest} if prompts:
-            system = rest.pop("system", "")
-            texts = [*prompts, system]
-            if rest or not all(isinstance(text, str) for text in texts) or not all(prompts):
-                pass
-            elif system and not chat:
+        case {"chat": bool(chat), "prompts": list(prompts)} if (
+            entry.keys() <= {"chat", "prompts", "system"}
+            and prompts
+            and all(isinstance(text, str) for text in (*prompts, system))
+            and all(prompts)
+        ):
+            if system and not chat:
                 raise ConfigError(f"{source}: {name} has a system message, but is no chat")
-            elif len(prompts) < count:
+            if len(prompts) < count:
                 raise ConfigError(f"{source} has {len(prompts)} prompts of {name}, not {count}")
-            else:
-                return Category(name, chat, tuple(prompts[:count]), system)
+            return Category(name, chat, tuple(prompts[:count]), system)
     raise ConfigError(
         f"{source}: {name} needs chat = true or false and prompts = [text, …]; a chat may have "
         "system = text; nothing else"
