@@ -57,11 +57,6 @@ class Policy:
         `behind` tokens of the text to catch up with."""
         return 0.0
 
-    @property
-    def step_s(self) -> float | None:
-        """What a plain step of the target takes by now, with its messages; None: not followed."""
-        return None
-
     def decide(self, confidences: Sequence[float], limit: int, next_s: float | None) -> int | None:
         """Verify how many of the drafted tokens now; None: wait for the next.
 
@@ -156,11 +151,6 @@ class Pilot:
         tokens = planner.LONGEST + behind / 2  # to read one takes less than to draft one
         return tokens * self._costs.costs.draft_s if self.mode == "sync" else 0.0
 
-    @property
-    def step_s(self) -> float:
-        costs = self._costs.costs
-        return costs.verify_s[0] + costs.link_s
-
     def decide(self, confidences: Sequence[float], limit: int, next_s: float | None) -> int | None:
         """See `Policy.decide`."""
         if self._guard.resting:
@@ -182,7 +172,8 @@ class Pilot:
         self._costs.verified(rows, elapsed_s, round_trip_s)
 
     def committed(self, tokens: int, spent_s: float) -> None:
-        self._guard.committed(tokens, spent_s, self.step_s)
+        costs = self._costs.costs
+        self._guard.committed(tokens, spent_s, costs.verify_s[0] + costs.link_s)
 
     def drafted(self, each_s: float, confidences: Sequence[float], turn_s: float | None) -> None:
         """Tokens took `each_s`, and if they began a turn of the draft, that took `turn_s` more."""

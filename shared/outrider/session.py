@@ -257,7 +257,8 @@ class Session:
         if self.stats.last_commit is not None:
             self.policy.verified(block + 1, verdict.elapsed_s, now - self._sent)
             self.policy.committed(len(verdict.tokens), now - self.stats.last_commit)
-            self.stats.step_s = self.policy.step_s or self.stats.step_s
+            if not block:  # no others: what a pass over one row takes is not seen in them
+                self.stats.step_s += 0.2 * (now - self._sent - self.stats.step_s)
         self.stats.count(block, verdict.accepted, now)
         emit, reason = self._commit(block, verdict)
         if reason:
