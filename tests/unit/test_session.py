@@ -217,6 +217,16 @@ def test_n_accepted_tokens_commit_one_more(
     assert counted == (len(block), accepted, bool(block))
 
 
+def test_only_plain_steps_say_what_a_plain_step_takes() -> None:
+    ride = verifying(5, 6)
+    stats = ride.session.stats
+    stats.step_s = 5.0
+    ride.verdict(5, 6, 7, accepted=2)
+    assert stats.step_s == 5.0
+    ride.verdict(8)  # nothing was drafted
+    assert STEP_S < stats.step_s < 5.0
+
+
 def test_logprobs_go_with_their_tokens() -> None:
     ride = verifying(5)
     ride.verdict(5, 7, accepted=1, logprobs=(-0.5, -1.5))
