@@ -44,6 +44,7 @@ from outrider.sampling import Scores, Token
 __all__ = ["LlamaEngine", "LlamaSettings", "prepare_environment"]
 
 DONE, ABORTED = 0, 2  # what llama_decode returns; everything else is a fault
+SOFT = 1  # omp_pause_soft: what threads hold of their own stays as it is
 
 
 class Batch:
@@ -90,6 +91,7 @@ class LlamaEngine:
         self._lib, self._model, self._context, self._text = lib, model, context, text
         self._memory = lib.llama_get_memory(context)
         self._batch = Batch(lib, info.chunk)
+        self._rest = pause(lib)
         self._lengths = [0] * info.slots
         # llama.cpp asks after every graph node whether to stop. A Python callback would wait for
         # the interpreter each time; libc's strlen of this buffer is 0 or 1 and waits for nothing.
@@ -145,6 +147,7 @@ class LlamaEngine:
         before = self._lengths[slot]
         self._stop[0] = b"\0"
         code = self._lib.llama_decode(self._context, self._batch.fill(slot, before, ids, rows))
+        self._rest()
         if code == ABORTED and self._cut(slot, before):
             raise Cancelled
         if code != DONE:
@@ -253,13 +256,27 @@ def prepare_environment(exact: bool) -> None:
     Hence all engines of a process should agree on `exact`.
     """
     os.environ.setdefault("GGML_NO_BACKTRACE", "1")  # otherwise dying takes most of a second
-    # an idle OpenMP thread must soon leave its core to the other worker, yet not sleep between two
-    # layers: milliseconds for clang's library, turns of a loop for gcc's. Its own default made the
-    # default pair on two shared cores five times slower than the target alone.
-    os.environ.setdefault("KMP_BLOCKTIME", "3")
+    # an idle OpenMP thread must leave its core to the other worker, yet not sleep between two
+    # layers: clang's library is told when (see `pause`), gcc's counts turns of a loop. Its own
+    # default made the default pair on two shared cores five times slower than the target alone.
+    os.environ.setdefault("KMP_BLOCKTIME", "infinite")
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     if exact:
         os.environ["GGML_CPU_TILED_MM"] = "0"  # a kernel that starts at 8 rows, rounding otherwise
+
+
+def pause(lib: Any) -> Callable[[], object]:
+    """What sends the idle OpenMP threads to sleep, until the next evaluation wakes them.
+
+    Only clang's library: for it the soft pause of OpenMP 5.0 ends the waiting at once, while gcc's
+    ends the threads.
+    """
+    loaded = lib._lib  # what it depends on is found through it, too
+    if not hasattr(loaded, "kmp_set_blocktime"):
+        return lambda: None
+    pause_all = loaded.omp_pause_resource_all
+    pause_all.argtypes, pause_all.restype = [ctypes.c_int], ctypes.c_int
+    return functools.partial(pause_all, SOFT)
 
 
 def library(exact: bool = False) -> Any:

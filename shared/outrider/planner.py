@@ -89,11 +89,9 @@ def plan(
     `likely` are the acceptances of the tokens in stock; the next one is there in `next_s` (None: no
     more can come).
     """
-    block, value = appraise(costs, average, likely, limit)
+    block, value, later = appraise(costs, average, likely, limit)
     if next_s is not None and len(likely) < min(limit, FARTHEST):
-        acceptance = rounded(average)
-        _, later = appraise(costs, average, np.append(likely, acceptance), limit)
-        rate, _ = solve(costs, acceptance)
+        rate, _ = solve(costs, rounded(average))
         if later - rate * next_s > value + WAIT_GAIN:
             return None
     return block
@@ -186,8 +184,8 @@ def _floor(reach: NDArray[Any], gain: NDArray[Any]) -> float:
     return float(reach[at - 1] * (reach[at] / reach[at - 1]) ** part)
 
 
-def appraise(costs: Costs, average: float, likely: Values, limit: int) -> tuple[int, float]:
-    """The best number of drafted tokens to verify now, and the value of doing so.
+def appraise(costs: Costs, average: float, likely: Values, limit: int) -> tuple[int, float, float]:
+    """The best number of drafted tokens to verify now, the value of doing so, and with one more.
 
     `worth[i, m]` is the value of what is left when i of the tokens in stock are committed and m
     more, of `average` acceptance, have been drafted behind the last.
@@ -204,7 +202,7 @@ def appraise(costs: Costs, average: float, likely: Values, limit: int) -> tuple[
     for taken in range(longest + 2):
         worth[known + taken, taken:] = value[: DEEPEST + 1 - taken]
     for start in range(known - 1, -1, -1):
-        now = more if start else more[:, :1]  # nothing is drafted behind the known tokens yet
+        now = more if start else more[:, :2]  # nothing is drafted behind the known tokens yet
         reach = np.cumprod(likely[start : start + longest + 1])[:, None]
         gain = np.cumsum(reach, axis=0) - reach + 1
         room = np.maximum(DEEPEST - (known - start) - now, 0)
@@ -215,10 +213,11 @@ def appraise(costs: Costs, average: float, likely: Values, limit: int) -> tuple[
         rest = rest + (left - low) * (worth[after, low + 1] - rest)
         total = np.where(block <= known - start + now, gain - price + reach * rest, -np.inf)
         if start == 0:
-            best = int(np.argmax(total[:, 0]))
-            return best, float(total[best, 0])
+            value_now, value_later = total.max(axis=0)
+            return int(np.argmax(total[:, 0])), float(value_now), float(value_later)
         worth[start] = total.max(axis=0)
-    return 0, float(1 - price[0, 0] + acceptance * np.interp(drafted[0, 0] - 1, more[0], value))
+    alone = 1 - price[0, 0] + acceptance * np.interp(drafted[0, 0] - 1, more[0], value)
+    return 0, float(alone), float(value[min(1, limit)])
 
 
 def rounded(acceptance: float) -> float:

@@ -96,7 +96,13 @@ class Experience:
         self.acceptance = Acceptance(memory=300)
         self.spread = Spread(memory=300)
         self.guard = Guard()
+        # what the guard reckons in: the cost model moves a plain step with passes over more rows
+        self.step_s = costs.costs.verify_s[0] + costs.costs.link_s
         self.plain_steps, self.patience = PROBES[0], PROBES[0]  # the first probe is at once
+
+    def stepped(self, elapsed_s: float) -> None:
+        """A plain step was seen; a disturbed one counts for no more than twice the usual."""
+        self.step_s += 0.2 * (min(elapsed_s, 2 * self.step_s) - self.step_s)
 
     def probes(self, block: int | None) -> bool:
         """Whether a draft that did not pay (`block` 0) is to be tried again, ever less often."""
@@ -170,10 +176,11 @@ class Pilot:
 
     def verified(self, rows: int, elapsed_s: float, round_trip_s: float) -> None:
         self._costs.verified(rows, elapsed_s, round_trip_s)
+        if rows == 1:
+            self._experience.stepped(round_trip_s)
 
     def committed(self, tokens: int, spent_s: float) -> None:
-        costs = self._costs.costs
-        self._guard.committed(tokens, spent_s, costs.verify_s[0] + costs.link_s)
+        self._guard.committed(tokens, spent_s, self._experience.step_s)
 
     def drafted(self, each_s: float, confidences: Sequence[float], turn_s: float | None) -> None:
         """Tokens took `each_s`, and if they began a turn of the draft, that took `turn_s` more."""

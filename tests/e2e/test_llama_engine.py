@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -62,6 +64,17 @@ def fresh(engine: LlamaEngine, tokens: list[Token], rows: int) -> Scores:
 
 def equal(one: Scores, other: Scores) -> bool:
     return one.shape == other.shape and np.array_equal(one, other)
+
+
+def test_an_engine_that_has_nothing_to_do_leaves_its_cores_to_others(test_model: Path) -> None:
+    """Its OpenMP threads wait without sleeping only while they evaluate."""
+    engine = LlamaEngine.load(test_model, dataclasses.replace(EXACT, threads=2))
+    engine.extend(0, engine.tokenize(TEXT, special=False), 1)
+    time.sleep(0.05)
+    wall, cpu = time.perf_counter(), time.process_time()
+    time.sleep(0.4)
+    assert time.process_time() - cpu < 0.25 * (time.perf_counter() - wall)
+    engine.close()
 
 
 def test_prefilling_in_chunks_equals_prefilling_at_once(engine: LlamaEngine) -> None:

@@ -58,6 +58,14 @@ def test_it_waits_for_a_draft_that_is_about_to_come_and_not_for_one_that_is_far(
     assert planner.plan(FLAT, 0.9, np.empty(0), 100, None) == 0
 
 
+@pytest.mark.parametrize("likely", [[], [0.9], [0.95, 0.6], [0.9, 0.9, 0.3, 0.9]])
+def test_what_one_more_token_is_worth_is_what_it_is_worth_once_there(likely: list[float]) -> None:
+    """`later` takes the place of a second appraisal, of the stock with a usual token behind it."""
+    _, _, later = planner.appraise(SLOPED, 0.8, np.array(likely), 100)
+    _, then, _ = planner.appraise(SLOPED, 0.8, np.array([*likely, 0.8]), 100)
+    assert later == pytest.approx(then, abs=1e-6)
+
+
 def spread_of(acceptance: float) -> Spread:
     spread = Spread(weight=1e-6)
     spread.observe(np.array([acceptance]))

@@ -164,6 +164,21 @@ def test_resting_needs_no_draft() -> None:
     assert not Pilot("sync", 64, experience).drafts
 
 
+def test_the_guard_reckons_in_plain_steps_that_were_seen() -> None:
+    """Passes over more rows that have become slow excuse no loss."""
+    experience = Experience(CostModel([0.1] * 16, 0.01, link_s=1e-3))
+    pilot = Pilot("sync", 64, experience)
+    for _ in range(60):
+        pilot.verified(4, 0.2, 0.201)
+    assert experience.costs.costs.verify_s[0] > 0.11
+    assert experience.step_s == pytest.approx(0.101)
+    for _ in range(60):
+        pilot.verified(1, 0.119, 0.12)
+    assert experience.step_s == pytest.approx(0.12, rel=0.01)
+    pilot.verified(1, 50.0, 50.0)
+    assert experience.step_s < 0.15
+
+
 def test_a_whole_block_is_waited_for_longer_the_more_there_is_to_read() -> None:
     costs = CostModel([0.1] * 16, 0.01)
     sync, pipelined = (Pilot(mode, 64, Experience(costs)) for mode in ("sync", "pipelined"))
