@@ -92,11 +92,7 @@ def test_every_mode_and_draft_length_says_what_the_target_says_alone(
         assert result["token_ids"] == expected.token_ids, way
         assert result["text"] == expected.text
         assert result["mode"] == way[0]
-    # on a busy machine a short draft may not pay, and then none is verified
-    accepted = {way: result["stats"]["accepted_tokens"] for way, result in results.items()}
-    assert accepted["plain", 5] == 0
-    assert any(accepted["sync", n] for n in (1, 3, 8))
-    assert any(accepted["pipelined", n] for n in (1, 3, 8))
+        assert (result["stats"]["accepted_tokens"] > 0) == (way[0] != "plain")
 
 
 @pytest.mark.parametrize("count", [1, 2, 17, 96])
