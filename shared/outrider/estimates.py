@@ -35,8 +35,10 @@ class CostModel:
     """The costs of a pair of workers: calibrated when they were loaded, followed ever after.
 
     A measurement moves the number of rows that it is of, and a little all others with it, as a
-    machine that has become slower is so for all. `costs` stay as they are until one is off by 5 %
-    and 0.5 % of a plain step, so that what is solved for them can be kept.
+    machine that has become slower is so for all. Of the draft only a few passes were measured at
+    load, maybe while the target was loaded too: what its first tokens take counts for more. `costs`
+    stay as they are until one is off by 5 % and 0.5 % of a plain step, so that what is solved for
+    them can be kept.
     """
 
     OWN, SHARED, OFF, NEGLIGIBLE = 0.2, 0.05, 0.05, 0.005
@@ -46,6 +48,7 @@ class CostModel:
         self._draft = math.log(max(draft_s, 1e-6))
         self._link = math.log(link_s)
         self._turn = self._draft + math.log(0.3)
+        self._tokens = 4  # drafted so far, as it were
         self._changed = False
         self._hold(np.exp([*self._verify, self._draft, self._link, self._turn]))
 
@@ -61,8 +64,9 @@ class CostModel:
 
     def drafted(self, each_s: float, count: int = 1, turn_s: float | None = None) -> None:
         """`count` tokens took `each_s`, and the draft's turn took `turn_s` beside them."""
-        weight = 1 - (1 - self.SHARED) ** count
+        weight = 1 - (1 - max(self.SHARED, 1 / self._tokens)) ** count
         self._draft += weight * _bounded(math.log(max(each_s, 1e-6)) - self._draft)
+        self._tokens += count
         if turn_s is not None:
             self._turn += self.SHARED * _bounded(math.log(max(turn_s, 1e-5)) - self._turn)
         self._changed = True
@@ -86,8 +90,8 @@ class CostModel:
 
 
 def _bounded(error: float) -> float:
-    """One measurement that was disturbed must not count for more than a doubling."""
-    return min(max(error, -math.log(2)), math.log(2))
+    """A disturbance makes things slower: what it does must not count for more than a doubling."""
+    return min(error, math.log(2))
 
 
 # doubt = log2(1 / (1 - confidence)) and what came true at it, on 1,644 recorded tokens

@@ -11,15 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
-
 from outrider import planner
-from outrider.estimates import LEVELS, Acceptance, CostModel, Spread
+from outrider.estimates import Acceptance, CostModel, Spread
 
 Mode = Literal["plain", "sync", "pipelined"]
 
 LONGEST = 64  # drafted tokens in a block
-CERTAIN = Spread(prior=np.eye(len(LEVELS))[-1], weight=1.0)
 PROBES = (8, 512)  # plain steps until a draft that did not pay is tried again: at first, at most
 
 
@@ -105,7 +102,10 @@ class Experience:
         self.step_s += 0.2 * (min(elapsed_s, 2 * self.step_s) - self.step_s)
 
     def probes(self, block: int | None) -> bool:
-        """Whether a draft that did not pay (`block` 0) is to be tried again, ever less often."""
+        """Whether a draft that did not pay (`block` 0) is to be tried again, ever less often.
+
+        Nothing else would show that it has become better, or never cost what it did at load.
+        """
         if block != 0:
             self.plain_steps, self.patience = 0, PROBES[0]
             return False
@@ -113,9 +113,7 @@ class Experience:
         if self.plain_steps < self.patience:
             return False
         self.plain_steps, self.patience = 0, min(3 * self.patience, PROBES[1])
-        # unless it could not pay however good it has become
-        best = planner.plan_in_turn(self.costs.costs, CERTAIN, np.empty(0), LONGEST)
-        return best is None
+        return True
 
 
 class Pilot:

@@ -179,6 +179,26 @@ def test_the_guard_reckons_in_plain_steps_that_were_seen() -> None:
     assert experience.step_s < 0.15
 
 
+def test_a_draft_that_seemed_too_slow_at_load_is_tried_and_found_to_be_fast() -> None:
+    """What a draft costs is seen only by drafting: nothing else can correct it."""
+    costs = CostModel((0.002,) * 8, draft_s=0.0032)
+    pilot = Pilot("sync", 1, Experience(costs))
+    wanted = []
+    for _ in range(300):
+        wanted.append(pilot.decide([], 1, 0.0) is None)
+        if wanted[-1]:
+            pilot.drafted(0.0002, [0.99], 0.0001)
+            pilot.observe(True, 0.99)
+        pilot.committed(1 + wanted[-1], 0.0024)
+    assert wanted[0] and not wanted[1], "at first it cannot pay by what was measured at load"
+    by_itself = 0
+    for one in reversed(wanted):
+        if not one:
+            break
+        by_itself += 1
+    assert by_itself > 200
+
+
 def test_a_whole_block_is_waited_for_longer_the_more_there_is_to_read() -> None:
     costs = CostModel([0.1] * 16, 0.01)
     sync, pipelined = (Pilot(mode, 64, Experience(costs)) for mode in ("sync", "pipelined"))
