@@ -276,6 +276,10 @@ def pause(lib: Any) -> Callable[[], object]:
         return lambda: None
     pause_all = loaded.omp_pause_resource_all
     pause_all.argtypes, pause_all.restype = [ctypes.c_int], ctypes.c_int
+    # threads that are not to sleep are not woken when the process ends either, which waits for them
+    loaded.kmp_set_defaults.argtypes, loaded.kmp_set_defaults.restype = [ctypes.c_char_p], None
+    atexit.unregister(loaded.kmp_set_defaults)
+    atexit.register(loaded.kmp_set_defaults, b"KMP_BLOCKTIME=200")
     return functools.partial(pause_all, SOFT)
 
 

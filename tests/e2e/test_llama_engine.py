@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -75,6 +77,18 @@ def test_an_engine_that_has_nothing_to_do_leaves_its_cores_to_others(test_model:
     time.sleep(0.4)
     assert time.process_time() - cpu < 0.25 * (time.perf_counter() - wall)
     engine.close()
+
+
+def test_a_process_that_has_evaluated_comes_to_an_end(test_model: Path) -> None:
+    """OpenMP's threads are waited for then, also those that were sent to sleep."""
+    program = (
+        "import sys; from pathlib import Path; from outrider.llama import *\n"
+        "settings = LlamaSettings(context=64, slots=1, threads=2)\n"
+        "engine = LlamaEngine.load(Path(sys.argv[1]), settings)\n"
+        "engine.extend(0, [5], 1)\n"
+        "engine.close()"
+    )
+    subprocess.run([sys.executable, "-c", program, str(test_model)], check=True, timeout=60)
 
 
 def test_prefilling_in_chunks_equals_prefilling_at_once(engine: LlamaEngine) -> None:
