@@ -190,7 +190,8 @@ def test_a_draft_that_seemed_too_slow_at_load_is_tried_and_found_to_be_fast() ->
             pilot.drafted(0.0002, [0.99], 0.0001)
             pilot.observe(True, 0.99)
         pilot.committed(1 + wanted[-1], 0.0024)
-    assert wanted[0] and not wanted[1], "at first it cannot pay by what was measured at load"
+    assert wanted[0]
+    assert not wanted[1], "at first it cannot pay by what was measured at load"
     by_itself = 0
     for one in reversed(wanted):
         if not one:
