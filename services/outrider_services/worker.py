@@ -30,6 +30,7 @@ from outrider_services.places import place
 log = logging.getLogger(__name__)
 
 BEAT_S = 0.25
+STEPS, STEPS_S = 15, 0.1  # most passes over one row to calibrate; how long for more than three
 RETRY_S = 0.05
 SILENCE_S = 60.0  # a worker whose coordinator is silent for so long ends
 CHUNK = (
@@ -240,9 +241,6 @@ async def serve(
             await loop.run_in_executor(owner, engine.close)
     finally:
         owner.shutdown()
-
-
-STEPS, STEPS_S = 15, 0.1  # most passes over one row to measure; how long for more than three
 
 
 def calibrate(engine: Engine, rows: tuple[int, ...]) -> Curve:

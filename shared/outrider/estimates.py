@@ -48,7 +48,7 @@ class CostModel:
         self._draft = math.log(max(draft_s, 1e-6))
         self._link = math.log(link_s)
         self._turn = self._draft + math.log(0.3)
-        self._tokens = 4  # drafted so far, as it were
+        self._tokens = 4  # drafted so far; what was measured at load counts for as many
         self._changed = False
         self._hold(np.exp([*self._verify, self._draft, self._link, self._turn]))
 
@@ -64,9 +64,10 @@ class CostModel:
 
     def drafted(self, each_s: float, count: int = 1, turn_s: float | None = None) -> None:
         """`count` tokens took `each_s`, and the draft's turn took `turn_s` beside them."""
-        weight = 1 - (1 - max(self.SHARED, 1 / self._tokens)) ** count
-        self._draft += weight * _bounded(math.log(max(each_s, 1e-6)) - self._draft)
         self._tokens += count
+        weight = max(1 - (1 - self.SHARED) ** count, count / self._tokens)
+        # faster than it can be is no disturbance, so only what is slower is bounded
+        self._draft += weight * min(math.log(max(each_s, 1e-6)) - self._draft, math.log(2))
         if turn_s is not None:
             self._turn += self.SHARED * _bounded(math.log(max(turn_s, 1e-5)) - self._turn)
         self._changed = True
@@ -90,8 +91,8 @@ class CostModel:
 
 
 def _bounded(error: float) -> float:
-    """A disturbance makes things slower: what it does must not count for more than a doubling."""
-    return min(error, math.log(2))
+    """One measurement that was disturbed must not count for more than a doubling."""
+    return min(max(error, -math.log(2)), math.log(2))
 
 
 # doubt = log2(1 / (1 - confidence)) and what came true at it, on 1,644 recorded tokens

@@ -265,6 +265,7 @@ def prepare_environment(exact: bool) -> None:
         os.environ["GGML_CPU_TILED_MM"] = "0"  # a kernel that starts at 8 rows, rounding otherwise
 
 
+@functools.cache
 def pause(lib: Any) -> Callable[[], object]:
     """What sends the idle OpenMP threads to sleep, until the next evaluation wakes them.
 
@@ -278,7 +279,6 @@ def pause(lib: Any) -> Callable[[], object]:
     pause_all.argtypes, pause_all.restype = [ctypes.c_int], ctypes.c_int
     # threads that are not to sleep are not woken when the process ends either, which waits for them
     loaded.kmp_set_defaults.argtypes, loaded.kmp_set_defaults.restype = [ctypes.c_char_p], None
-    atexit.unregister(loaded.kmp_set_defaults)
     atexit.register(loaded.kmp_set_defaults, b"KMP_BLOCKTIME=200")
     return functools.partial(pause_all, SOFT)
 

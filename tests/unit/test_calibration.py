@@ -1,0 +1,29 @@
+"""`calibrate`: what a worker says of its engine's speed when it has been loaded."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from outrider.sampling import Scores, Token
+from outrider.toy import ToyEngine
+from outrider_services.worker import calibrate
+
+
+class Disturbed(ToyEngine):
+    """Its first passes over one row are slow, as while the other worker is loading."""
+
+    slow = 5
+
+    def extend(self, slot: int, tokens: Sequence[Token], rows: int) -> Scores:
+        if rows == 1 and self.slow:
+            self.slow -= 1
+            time.sleep(0.015)
+        return super().extend(slot, tokens, rows)
+
+
+def test_a_few_passes_that_were_disturbed_do_not_count() -> None:
+    engine = Disturbed()
+    assert calibrate(engine, (1,))[0] < 0.01
+    assert not engine.slow
+    assert engine.length(0) == 0
