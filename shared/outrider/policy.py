@@ -11,13 +11,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+
 from outrider import planner
-from outrider.estimates import Acceptance, CostModel, Spread
+from outrider.estimates import LEVELS, Acceptance, CostModel, Spread
 
 Mode = Literal["plain", "sync", "pipelined"]
 
 LONGEST = 64  # drafted tokens in a block
+CERTAIN = Spread(prior=np.eye(len(LEVELS))[-1], weight=1.0)
 PROBES = (8, 512)  # plain steps until a draft that did not pay is tried again: at first, at most
+DOUBT = 1 / 32  # of the time of plain steps: to try a draft that by its costs could never pay
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +115,11 @@ class Experience:
             return False
         self.plain_steps += 1
         if self.plain_steps < self.patience:
+            return False
+        costs = self.costs.costs
+        hopeless = planner.plan_in_turn(costs, CERTAIN, np.empty(0), LONGEST) is not None
+        price = (costs.draft_s + costs.turn_s) / self.step_s
+        if hopeless and price > DOUBT * self.plain_steps:
             return False
         self.plain_steps, self.patience = 0, min(3 * self.patience, PROBES[1])
         return True
