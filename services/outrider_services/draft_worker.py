@@ -20,7 +20,7 @@ from outrider import wire
 from outrider.engine import Cancelled, Engine, EngineFault
 from outrider.errors import OutriderError
 from outrider.estimates import usual_acceptance
-from outrider.sampling import Choice, Sampling, Token, choose
+from outrider.sampling import Choice, Sampling, Token, propose
 from outrider_services.worker import Curve, Worker, failure
 
 CUT_SHORT = 16  # most tokens whose evaluation is given up halfway to free the cores
@@ -83,7 +83,7 @@ class Stream:
         if choice is None or end != len(self.tokens):
             return False
         self.tokens.append(choice.token)
-        self.likely.append(float(usual_acceptance((min(choice.confidence, 1.0),))[0]))
+        self.likely.append(float(usual_acceptance((choice.confidence,))[0]))
         return True
 
 
@@ -223,7 +223,7 @@ class DraftWorker(Worker):
                     continue  # more of the prompt to come, or the target said what comes here
                 assert choice
                 elapsed_s = time.perf_counter() - began
-                told = (choice.token,), (min(choice.confidence, 1.0),), elapsed_s, stream.paused
+                told = (choice.token,), (choice.confidence,), elapsed_s, stream.paused
                 unsent = joined(unsent, wire.Drafted(request, begun[0], begun[2], *told))
 
     def _evaluate(self, stream: Stream, text: list[Token], start: int, end: int) -> Choice | None:
@@ -234,7 +234,7 @@ class DraftWorker(Worker):
         rows = self.engine.extend(stream.slot, text[start:], 1 if last else 0)
         if not last:
             return None
-        return choose(rows[0], stream.sampling, text, end, n_vocab=stream.vocabulary)
+        return propose(rows[0], stream.sampling, text, end, n_vocab=stream.vocabulary)
 
 
 def joined(one: wire.Drafted | None, other: wire.Drafted) -> wire.Drafted:

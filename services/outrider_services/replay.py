@@ -18,7 +18,7 @@ import numpy as np
 from outrider.engine import Engine
 from outrider.estimates import CostModel, usual_acceptance
 from outrider.policy import Experience, Pilot, Policy
-from outrider.sampling import Choice, Sampling, Token, choose
+from outrider.sampling import Choice, Sampling, Token, propose
 from outrider.session import (
     Command,
     Commit,
@@ -208,7 +208,7 @@ def record(target: Engine, draft: Engine, prompt: Sequence[Token], count: int) -
     for position in range(count):
         choice = _choice(draft, text, known)
         match.append(int(choice.token == told))
-        confidence.append(min(choice.confidence, 1.0))
+        confidence.append(choice.confidence)
         if choice.token != told:
             off_path[str(position)] = _goes_on(draft, [*text, choice.token], known)
         text.append(told)
@@ -224,7 +224,7 @@ def _goes_on(draft: Engine, text: list[Token], known: int) -> list[float]:
     found = []
     for _ in range(OFF_PATH):
         choice = _choice(draft, text, known)
-        found.append(min(choice.confidence, 1.0))
+        found.append(choice.confidence)
         text.append(choice.token)
     return found
 
@@ -242,4 +242,4 @@ def _choice(engine: Engine, text: Sequence[Token], known: int | None = None) -> 
         kept += engine.info.chunk
     row = engine.extend(0, text[kept:], 1)[0]
     size = engine.info.vocabulary.size
-    return choose(row, GREEDY, text, len(text), n_vocab=min(known or size, size))
+    return propose(row, GREEDY, text, len(text), n_vocab=min(known or size, size))

@@ -188,7 +188,7 @@ class TargetWorker(Worker):
         """The target's choice at each row, given the prefix which that row really has."""
         history = list(sequence.tokens)
         for at, row in enumerate(rows):
-            yield choose(row, sequence.sampling, history, len(history)).token
+            yield choose(row, sequence.sampling, history, len(history))
             history.extend(drafted[at : at + 1])
 
     # ---- questions about text -------------------------------------------------------------------

@@ -78,7 +78,7 @@ def _check(name: str, value: float, least: float, most: float, whole: bool = Fal
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A chosen token and its probability: filtered and tempered, at temperature 0 neither."""
+    """A chosen token and how clearly it won; see `propose`."""
 
     token: Token
     confidence: float
@@ -129,7 +129,7 @@ def choose(
     position: int,
     *,
     n_vocab: int | None = None,
-) -> Choice:
+) -> Token:
     """Choose the token at `position` from its logits; `history` is all tokens before it.
 
     `row` is left as it was. Ids of `n_vocab` and above cannot be chosen (a draft's vocabulary may
@@ -137,21 +137,55 @@ def choose(
     Raises BadScores for a row with NaN or +inf, or without any finite value.
     """
     with np.errstate(over="ignore"):  # -inf is right for what is too far behind for a float
+        return _choose(_adjust(row[:n_vocab], sampling, history), sampling, position)
+
+
+def propose(
+    row: Scores,
+    sampling: Sampling,
+    history: Sequence[Token],
+    position: int,
+    *,
+    n_vocab: int | None = None,
+) -> Choice:
+    """What `choose` would, and how clearly: the softmax of the logits with their noise.
+
+    The noise is weighed by the temperature, as it is in the choice, so what is judged is the lead
+    that another model's logits must overcome to choose otherwise. At temperature 0 that is the
+    token's probability. A probability of the tempered distribution would say little: at a low
+    temperature it is near 1 for nearly every token.
+    """
+    with np.errstate(over="ignore"):
         row = _adjust(row[:n_vocab], sampling, history)
+        token = _choose(row, sampling, position)
         top = _highest(row)
         if sampling.temperature == 0:
-            token = int(np.argmax(row))  # the first, hence the lowest id, on a tie
-            return Choice(token, 1.0 / _mass(row, top, 1.0))
-        temperature = max(sampling.temperature, 1e-30)  # below that, float32 has no more to tell
-        ids, logits = _survivors(row, sampling, top)
-        return _race(ids, logits, top, temperature, _key(sampling.seed, position))
+            return Choice(token, 1.0 / _mass(row, top))
+        near = np.union1d(_top_k(row, min(_RIVALS, row.size)), [token])
+        key = _key(sampling.seed, position)
+        noise = sampling.temperature * _noise(key, near.astype(np.uint64))
+        plain = row[near].astype(np.float64) - top
+        noisy = plain + noise
+        won = float(noisy[near == token][0])
+        rest = max(0.0, _mass(row, top) - float(np.exp(plain).sum()))  # their noise hardly matters
+        others = float(np.exp(noisy - won).sum())
+        return Choice(token, 1.0 / (others + rest * math.exp(min(-won, 700.0))))
+
+
+def _choose(row: Scores, sampling: Sampling, position: int) -> Token:
+    top = _highest(row)
+    if sampling.temperature == 0:
+        return int(np.argmax(row))  # the first, hence the lowest id, on a tie
+    temperature = max(sampling.temperature, 1e-30)  # below that, float32 has no more to tell
+    ids, logits = _survivors(row, sampling, top)
+    return _race(ids, logits, top, temperature, _key(sampling.seed, position))
 
 
 def logprob(row: Scores, token: Token) -> float:
     """The natural log-probability of `token` in plain `row`: no penalty, filter or temperature."""
     top = _highest(row)
     with np.errstate(over="ignore"):
-        return float(row[token]) - top - math.log(_mass(row, top, 1.0))
+        return float(row[token]) - top - math.log(_mass(row, top))
 
 
 def _highest(row: Scores) -> float:
@@ -161,11 +195,9 @@ def _highest(row: Scores) -> float:
     return top
 
 
-def _mass(logits: Scores, top: float, temperature: float) -> float:
-    """The sum of exp((logit - top) / temperature)."""
+def _mass(logits: Scores, top: float) -> float:
+    """The sum of exp(logit - top)."""
     scaled = logits - np.float32(top)
-    if temperature != 1.0:
-        scaled *= np.float32(1.0 / temperature)
     return float(np.exp(scaled, out=scaled).sum())
 
 
@@ -240,7 +272,7 @@ def _top_k(row: Scores, k: int) -> NDArray[np.intp]:
 
 def _top_p(logits: Scores, p: float, top: float) -> NDArray[np.intp]:
     """Where the fewest are, from the highest down, that hold `p` of the mass; at least one."""
-    needed = p * _mass(logits, top, 1.0)
+    needed = p * _mass(logits, top)
     for depth in (2.0, 4.0, 8.0, 16.0, math.inf):  # sort only as deep as it takes
         near = np.sort(logits[logits >= np.float32(top - depth)])[::-1]
         held = np.cumsum(np.exp(near - np.float32(top)), dtype=np.float64)
@@ -261,31 +293,26 @@ def _highest_ones(logits: Scores, count: int, last: np.float32) -> NDArray[np.in
 
 # --- the race ------------------------------------------------------------------------------------
 
+_RIVALS = 64  # of the likeliest tokens the noise is known where a choice is judged
 _FEW = 4096  # ids whose noise costs less than avoiding it
 _LEADS = (8.0, 4.0, 2.0, 1.0, 0.0)  # nats behind the likeliest: within, an id counts as a leader
 _BLOCK = 8192  # ids hashed at once: few enough to stay in a core's own cache
 
 
-def _race(ids: Ids, logits: Scores, top: float, temperature: float, key: Ids) -> Choice:
+def _race(ids: Ids, logits: Scores, top: float, temperature: float, key: Ids) -> Token:
     """The id that maximises (logit - top) / temperature + noise, the lowest one on a tie.
 
-    An id further behind the likeliest than the whole span of the noise cannot win, nor does it
-    add to the mass. At a low temperature that leaves few. Otherwise the leaders run first, and the
-    others join only if their hash promises the noise that they need to beat the best leader: noise
-    -log(-log u) above x takes 1 - u < exp(-x), which is seen without a logarithm.
+    An id further behind the likeliest than the whole span of the noise cannot win. At a low
+    temperature that leaves few. Otherwise the leaders run first, and the others join only if their
+    hash promises the noise that they need to beat the best leader: noise -log(-log u) above x takes
+    1 - u < exp(-x), which is seen without a logarithm.
     """
-    mass: float | None = None
     if ids.size > _FEW:
         near = _within(logits, top, temperature * _SPAN)
         if near.size > _FEW:
-            mass = _mass(logits, top, temperature)
             near = _contenders(ids, logits, top, temperature, key)
         ids, logits = ids[near], logits[near]
-    scaled = _scale(logits, top, temperature)
-    winner = int(np.argmax(scaled + _noise(key, ids)))
-    if mass is None:
-        mass = float(np.exp(scaled).sum())
-    return Choice(int(ids[winner]), math.exp(scaled[winner]) / mass)
+    return int(ids[np.argmax(_scale(logits, top, temperature) + _noise(key, ids))])
 
 
 def _contenders(

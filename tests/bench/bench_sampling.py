@@ -1,4 +1,4 @@
-"""Milliseconds per row of `choose`, at the vocabulary of the default pair.
+"""Milliseconds per row of `choose` and of `propose`, at the vocabulary of the default pair.
 
     python tests/bench/bench_sampling.py [--vocabulary 151936] [--rows 200]
 
@@ -16,9 +16,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from outrider.sampling import Choice, Sampling, Scores, choose, gumbel
+from outrider.sampling import Choice, Sampling, Scores, Token, choose, gumbel, propose
 
-Rule = Callable[[Scores, Sampling, Sequence[int], int], Choice]
+Rule = Callable[[Scores, Sampling, Sequence[int], int], Choice | Token]
 SETTINGS = {
     "temperature 0": Sampling(temperature=0),
     "temperature 0.1 (default)": Sampling(),
@@ -46,13 +46,11 @@ def make_rows(kind: str, vocabulary: int, count: int, seed: int = 0) -> list[Sco
     return rows
 
 
-def full(row: Scores, sampling: Sampling, history: Sequence[int], position: int) -> Choice:
+def full(row: Scores, sampling: Sampling, history: Sequence[int], position: int) -> Token:
     """What `choose` avoids: noise for every id of the vocabulary."""
     scaled = row.astype(np.float64) / sampling.temperature
-    token = int(
-        np.argmax(scaled + gumbel(sampling.seed, position, np.arange(row.size, dtype="u8")))
-    )
-    return Choice(token, float(1 / np.exp(scaled - scaled[token]).sum()))
+    noise = gumbel(sampling.seed, position, np.arange(row.size, dtype="u8"))
+    return int(np.argmax(scaled + noise))
 
 
 def main() -> None:
@@ -68,6 +66,7 @@ def main() -> None:
         history = list(range(1000))
         cases: list[tuple[str, Rule, Sampling]] = []
         cases += [(name, choose, sampling) for name, sampling in SETTINGS.items()]
+        cases += [(f"draft, {name}", propose, SETTINGS[name]) for name in list(SETTINGS)[:3]]
         cases.append(("default, noise for every id", full, Sampling()))
         for name, rule, sampling in cases:
             spent = []

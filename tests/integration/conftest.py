@@ -65,7 +65,7 @@ def _plain(prompt: str | tuple[int, ...], count: int, sampling: Sampling) -> Ans
     new = tokens[-1:]
     while len(tokens) < len(start) + count:
         rows = engine.extend(0, new, 1)
-        new = [choose(rows[0], sampling, tokens, len(tokens)).token]
+        new = [choose(rows[0], sampling, tokens, len(tokens))]
         tokens += new
     answer = tokens[len(start) :]
     return Answer(answer, b"".join(map(engine.piece, answer)).decode("utf-8", "replace"))

@@ -20,7 +20,7 @@ from functools import cache
 
 from outrider import decoding
 from outrider.policy import Policy
-from outrider.sampling import Sampling, Scores, Token, choose
+from outrider.sampling import Sampling, Scores, Token, choose, propose
 from outrider.session import (
     CloseDraft,
     Command,
@@ -156,7 +156,7 @@ def plain(asked: Asked) -> Answer:
     longest = asked.context if asked.n_predict is None else start + asked.n_predict
     while True:
         row = engine.extend(0, new, 1)[0]
-        new = [choose(row, asked.sampling, tokens, len(tokens)).token]
+        new = [choose(row, asked.sampling, tokens, len(tokens))]
         tokens = tokens + new
         answer = tokens[start:]
         text = text_of(answer)
@@ -234,7 +234,7 @@ class Target:
     def choices(self, round_: int, drafted: tuple[Token, ...], rows: Scores) -> Iterator[Token]:
         history = list(self.tokens)
         for at, row in enumerate(rows):
-            yield choose(row, self.asked.sampling, history, self.position(round_, at)).token
+            yield choose(row, self.asked.sampling, history, self.position(round_, at))
             history += drafted[at : at + 1]
 
     def position(self, round_: int, at: int) -> int:
@@ -323,11 +323,9 @@ class Draft:
         if self.engine.length(0) > start:
             self.engine.rewind(0, start)
         row = self.engine.extend(0, tokens[start:], 1)[0]
-        choice = choose(row, stream.sampling, tokens, len(tokens), n_vocab=stream.vocabulary)
+        choice = propose(row, stream.sampling, tokens, len(tokens), n_vocab=stream.vocabulary)
         now = self.sim.clock.now
-        step = Step(
-            start, len(tokens), stream.lineage, choice.token, min(choice.confidence, 1.0), now
-        )
+        step = Step(start, len(tokens), stream.lineage, choice.token, choice.confidence, now)
         self.step = step
         done = now + next(self.sim.token_s)
         self.sim.clock.at(done, lambda: self.take(lambda: self._finish(step)))

@@ -186,9 +186,9 @@ def committed(draft_seed: int, noise: Callable[..., Noise] = gumbel) -> tuple[li
         if noise is gumbel:
             row = np.log(DRAFT).astype(np.float32)
             given_draft = Sampling(temperature=1, seed=draft_seed)
-            drafted = choose(row, given_draft, (), position).token
+            drafted = choose(row, given_draft, (), position)
             row = np.log(TARGET).astype(np.float32)
-            choice = choose(row, Sampling(temperature=1, seed=1), (), position).token
+            choice = choose(row, Sampling(temperature=1, seed=1), (), position)
         else:
             drafted = int(np.argmax(np.log(DRAFT) + noise(draft_seed, position, ids)))
             choice = int(np.argmax(np.log(TARGET) + noise(1, position, ids)))

@@ -17,7 +17,6 @@ from outrider.sampling import (
     HIGHEST_NOISE,
     LOWEST_NOISE,
     BadScores,
-    Choice,
     Noise,
     Sampling,
     Scores,
@@ -26,6 +25,7 @@ from outrider.sampling import (
     gumbel,
     logprob,
     mix,
+    propose,
 )
 
 quiet = settings(derandomize=True, database=None, deadline=None)
@@ -84,7 +84,7 @@ def kept_ids(row: Scores, given: Sampling) -> list[Token]:
 
 def full_choice(
     row: Scores, given: Sampling, history: Sequence[Token], position: int
-) -> tuple[Choice, Noise]:
+) -> tuple[Token, Noise]:
     """The choice with noise for every surviving id, and the distribution it was drawn from."""
     row = penalised(row, given, history)
     top = float(row.max())
@@ -96,15 +96,15 @@ def full_choice(
         scaled = (row[ids].astype(np.float64) - top) / given.temperature
         winner = int(np.argmax(scaled + gumbel(given.seed, position, ids.astype(np.uint64))))
     law = np.exp(scaled) / np.exp(scaled).sum()
-    return Choice(int(ids[winner]), float(law[winner])), law
+    return int(ids[winner]), law
 
 
 def check(row: Scores, given: Sampling, history: Sequence[Token] = (), position: int = 0) -> None:
     before = row.copy()
-    choice = choose(row, given, history, position)
+    chosen = choose(row, given, history, position)
     expected, _ = full_choice(row, given, history, position)
-    assert choice.token == expected.token
-    assert choice.confidence == pytest.approx(expected.confidence, rel=1e-3, abs=1e-12)
+    assert chosen == expected
+    assert propose(row, given, history, position).token == expected
     assert row.tobytes() == before.tobytes()
 
 
@@ -233,7 +233,7 @@ def noisiest_wins(rule: Callable[[Scores, Sampling, int], Token]) -> None:
 
 
 def test_the_race_is_exact_at_every_temperature() -> None:
-    noisiest_wins(lambda row, given, position: choose(row, given, (), position).token)
+    noisiest_wins(lambda row, given, position: choose(row, given, (), position))
 
 
 def test_control_a_bound_on_the_noise_that_is_too_tight_is_caught(
@@ -260,9 +260,9 @@ def test_an_outsider_at_the_very_bound_still_wins(monkeypatch: pytest.MonkeyPatc
     row = np.full(6000, -1000.0, np.float32)
     row[10], row[4000] = 20.0, 20.0 - 40.34
     monkeypatch.setattr(under_test, "_noise", noise_for(4000))
-    assert choose(row, Sampling(temperature=1), (), 0).token == 4000
+    assert choose(row, Sampling(temperature=1), (), 0) == 4000
     row[4000] = 20.0 - 40.35
-    assert choose(row, Sampling(temperature=1), (), 0).token == 10
+    assert choose(row, Sampling(temperature=1), (), 0) == 10
 
 
 @quiet
@@ -275,9 +275,9 @@ def test_any_row_gives_a_possible_token_or_is_refused(values: list[float], given
         with pytest.raises(BadScores):
             choose(row, given, (), 0)
         return
-    choice = choose(row, given, (), 0)
+    choice = propose(row, given, (), 0)
     assert math.isfinite(row[choice.token])
-    assert 0 <= choice.confidence <= 1 + 1e-6
+    assert 0 <= choice.confidence <= 1
 
 
 @pytest.mark.parametrize("temperature", [0, 0.1, 1])
@@ -301,13 +301,12 @@ def test_a_row_without_a_finite_value_is_refused(row: Scores) -> None:
 @pytest.mark.parametrize("temperature", [0, 1e-300, 5e-324])
 def test_the_lowest_temperatures_choose_the_likeliest(temperature: float) -> None:
     row = bell(6000, 3, 2.0)
-    choice = choose(row, Sampling(temperature=temperature), (), 0)
-    assert choice.token == int(row.argmax())
+    assert choose(row, Sampling(temperature=temperature), (), 0) == int(row.argmax())
 
 
 def test_a_vanishing_temperature_still_draws_among_ties() -> None:
     row = np.zeros(6000, np.float32)
-    choice = choose(row, Sampling(temperature=1e-300), (), 0)
+    choice = propose(row, Sampling(temperature=1e-300), (), 0)
     assert choice.token == int(gumbel(0, 0, np.arange(6000, dtype=np.uint64)).argmax())
     assert choice.confidence == pytest.approx(1 / 6000)
 
@@ -336,61 +335,83 @@ def test_penalties_are_those_of_llama_cpp(given: Sampling, expected: list[float]
 
 
 def test_temperature_zero_takes_the_lowest_id_of_a_tie() -> None:
-    assert choose(scores(1, 5, 5, 0), Sampling(temperature=0), (), 3).token == 1
+    assert choose(scores(1, 5, 5, 0), Sampling(temperature=0), (), 3) == 1
 
 
 def test_the_confidence_at_temperature_zero_is_the_plain_softmax() -> None:
-    choice = choose(scores(0, math.log(3)), Sampling(temperature=0, top_k=1), (), 0)
+    choice = propose(scores(0, math.log(3)), Sampling(temperature=0, top_k=1), (), 0)
     assert choice.confidence == pytest.approx(0.75)
 
 
-def test_the_confidence_above_is_that_of_the_filtered_tempered_distribution() -> None:
-    row = scores(0, math.log(3) / 2, -1)
-    choices = [choose(row, Sampling(temperature=0.5, top_k=2), (), n) for n in range(40)]
-    odds = {choice.token: choice.confidence for choice in choices}
-    assert odds == {0: pytest.approx(0.25), 1: pytest.approx(0.75)}
+@pytest.mark.parametrize("temperature", [0.1, 0.7, 2])
+def test_the_confidence_above_is_the_softmax_of_the_logits_with_their_noise(
+    temperature: float,
+) -> None:
+    row = scores(0, 1, -1, 0.5)
+    for position in range(40):
+        choice = propose(row, Sampling(temperature=temperature, top_k=2), (), position)
+        noisy = np.exp(row + temperature * gumbel(0, position, np.arange(4, dtype=np.uint64)))
+        assert choice.confidence == pytest.approx(noisy[choice.token] / noisy.sum(), rel=1e-5)
+
+
+def test_a_low_temperature_makes_no_draft_sure_of_itself() -> None:
+    """Its confidence is close to that at temperature 0, where it says how often it is right."""
+    row = bell(50_000, 3, 2.0)
+    greedy = propose(row, Sampling(temperature=0), (), 0)
+    nearly = propose(row, Sampling(temperature=0.01), (), 0)
+    assert nearly.token == greedy.token
+    assert nearly.confidence == pytest.approx(greedy.confidence, rel=0.05)
+    assert greedy.confidence < 0.5
+
+
+def test_the_mass_of_tokens_without_a_chance_counts() -> None:
+    """Only the likeliest get their noise; the others hold most of the mass all the same."""
+    row = scores(6.0, *[0.0] * 5000)
+    choice = propose(row, Sampling(temperature=0.01), (), 0)
+    assert choice.token == 0
+    assert choice.confidence == pytest.approx(math.exp(6) / (math.exp(6) + 5000), rel=0.1)
 
 
 def test_top_k_keeps_the_lowest_ids_of_a_tie_at_its_end() -> None:
     row = np.zeros(5000, np.float32)
     row[[7, 300, 301, 4999]] = [2, 1, 1, 1]
     given = Sampling(temperature=50, top_k=3)
-    assert {choose(row, given, (), n).token for n in range(100)} == {7, 300, 301}
+    assert {choose(row, given, (), n) for n in range(100)} == {7, 300, 301}
 
 
 def test_top_p_zero_keeps_the_likeliest_alone() -> None:
     given = Sampling(temperature=10, top_p=0)
-    assert {choose(scores(0, 1, 1), given, (), n).token for n in range(50)} == {1}
+    assert {choose(scores(0, 1, 1), given, (), n) for n in range(50)} == {1}
 
 
 def test_temperature_comes_last() -> None:
     """At temperature 1 the second id is outside the nucleus, at temperature 10 it would not be."""
     row = scores(math.log(9), 0)
     given = Sampling(temperature=10, top_p=0.85)
-    assert {choose(row, given, (), n).token for n in range(50)} == {0}
+    assert {choose(row, given, (), n) for n in range(50)} == {0}
 
 
 def test_ids_beyond_the_targets_vocabulary_are_never_chosen() -> None:
     row = scores(0, 1, 9, 9)
     for temperature in (0, 0.1, 5):
         given = Sampling(temperature=temperature)
-        assert {choose(row, given, (), n, n_vocab=2).token for n in range(40)} <= {0, 1}
-    assert choose(row[:2], Sampling(), (), 0) == choose(row, Sampling(), (), 0, n_vocab=2)
+        assert {choose(row, given, (), n, n_vocab=2) for n in range(40)} <= {0, 1}
+    assert propose(row[:2], Sampling(), (), 0) == propose(row, Sampling(), (), 0, n_vocab=2)
 
 
 def test_a_vocabulary_larger_than_the_row_masks_nothing() -> None:
-    assert choose(scores(0, 1), Sampling(temperature=0), (), 0, n_vocab=10).token == 1
+    assert choose(scores(0, 1), Sampling(temperature=0), (), 0, n_vocab=10) == 1
 
 
 def test_history_and_biases_beyond_the_row_are_skipped() -> None:
     given = Sampling(temperature=0, repeat_penalty=2, logit_bias=((99, 50.0),))
-    assert choose(scores(1, 2), given, [99, 1, 1], 3).token == 0
+    assert choose(scores(1, 2), given, [99, 1, 1], 3) == 0
 
 
 def test_the_draw_depends_on_position_and_seed() -> None:
     row = np.zeros(50, np.float32)
-    by_position = {choose(row, Sampling(temperature=1), (), n).token for n in range(50)}
-    by_seed = {choose(row, Sampling(temperature=1, seed=n), (), 0).token for n in range(50)}
+    by_position = {choose(row, Sampling(temperature=1), (), n) for n in range(50)}
+    by_seed = {choose(row, Sampling(temperature=1, seed=n), (), 0) for n in range(50)}
     assert min(len(by_position), len(by_seed)) > 20
 
 
@@ -404,7 +425,7 @@ def test_logprob_is_the_plain_log_softmax() -> None:
 def test_a_read_only_row_is_fine() -> None:
     row = scores(1, 2, 3)
     row.flags.writeable = False
-    assert choose(row, Sampling(temperature=0, repeat_penalty=9), [2], 1).token == 1
+    assert choose(row, Sampling(temperature=0, repeat_penalty=9), [2], 1) == 1
 
 
 # --- settings -------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from outrider.engine import Cancelled, Engine
-from outrider.sampling import Sampling, Scores, Token, choose
+from outrider.sampling import Sampling, Scores, Token, choose, propose
 from outrider.toy import CONTROLS, END, SMALLEST, ToyCosts, ToyEngine, ToySettings
 
 quiet = settings(derandomize=True, database=None, deadline=None)
@@ -23,7 +23,7 @@ def generate(engine: ToyEngine, count: int, given: Sampling, slot: int = 0) -> l
     tokens = list(PROMPT)
     row = engine.extend(slot, tokens, 1)[0]
     for _ in range(count):
-        tokens.append(choose(row, given, tokens, len(tokens)).token)
+        tokens.append(choose(row, given, tokens, len(tokens)))
         row = engine.extend(slot, tokens[-1:], 1)[0]
     return tokens[len(PROMPT) :]
 
@@ -41,8 +41,8 @@ def agreed(agreement: float, given: Sampling, count: int) -> float:
     tokens, equal = list(PROMPT), 0
     new = tokens
     for _ in range(count):
-        ours = choose(target.extend(0, new, 1)[0], given, tokens, len(tokens)).token
-        equal += ours == choose(draft.extend(0, new, 1)[0], given, tokens, len(tokens)).token
+        ours = choose(target.extend(0, new, 1)[0], given, tokens, len(tokens))
+        equal += ours == choose(draft.extend(0, new, 1)[0], given, tokens, len(tokens))
         new = [ours]
         tokens.append(ours)
     return equal / count
@@ -120,7 +120,7 @@ def test_a_disagreeing_draft_is_less_sure() -> None:
 
     def confidence(agreement: float) -> float:
         row = row_after(ToyEngine(ToySettings(role="draft", agreement=agreement)), PROMPT)
-        return choose(row, greedy, PROMPT, len(PROMPT)).confidence
+        return propose(row, greedy, PROMPT, len(PROMPT)).confidence
 
     assert confidence(0.0) < confidence(1.0)
 
