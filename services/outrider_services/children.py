@@ -86,10 +86,10 @@ def load_engine(role: str, settings: Settings, progress: Callable[[float], None]
     """The model that is the target of `settings`, for a worker of `role`. Raises OutriderError."""
     if settings.pipeline.backend == "toy":
         return _toy(role, settings)
-    return _llama(settings, progress)
+    return _llama(role, settings, progress)
 
 
-def _llama(settings: Settings, progress: Callable[[float], None]) -> Engine:
+def _llama(role: str, settings: Settings, progress: Callable[[float], None]) -> Engine:
     from outrider.llama import LlamaEngine, LlamaSettings
 
     target, pipeline = settings.target, settings.pipeline
@@ -103,6 +103,7 @@ def _llama(settings: Settings, progress: Callable[[float], None]) -> Engine:
             threads=threads,
             gpu_layers=target.ngl,
             exact=pipeline.exact,
+            drafts=role == "draft",
         )
     except ValueError as exc:
         raise ConfigError(str(exc)) from None

@@ -43,6 +43,7 @@ class Job:
     cores: str = ""
     gpu_layers: int = 0
     exact: bool = False
+    drafts: bool = False
     source: str = ""
     kind: str = ""
     rows: tuple[int, ...] = ()  # of the passes whose seconds are asked for
@@ -149,6 +150,7 @@ def work(job: Job) -> Findings:
         threads=min(job.threads, len(os.sched_getaffinity(0))),
         gpu_layers=job.gpu_layers,
         exact=job.exact,
+        drafts=job.drafts,
     )
     engine = LlamaEngine.load(Path(job.model), settings)
     try:

@@ -277,6 +277,7 @@ class Tuner:
             draft.cores,
             draft.ngl,
             settings.pipeline.exact,
+            drafts=True,
             rows=(1,),
             repeats=9 if self.thorough else 3,
             sequences=() if quant in self.acceptances else self.sequences,
