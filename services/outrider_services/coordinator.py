@@ -381,8 +381,11 @@ class Coordinator:
         session = request.session
         if session is None:
             return
-        for command in event(session, time.monotonic()):
+        commands = event(session, time.monotonic())
+        for command in commands:
             self._execute(request, session, command)
+        if any(isinstance(command, core.Verify) for command in commands):
+            session.policy.settle()  # the target is busy now, and nobody waits for us
         if request.timer:
             request.timer.cancel()
             request.timer = None

@@ -83,7 +83,7 @@ class Stream:
         if choice is None or end != len(self.tokens):
             return False
         self.tokens.append(choice.token)
-        self.likely.append(float(usual_acceptance((choice.confidence,))[0]))
+        self.likely.append(usual_acceptance(choice.confidence))
         return True
 
 

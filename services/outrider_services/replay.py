@@ -109,6 +109,8 @@ class Replay:
                     self.at(now + link_s, "told", command)
                 case Finish():
                     self.over = True
+        if any(isinstance(command, Verify) for command in commands):
+            self.policy.settle()
 
     def pass_s(self, drafted: tuple[int, ...]) -> float:
         return self.world.verify_s[len(drafted)]
@@ -157,7 +159,7 @@ class Replay:
             token = self.recorded(self.stream.tokens)
             self.stream.evaluated = len(self.stream.tokens)
             self.stream.tokens.append(token.token)
-            self.stream.likely.append(float(usual_acceptance([token.confidence])[0]))
+            self.stream.likely.append(usual_acceptance(token.confidence))
             self.unsent.append(token)
             self.unsent_at = lineage, position + 1 - len(self.unsent)
         self.draft(now)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import bisect
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -100,11 +101,13 @@ DOUBTS = (0.0, 0.5, 1.5, 2.5, 3.5, 4.5, 6.0)
 CAME_TRUE = (0.22, 0.5, 0.70, 0.86, 0.925, 0.965, 0.995)
 
 
-def usual_acceptance(confidences: Sequence[float]) -> Values:
+def usual_acceptance(confidence: float) -> float:
     """How often tokens were accepted of which a draft was so sure."""
-    doubts = -np.log2(np.maximum(1 - np.asarray(confidences, np.float64), 1e-4))
-    likely: Values = np.interp(doubts, DOUBTS, CAME_TRUE)
-    return likely
+    doubt = -math.log2(max(1 - confidence, 1e-4))
+    above = bisect.bisect(DOUBTS, doubt, 1, len(DOUBTS) - 1)
+    low, high = DOUBTS[above - 1], DOUBTS[above]
+    part = min(max((doubt - low) / (high - low), 0.0), 1.0)
+    return CAME_TRUE[above - 1] + part * (CAME_TRUE[above] - CAME_TRUE[above - 1])
 
 
 class Acceptance:
@@ -120,7 +123,7 @@ class Acceptance:
         fade = 1 - 1 / self._memory
         self._good, self._seen = self._good * fade + good, self._seen * fade + 1
         self._came = self._came * fade + good
-        self._foretold = self._foretold * fade + float(usual_acceptance((confidence,))[0])
+        self._foretold = self._foretold * fade + usual_acceptance(confidence)
 
     @property
     def average(self) -> float:
@@ -133,10 +136,12 @@ class Acceptance:
         return min(1.0, (self._came + weight) / (self._foretold + weight))
 
     def of(self, confidences: Sequence[float]) -> Values:
-        return usual_acceptance(confidences) * self.trust
+        trust = self.trust
+        return np.array([trust * usual_acceptance(confidence) for confidence in confidences])
 
 
 LEVELS = np.array([0.3, 0.5, 0.65, 0.78, 0.87, 0.93, 0.97, 0.995])  # acceptances told apart
+BETWEEN = tuple(map(float, (LEVELS[1:] + LEVELS[:-1]) / 2))
 
 
 class Spread:
@@ -145,26 +150,30 @@ class Spread:
     OFF = 0.1
 
     def __init__(
-        self, memory: float = 60.0, prior: Values | None = None, weight: float = 16.0
+        self,
+        memory: float = 60.0,
+        prior: Sequence[float] = (1 / len(LEVELS),) * len(LEVELS),
+        weight: float = 16.0,
     ) -> None:
-        self._memory = memory
-        self._seen = weight * (np.full(len(LEVELS), 1 / len(LEVELS)) if prior is None else prior)
-        self._held: tuple[float, ...] = tuple(map(float, self.weights))
+        self._fade = 1 - 1 / memory
+        self._seen = [weight * share for share in prior]
+        self._held = self.weights
 
-    def observe(self, likely: Values) -> None:
-        for level in np.searchsorted((LEVELS[1:] + LEVELS[:-1]) / 2, likely):
-            self._seen *= 1 - 1 / self._memory
-            self._seen[level] += 1
+    def observe(self, likely: Iterable[float]) -> None:
+        for acceptance in likely:
+            self._seen = [seen * self._fade for seen in self._seen]
+            self._seen[bisect.bisect_left(BETWEEN, acceptance)] += 1
 
     @property
-    def weights(self) -> Values:
-        weights: Values = self._seen / self._seen.sum()
-        return weights
+    def weights(self) -> tuple[float, ...]:
+        total = sum(self._seen)
+        return tuple(seen / total for seen in self._seen)
 
     @property
     def steady(self) -> tuple[float, ...]:
         """The weights, or what they were before, while that is off by little: see `CostModel`."""
         weights = self.weights
-        if np.abs(weights - self._held).sum() > self.OFF:
-            self._held = tuple(map(float, weights))
+        pairs = zip(weights, self._held, strict=True)
+        if sum(abs(weight - held) for weight, held in pairs) > self.OFF:
+            self._held = weights
         return self._held

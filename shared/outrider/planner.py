@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from outrider.estimates import LEVELS, Costs, Spread, Values
+from outrider.estimates import LEVELS, Costs, Values
 
 DEEPEST = 24  # drafted tokens ahead that are told apart: more add nothing
 LONGEST = 15  # most drafted tokens of a block
@@ -97,13 +97,12 @@ def plan(
     return block
 
 
-def plan_in_turn(costs: Costs, spread: Spread, likely: Values, limit: int) -> int | None:
+def plan_in_turn(costs: Costs, turn: Turn, likely: Values, limit: int) -> int | None:
     """How many drafted tokens to verify where draft and target take turns; None: draft one more.
 
     Each drafted token costs its drafting and its row, and shows how sure the draft is of it: going
-    on is worth what the best stopping rule makes of the confidences that `spread` foretells.
+    on is worth what the best stopping rule, `turn`, makes of the confidences to be expected.
     """
-    turn = solve_in_turn(costs, spread.steady)
     rate = turn.rate
     longest = min(LONGEST, limit)
     there = min(len(likely), longest)
@@ -187,37 +186,69 @@ def _floor(reach: NDArray[Any], gain: NDArray[Any]) -> float:
 def appraise(costs: Costs, average: float, likely: Values, limit: int) -> tuple[int, float, float]:
     """The best number of drafted tokens to verify now, the value of doing so, and with one more.
 
-    `worth[i, m]` is the value of what is left when i of the tokens in stock are committed and m
-    more, of `average` acceptance, have been drafted behind the last.
+    From the last token in stock to the first: `worth[i, m]` is the value of what is left when i of
+    the tokens in stock are committed and m more, of `average` acceptance, have been drafted behind
+    the last. This is done between a verdict and the target's next pass, hence the tables.
     """
     acceptance = rounded(average)
-    rate, value = solve(costs, acceptance)
-    known, longest = min(len(likely), FARTHEST), min(LONGEST, limit)
-    likely = np.concatenate((likely[:known], np.full(longest + 1, acceptance)))
-    seconds = costs.passes(longest)
-    block, more = np.arange(longest + 1)[:, None], np.arange(DEEPEST + 1)[None, :]
-    price, drafted = rate * seconds[:, None], (seconds / costs.draft_s)[:, None]
-    # rows behind the known tokens: what is left is shorter by as many as the block took of it
-    worth = np.zeros((known + longest + 2, DEEPEST + 1))
-    for taken in range(longest + 2):
-        worth[known + taken, taken:] = value[: DEEPEST + 1 - taken]
+    known, rows = min(len(likely), FARTHEST), min(LONGEST, limit) + 1
+    price, alone, unknown = _prospect(costs, acceptance)
+    if not known:
+        return 0, alone, float(unknown[0, min(1, limit)])
+    likely = np.concatenate((likely[:known], np.full(rows, acceptance)))
+    worth = np.concatenate((np.empty((known, DEEPEST + 1)), unknown[: rows + 1]))
     for start in range(known - 1, -1, -1):
-        now = more if start else more[:, :2]  # nothing is drafted behind the known tokens yet
-        reach = np.cumprod(likely[start : start + longest + 1])[:, None]
-        gain = np.cumsum(reach, axis=0) - reach + 1
-        room = np.maximum(DEEPEST - (known - start) - now, 0)
-        left = now + np.minimum(drafted, room)
-        low = np.minimum(left.astype(np.intp), DEEPEST - 1)
-        after = start + 1 + block
-        rest = worth[after, low]
-        rest = rest + (left - low) * (worth[after, low + 1] - rest)
-        total = np.where(block <= known - start + now, gain - price + reach * rest, -np.inf)
-        if start == 0:
-            value_now, value_later = total.max(axis=0)
-            return int(np.argmax(total[:, 0])), float(value_now), float(value_later)
-        worth[start] = total.max(axis=0)
-    alone = 1 - price[0, 0] + acceptance * np.interp(drafted[0, 0] - 1, more[0], value)
-    return 0, float(alone), float(value[min(1, limit)])
+        left = _leftovers(costs)[known - start]
+        # nothing is drafted behind the known tokens yet: the first is verified now, or after one
+        of = np.s_[:rows, : DEEPEST + 1 if start else 2]
+        reach = likely[start : start + rows].cumprod()
+        gain = reach.cumsum() - reach
+        behind = worth[start + 1 :].ravel()
+        fewer = behind.take(left.at[of])
+        total = fewer + left.part[of] * (behind[1:].take(left.at[of]) - fewer)
+        total *= reach[:, None]
+        total += (gain - price[:rows])[:, None] + left.barred[of]
+        worth[start, : total.shape[1]] = total.max(axis=0)
+    now, later = worth[0, :2].tolist()
+    return int(total[:, 0].argmax()), now, later
+
+
+@dataclass(frozen=True, slots=True)
+class Leftover:
+    """What of a stock is left by a block: arrays by its length and what is drafted behind it."""
+
+    at: NDArray[np.intp]  # where in `appraise` its worth stands, the row behind the first being 0
+    part: Values  # how much of the way from there to one drafted token more
+    barred: Values  # 0, or -inf where the block is longer than the stock
+
+
+@functools.lru_cache(maxsize=8)
+def _leftovers(costs: Costs) -> tuple[Leftover, ...]:
+    """Those of 0, 1, … FARTHEST known tokens."""
+    drafted = (costs.passes(LONGEST) / costs.draft_s)[:, None]
+    block, more = np.arange(LONGEST + 1)[:, None], np.arange(DEEPEST + 1)[None, :]
+    found = []
+    for known in range(FARTHEST + 1):
+        room = np.maximum(DEEPEST - known - more, 0.0)
+        after: Values = np.asarray(more + np.minimum(drafted, room), np.float64)
+        low = np.minimum(after.astype(np.intp), DEEPEST - 1)
+        barred = np.where(block <= known + more, 0.0, -np.inf)
+        found.append(Leftover(block * (DEEPEST + 1) + low, after - low, barred))
+    return tuple(found)
+
+
+@functools.lru_cache(maxsize=256)
+def _prospect(costs: Costs, acceptance: float) -> tuple[Values, float, Values]:
+    """What a pass costs beyond the token that it always gives, by its drafted tokens; what a plain
+    step is worth; the worth of what is left, where none of it is known."""
+    rate, value = solve(costs, acceptance)
+    price = rate * costs.passes(LONGEST) - 1
+    stock = costs.passes(0)[0] / costs.draft_s - 1
+    alone = acceptance * np.interp(stock, np.arange(DEEPEST + 1), value) - price[0]
+    unknown = np.zeros((LONGEST + 2, DEEPEST + 1))
+    for taken in range(LONGEST + 2):  # shorter by as many as the block took of it
+        unknown[taken, taken:] = value[: DEEPEST + 1 - taken]
+    return price, float(alone), unknown
 
 
 def rounded(acceptance: float) -> float:

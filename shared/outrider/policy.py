@@ -19,7 +19,7 @@ from outrider.estimates import LEVELS, Acceptance, CostModel, Spread
 Mode = Literal["plain", "sync", "pipelined"]
 
 LONGEST = 64  # drafted tokens in a block
-CERTAIN = Spread(prior=np.eye(len(LEVELS))[-1], weight=1.0)
+CERTAIN = (0.0,) * (len(LEVELS) - 1) + (1.0,)  # the spread of a draft that is nearly always right
 PROBES = (8, 512)  # plain steps until a draft that did not pay is tried again: at first, at most
 DOUBT = 1 / 32  # of the time of plain steps: to try a draft that by its costs could never pay
 
@@ -76,6 +76,9 @@ class Policy:
     def observe(self, good: bool, confidence: float) -> None:
         """Fixed numbers learn nothing."""
 
+    def settle(self) -> None:
+        """Nor is there anything to work out."""
+
     def verified(self, rows: int, elapsed_s: float, round_trip_s: float) -> None:
         """Nor do they measure."""
 
@@ -117,7 +120,8 @@ class Experience:
         if self.plain_steps < self.patience:
             return False
         costs = self.costs.costs
-        hopeless = planner.plan_in_turn(costs, CERTAIN, np.empty(0), LONGEST) is not None
+        best = planner.solve_in_turn(costs, CERTAIN)
+        hopeless = planner.plan_in_turn(costs, best, np.empty(0), LONGEST) is not None
         price = (costs.draft_s + costs.turn_s) / self.step_s
         if hopeless and price > DOUBT * self.plain_steps:
             return False
@@ -137,6 +141,7 @@ class Pilot:
         self._spread = Spread(prior=experience.spread.weights)
         self._prefilled = False
         self._guard.begin()
+        self.settle()
 
     @property
     def drafts(self) -> bool:
@@ -156,7 +161,7 @@ class Pilot:
         """In turns the draft stops by itself: asking first would cost it a round of messages."""
         if self.mode != "sync":
             return ()
-        floors = planner.solve_in_turn(self._costs.costs, self._spread.steady).floors
+        floors = self._turn.floors
         trust = max(self._experience.acceptance.trust, 0.1)
         return tuple(floor / trust ** (n + 1) for n, floor in enumerate(floors))
 
@@ -169,13 +174,25 @@ class Pilot:
         if self._guard.resting:
             return 0
         limit = max(0, min(limit, self._n_max))
-        likely, costs = self._experience.acceptance.of(confidences), self._costs.costs
+        likely, costs = self._experience.acceptance.of(confidences), self._settled
         if self.mode == "pipelined":
-            return planner.plan(costs, self._acceptance.average, likely, limit, next_s)
-        block = planner.plan_in_turn(costs, self._spread, likely, limit)
+            return planner.plan(costs, self._average, likely, limit, next_s)
+        block = planner.plan_in_turn(costs, self._turn, likely, limit)
         if not len(confidences) and self._experience.probes(block) and limit:
             block = None
         return min(len(likely), limit) if block is None and next_s is None else block
+
+    def settle(self) -> None:
+        """Let what was observed count from now on.
+
+        That may take milliseconds of solving anew: time in which the target had better be busy.
+        """
+        self._settled = costs = self._costs.costs
+        if self.mode == "pipelined":
+            self._average = planner.rounded(self._acceptance.average)
+            planner.appraise(costs, self._average, np.ones(1), LONGEST)
+        else:
+            self._turn = planner.solve_in_turn(costs, self._spread.steady)
 
     def observe(self, good: bool, confidence: float) -> None:
         self._acceptance.observe(good, confidence)

@@ -66,34 +66,39 @@ def test_what_one_more_token_is_worth_is_what_it_is_worth_once_there(likely: lis
     assert later == pytest.approx(then, abs=1e-6)
 
 
-def spread_of(acceptance: float) -> Spread:
+def spread_of(acceptance: float) -> tuple[float, ...]:
     spread = Spread(weight=1e-6)
-    spread.observe(np.array([acceptance]))
-    return spread
+    spread.observe([acceptance])
+    return spread.weights
+
+
+def in_turn(costs: Costs, acceptance: float, likely: list[float], limit: int = 100) -> int | None:
+    turn = planner.solve_in_turn(costs, spread_of(acceptance))
+    return planner.plan_in_turn(costs, turn, np.array(likely), limit)
 
 
 def test_in_turns_bad_drafts_and_slow_ones_are_left_alone() -> None:
-    assert planner.plan_in_turn(SLOPED, spread_of(0.3), np.empty(0), 100) == 0
+    assert in_turn(SLOPED, 0.3, []) == 0
     slow = Costs((0.1,) * 16, 0.2, 0.0)
-    assert planner.plan_in_turn(slow, spread_of(0.99), np.empty(0), 100) == 0
+    assert in_turn(slow, 0.99, []) == 0
 
 
 def test_in_turns_good_drafts_are_worth_long_blocks() -> None:
     for there in range(5):
-        assert planner.plan_in_turn(SLOPED, spread_of(0.99), np.full(there, 0.99), 100) is None
-    assert planner.plan_in_turn(SLOPED, spread_of(0.99), np.full(3, 0.99), 3) == 3
+        assert in_turn(SLOPED, 0.99, [0.99] * there) is None
+    assert in_turn(SLOPED, 0.99, [0.99] * 3, limit=3) == 3
 
 
 def test_in_turns_drafting_ends_where_the_next_token_is_not_worth_its_time() -> None:
-    assert planner.plan_in_turn(SLOPED, spread_of(0.9), np.array([0.9, 0.02]), 100) == 1
-    assert planner.plan_in_turn(SLOPED, spread_of(0.9), np.array([0.99, 0.99]), 100) is None
-    assert planner.plan_in_turn(SLOPED, spread_of(0.9), np.array([0.9] * 8), 100) is not None
+    assert in_turn(SLOPED, 0.9, [0.9, 0.02]) == 1
+    assert in_turn(SLOPED, 0.9, [0.99, 0.99]) is None
+    assert in_turn(SLOPED, 0.9, [0.9] * 8) is not None
 
 
 def test_the_rate_in_turns_is_what_a_known_chain_gives() -> None:
     """Drafts that are certain: the longest block, each token for its drafting and its row."""
     costs = Costs((0.1,) * 16, 0.01, 0.0)
-    rate = planner.solve_in_turn(costs, spread_of(0.999).steady).rate
+    rate = planner.solve_in_turn(costs, spread_of(0.999)).rate
     expected = sum(0.995**n for n in range(planner.LONGEST + 1))
     assert rate == pytest.approx(expected / (0.1 + planner.LONGEST * 0.01), rel=0.02)
 
