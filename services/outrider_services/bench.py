@@ -14,11 +14,10 @@ import platform
 import secrets
 import shlex
 import sys
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from datetime import datetime
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +36,14 @@ from outrider_services.measures import (
     as_csv,
     as_json,
     as_markdown,
+    geometric_mean,
 )
 from outrider_services.options import Draft, Settings, Target, cores, nearest
 from outrider_services.serving import News, has_draft, signalled, tell, with_paths
 
 MODES = (PLAIN, "sync", "pipelined", "auto")
 FAILED_CHECK = 9
+FINALISTS = 4  # of a peer's lengths, tried on more than the first prompt of a category
 LANES_S = 3.0  # how much of an answer the picture of the lanes shows
 
 
@@ -275,21 +276,40 @@ class Bench:
             self.lanes[mode] = answer.trace or ()
 
     async def _sweep(self) -> None:
-        """Try each length of each peer once in each category, and keep the best."""
-        firsts = [prompt for prompt in self._prompts() if prompt.number == 0]
-        for name, peer in self._peers.items():
-            for n_max in self._plan.peer_n_max:  # outside, for a server starts anew for each
-                for prompt in firsts:
+        """Find the length that each peer does best in each category.
+
+        Every length answers the first prompt once, the finalists the others too.
+        """
+        for name in self._peers:
+            every = list(self._plan.peer_n_max)
+            lengths = dict.fromkeys(self._tried(name), every)
+            await self._try(name, lengths, lambda prompt: prompt.number == 0)
+            lengths = {c: finalists(tried) for c, tried in self._tried(name).items()}
+            await self._try(name, lengths, lambda prompt: prompt.number > 0)
+            for category, tried in self._tried(name).items():
+                self._best[category, name] = finalists(tried)[0]
+
+    def _tried(self, peer: str) -> dict[str, dict[int, list[float]]]:
+        """By category and length, what the sweep of `peer` has found so far."""
+        return {
+            category.name: self.results.sweeps.setdefault(category.name, {}).setdefault(peer, {})
+            for category in self._plan.categories
+        }
+
+    async def _try(
+        self, name: str, lengths: dict[str, list[int]], wanted: Callable[[Prompt], bool]
+    ) -> None:
+        peer, found = self._peers[name], self._tried(name)
+        for n_max in self._plan.peer_n_max:  # outside, for a server starts anew for each
+            for prompt in filter(wanted, self._prompts()):
+                if n_max in lengths[prompt.category]:
                     text = self._texts[prompt]
                     answer = await peer.generate(text, self._plan.count, n_max)
-                    tried = self.results.sweeps.setdefault(prompt.category, {}).setdefault(name, {})
-                    tried[n_max] = answer.tokens_per_s
+                    found[prompt.category].setdefault(n_max, []).append(answer.tokens_per_s)
                     speed = f"{answer.tokens_per_s:.2f} tokens/s"
-                    tell(f"[sweep] {prompt.category}: {name} with n_max {n_max}, {speed}")
-            await peer.stop()
-        for category, by_peer in self.results.sweeps.items():
-            for name, speeds in by_peer.items():
-                self._best[category, name] = max(speeds.items(), key=itemgetter(1))[0]
+                    where = f"{prompt.category} {prompt.number + 1}"
+                    tell(f"[sweep] {where}: {name} with n_max {n_max}, {speed}")
+        await peer.stop()
 
     async def _sample(self, arm: str, prompt: Prompt, repetition: int) -> Sample:
         where = (prompt.category, prompt.number, repetition, arm)
@@ -327,6 +347,13 @@ class Bench:
             p_min=None if length is None else 0.0,
         )
         return answer
+
+
+def finalists(tried: Mapping[int, Sequence[float]]) -> list[int]:
+    """The lengths that did best of those tried on the most prompts, the best first."""
+    most = max(map(len, tried.values()))
+    means = {n_max: geometric_mean(of) for n_max, of in tried.items() if len(of) == most}
+    return sorted(means, key=lambda n_max: -means[n_max])[:FINALISTS]
 
 
 def schedule(

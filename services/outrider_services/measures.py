@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any
@@ -38,7 +38,7 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """An arm in a category: medians over its samples."""
+    """An arm in a category: medians over its samples, `ratio` as `paired` tells."""
 
     category: str
     arm: str
@@ -61,22 +61,23 @@ class Results:
     arms: tuple[str, ...]
     peers: tuple[str, ...] = ()
     samples: list[Sample] = field(default_factory=list)
-    # category, peer, most drafted tokens: tokens per second, tried once before the rest
-    sweeps: dict[str, dict[str, dict[int, float]]] = field(default_factory=dict)
+    # category, peer, most drafted tokens: tokens per second of the prompts, tried before the rest
+    sweeps: dict[str, dict[str, dict[int, list[float]]]] = field(default_factory=dict)
 
     @property
     def categories(self) -> list[str]:
         return list(dict.fromkeys(sample.category for sample in self.samples))
 
+    def of(self, category: str, arm: str) -> list[Sample]:
+        return [s for s in self.samples if (s.category, s.arm) == (category, arm)]
+
     def summaries(self) -> list[Summary]:
-        plain = {s.turn: s.tokens_per_s for s in self.samples if s.arm == PLAIN}
-        found = []
-        for category in self.categories:
-            for arm in (*self.arms, *self.peers):
-                of = [s for s in self.samples if (s.category, s.arm) == (category, arm)]
-                if of:
-                    found.append(summarize(of, plain))
-        return found
+        return [
+            summarize(of, self.of(category, PLAIN))
+            for category in self.categories
+            for arm in (*self.arms, *self.peers)
+            if (of := self.of(category, arm))
+        ]
 
     def means(self) -> dict[str, float]:
         """Each arm's geometric mean over the categories of its ratio to plain."""
@@ -86,10 +87,11 @@ class Results:
 
     def against_peers(self) -> dict[str, dict[str, float]]:
         """For each of our arms, category by category, its speed over that of the best peer."""
-        speed = {(s.category, s.arm): s.tokens_per_s for s in self.summaries()}
         return {
             arm: {
-                category: speed[category, arm] / max(speed[category, peer] for peer in self.peers)
+                category: min(
+                    paired(self.of(category, arm), self.of(category, peer)) for peer in self.peers
+                )
                 for category in self.categories
             }
             for arm in (self.arms if self.peers else ())
@@ -112,15 +114,29 @@ class Results:
         return list(wrong)
 
 
-def summarize(samples: Sequence[Sample], plain: Mapping[tuple[str, int, int], float]) -> Summary:
+def ratios(samples: Sequence[Sample], others: Sequence[Sample]) -> dict[int, list[float]]:
+    """By prompt, how many times as fast the `samples` were as the `others` of the same turns."""
+    speed = {one.turn: one.tokens_per_s for one in others}
+    found: dict[int, list[float]] = {}
+    for sample in samples:
+        found.setdefault(sample.prompt, []).append(sample.tokens_per_s / speed[sample.turn])
+    return found
+
+
+def paired(samples: Sequence[Sample], others: Sequence[Sample]) -> float:
+    """The geometric mean over the prompts of the median of such ratios."""
+    return geometric_mean(map(median, ratios(samples, others).values()))
+
+
+def summarize(samples: Sequence[Sample], plain: Sequence[Sample]) -> Summary:
     """Samples of one arm in one category, over what plain did in the same turns."""
-    ratios = [s.tokens_per_s / plain[s.turn] for s in samples]
+    single = [ratio for of in ratios(samples, plain).values() for ratio in of]
     return Summary(
         samples[0].category,
         samples[0].arm,
-        median(ratios),
-        min(ratios),
-        max(ratios),
+        paired(samples, plain),
+        min(single),
+        max(single),
         median(s.tokens_per_s for s in samples),
         middle(s.acceptance_rate for s in samples),
         middle(s.mean_accepted_length for s in samples),

@@ -111,14 +111,24 @@ def test_peers_are_swept_first_and_measured_with_their_best_length(
     done = cli("bench", *QUICK, *SHORT, *peers, "--arms", arms, "-o", "json")
     report = found(done)
     sweeps = report["sweeps"]["code"]
-    assert sweeps["llama-server"] == {"2": 52.0, "4": 54.0, "5": 55.0}
-    assert sweeps["llama-speculative-simple"] == {"2": 98.0, "4": 100.0, "5": 99.0}
+    assert sweeps["llama-server"] == {"2": [52.0], "4": [54.0], "5": [55.0]}
+    assert sweeps["llama-speculative-simple"] == {"2": [98.0], "4": [100.0], "5": [99.0]}
     by_arm = {one["arm"]: one for one in report["results"]}
     assert (by_arm["llama-server"]["n_max"], by_arm["llama-server"]["acceptance_rate"]) == (5, 0.7)
     assert by_arm["llama-speculative-simple"]["n_max"] == 4
     auto = report["against_best_peer"]["auto"]
     assert auto["categories"]["code"] == pytest.approx(by_arm["auto"]["tokens_per_s"] / 100)
     assert done.stderr.count("[sweep]") == 6
+
+
+def test_the_best_lengths_of_a_peer_are_tried_on_every_prompt(cli: Cli, programs: Path) -> None:
+    peers = ("--peers", str(programs), "--peer-n-max", "2-7", "-m", "t.gguf", "-md", "d.gguf")
+    arms = ("--arms", "plain,llama-server", "--per-category", "2")
+    report = found(cli("bench", *QUICK, *SHORT, *peers, *arms, "-o", "json"))
+    tried = report["sweeps"]["code"]["llama-server"]
+    assert {n_max: len(speeds) for n_max, speeds in tried.items()} == {
+        "2": 1, "3": 1, "4": 2, "5": 2, "6": 2, "7": 2
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(

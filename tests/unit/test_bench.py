@@ -204,6 +204,24 @@ def test_ours_are_held_against_the_better_peer() -> None:
     assert against["plain"] == pytest.approx({"code": 0.5, "chat": 0.5})
 
 
+def test_each_prompt_of_a_category_counts_alike() -> None:
+    """One that is answered at other speeds than the rest must not decide by its place."""
+    found = Results({}, ("plain", "auto"))
+    for prompt, factor in ((0, 1.0), (1, 4.0)):
+        for repetition, (plain, auto) in enumerate([(10, 20), (20, 20), (10, 20)]):
+            where = ("code", prompt, repetition)
+            found.samples.append(Sample(*where, "plain", plain * factor, 9))
+            found.samples.append(Sample(*where, "auto", auto * factor * (prompt + 1), 9))
+    summary = next(one for one in found.summaries() if one.arm == "auto")
+    assert summary.ratio == pytest.approx((2 * 4) ** 0.5)
+    assert (summary.low, summary.high) == (1.0, 4.0)
+
+
+def test_a_peers_length_is_chosen_by_all_prompts_that_it_was_tried_on() -> None:
+    assert bench.finalists({1: [9], 2: [12], 3: [11], 4: [10], 5: [8]}) == [2, 3, 4, 1]
+    assert bench.finalists({1: [20], 2: [12, 4], 3: [11, 9]}) == [3, 2]
+
+
 def test_the_first_difference_between_texts_is_named() -> None:
     assert FOUND.differences() == []
     found = results(plain=[10], auto=[15])
