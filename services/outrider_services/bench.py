@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import importlib.metadata
-import math
 import os
 import platform
 import secrets
@@ -16,7 +15,7 @@ import shlex
 import sys
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -25,12 +24,10 @@ import uvloop
 
 from outrider.client import AsyncClient, Completion, Lane, connect
 from outrider.errors import ConfigError
-from outrider.policy import LONGEST
-from outrider_services import peers, plots, prompts, recording, simulate, tuning
+from outrider_services import peers, plots, recording, simulate, tuning
 from outrider_services.generate import same_model
 from outrider_services.launcher import Launcher, first_of
 from outrider_services.measures import (
-    PLAIN,
     Results,
     Sample,
     as_csv,
@@ -38,43 +35,13 @@ from outrider_services.measures import (
     as_markdown,
     geometric_mean,
 )
-from outrider_services.options import Draft, Settings, Target, cores, nearest
+from outrider_services.options import Draft, Settings, Target, cores
+from outrider_services.plans import Arm, Plan, Prompt, read_plan
 from outrider_services.serving import News, has_draft, signalled, tell, with_paths
 
-MODES = (PLAIN, "sync", "pipelined", "auto")
 FAILED_CHECK = 9
 FINALISTS = 4  # of a peer's lengths, tried on more than the first prompt of a category
 LANES_S = 3.0  # how much of an answer the picture of the lanes shows
-
-
-@dataclass(frozen=True, slots=True)
-class Arm:
-    """One way to generate; with `length`, every block has exactly so many drafted tokens."""
-
-    name: str
-    mode: str
-    length: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    category: str
-    number: int
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What the command line asks for, checked."""
-
-    arms: tuple[Arm, ...]
-    peers: tuple[str, ...]
-    peer_n_max: tuple[int, ...]
-    categories: tuple[prompts.Category, ...]
-    count: int
-    repetitions: int
-    warmup: int
-    lanes: bool
 
 
 # ---- the command --------------------------------------------------------------------------------
@@ -123,63 +90,6 @@ def check_speedup(results: Results, required: float | None) -> int:
         f"the required {required:g}"
     )
     return FAILED_CHECK
-
-
-def read_plan(parsed: Any) -> Plan:
-    """Raises ConfigError for whatever could not be measured."""
-    names = [name.strip() for name in parsed.arms.split(",") if name.strip()]
-    names = list(dict.fromkeys([PLAIN, *names]))  # the baseline, always
-    arms = tuple(read_arm(name) for name in names if name not in peers.PEERS)
-    for flag, value, least in (
-        ("--n-predict", parsed.n_predict, 2),  # the first token has no speed
-        ("--repetitions", parsed.repetitions, 1),
-        ("--warmup", parsed.warmup, 0),
-        ("--per-category", parsed.per_category, 1),
-    ):
-        if value < least:
-            raise ConfigError(f"{flag} must be at least {least}, not {value}")
-    required = parsed.require_speedup
-    if required is not None and "auto" not in names:
-        raise ConfigError("--require-speedup is about the arm auto, which --arms leaves out")
-    if required is not None and not (required > 0 and math.isfinite(required)):
-        raise ConfigError(f"--require-speedup must be above 0, not {required:g}")
-    chosen = [name.strip() for name in (parsed.category or "").split(",") if name.strip()]
-    return Plan(
-        arms=arms,
-        peers=tuple(name for name in names if name in peers.PEERS),
-        peer_n_max=read_ranges(parsed.peer_n_max),
-        categories=tuple(prompts.load(parsed.prompts, chosen, parsed.per_category)),
-        count=parsed.n_predict,
-        repetitions=parsed.repetitions,
-        warmup=parsed.warmup,
-        lanes=parsed.lanes is not None,
-    )
-
-
-def read_arm(name: str) -> Arm:
-    """`auto`, or `sync:4` for blocks of one length."""
-    mode, colon, length = name.partition(":")
-    if mode not in MODES:
-        raise ConfigError(f"there is no arm {name!r}{nearest(mode, (*MODES, *peers.PEERS))}")
-    if not colon:
-        return Arm(name, mode)
-    if mode == PLAIN or not length.isdecimal() or not 1 <= int(length) <= LONGEST:
-        raise ConfigError(f"an arm of one length is like sync:4, 1 to {LONGEST} long, not {name!r}")
-    return Arm(name, mode, int(length))
-
-
-def read_ranges(text: str) -> tuple[int, ...]:
-    """The numbers that a list such as `1-4,8` names, ascending. Raises ConfigError."""
-    found: set[int] = set()
-    for part in filter(None, text.split(",")):
-        first, dash, last = part.strip().partition("-")
-        ends = (first, last if dash else first)
-        if not all(end.isdecimal() and 1 <= int(end) <= LONGEST for end in ends):
-            raise ConfigError(f"--peer-n-max is like 1-4,8, from 1 to {LONGEST}, not {text!r}")
-        found.update(range(int(ends[0]), int(ends[1]) + 1))
-    if not found:
-        raise ConfigError(f"--peer-n-max names no number: {text!r}")
-    return tuple(sorted(found))
 
 
 def place(settings: Settings, placement: str) -> Settings:

@@ -213,7 +213,8 @@ def _bench_flags(parser: Parser) -> None:
         "--peer-n-max",
         default="1-12",
         metavar="LIST",
-        help="draft lengths that each peer may try, the best one counts (default: 1-12)",
+        help="draft lengths that each peer may try on the first prompt of a category, the best few "
+        "on all; the best one counts (default: 1-12)",
     )
     add("-o", "--output", choices=("md", "json", "csv"), default="md", help="what goes to stdout")
     add("--plot", metavar="FILE", help="picture of the speed-ups, .svg or .png")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import statistics
 import subprocess
 import sys
 import threading
@@ -18,6 +19,7 @@ from outrider import llama
 from outrider.engine import Cancelled, EngineFault
 from outrider.errors import BadRequest, ModelNotFound, ModelUnusable
 from outrider.llama import LlamaEngine, LlamaSettings
+from outrider.llama_setup import LONG, attention
 from outrider.sampling import Scores, Token
 
 pytestmark = [pytest.mark.model, pytest.mark.timeout(180)]
@@ -407,6 +409,53 @@ def test_a_cache_that_does_not_fit_into_memory_is_refused(test_model: Path) -> N
     settings = LlamaSettings(context=8192, slots=64, threads=1)
     with pytest.raises(ModelUnusable, match=r"KV cache would take about 11\.2 GiB"):
         LlamaEngine.load(test_model, settings, available=lambda: 2**30)
+
+
+DRAFT = LlamaSettings(context=512, slots=1, threads=1, drafts=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "bf16", "expected"),
+    [
+        ({}, True, (True, "bf16", "bf16")),
+        ({}, False, (True, "f16", "f16")),
+        ({"context": LONG + 1}, True, (False, "f16", "f16")),
+        ({"context": LONG + 1, "gpu_layers": -1}, True, (True, "f16", "f16")),
+        ({"cache_type_k": "q8_0"}, True, (True, "q8_0", "f16")),
+        ({"context": LONG + 1, "drafts": False}, True, (True, "f16", "f16")),
+    ],
+    ids=["bf16", "no-instructions", "long", "gpu", "types-are-given", "target"],
+)
+def test_only_a_draft_on_a_processor_computes_attention_its_own_way(
+    changes: dict[str, Any], bf16: bool, expected: tuple[bool, str, str]
+) -> None:
+    assert attention(dataclasses.replace(DRAFT, **changes), bf16) == expected
+
+
+def test_a_draft_pays_less_for_a_long_text_than_with_the_targets_attention(
+    test_model: Path,
+) -> None:
+    target = LlamaSettings(context=LONG + 1, slots=1, threads=1)
+    engines = [
+        LlamaEngine.load(test_model, dataclasses.replace(target, drafts=drafts))
+        for drafts in (False, True)
+    ]
+    seconds: list[list[float]] = [[], []]
+    try:
+        for engine in engines:
+            for _ in range(2):
+                engine.extend(0, [5] * 500, 0)
+        for _ in range(15):
+            for engine, spent in zip(engines, seconds, strict=True):
+                began = time.perf_counter()
+                engine.extend(0, [5], 1)
+                spent.append(time.perf_counter() - began)
+                engine.rewind(0, 1000)
+    finally:
+        for engine in engines:
+            engine.close()
+    as_target, as_draft = map(statistics.median, seconds)
+    assert as_draft < as_target
 
 
 @pytest.mark.parametrize(

@@ -17,9 +17,9 @@ import pytest
 
 from outrider.client import Lane
 from outrider.errors import ConfigError
-from outrider_services import bench, measures, options, peers, plots, prompts
-from outrider_services.bench import Arm, Prompt
+from outrider_services import bench, measures, options, peers, plans, plots, prompts
 from outrider_services.measures import Results, Sample
+from outrider_services.plans import Arm, Prompt
 
 TRACES = Path(__file__).parents[1] / "sim" / "acceptance-traces.json"
 
@@ -48,27 +48,27 @@ def parsed(**changes: Any) -> Namespace:
     [("4", (4,)), ("1-4", (1, 2, 3, 4)), ("8,1-3,2", (1, 2, 3, 8)), (" 2 , 4", (2, 4))],
 )
 def test_a_list_of_ranges_names_numbers(text: str, numbers: tuple[int, ...]) -> None:
-    assert bench.read_ranges(text) == numbers
+    assert plans.read_ranges(text) == numbers
 
 
 @pytest.mark.parametrize("text", ["", ",", "0", "a", "3-", "-3", "65", "4-2", "1-2-3"])
 def test_other_lists_of_ranges_are_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="--peer-n-max"):
-        bench.read_ranges(text)
+        plans.read_ranges(text)
 
 
 def test_an_arm_is_a_mode_and_perhaps_a_length() -> None:
-    assert bench.read_arm("auto") == Arm("auto", "auto")
-    assert bench.read_arm("sync:4") == Arm("sync:4", "sync", 4)
+    assert plans.read_arm("auto") == Arm("auto", "auto")
+    assert plans.read_arm("sync:4") == Arm("sync:4", "sync", 4)
     for name in ("synk", "sync:", "sync:0", "sync:65", "sync:x", "plain:2"):
         with pytest.raises(ConfigError, match=re.escape(repr(name))):
-            bench.read_arm(name)
+            plans.read_arm(name)
     with pytest.raises(ConfigError, match="did you mean sync"):
-        bench.read_arm("synk")
+        plans.read_arm("synk")
 
 
 def test_the_baseline_is_always_there() -> None:
-    plan = bench.read_plan(parsed(arms="auto,llama-server,auto"))
+    plan = plans.read_plan(parsed(arms="auto,llama-server,auto"))
     assert [arm.name for arm in plan.arms] == ["plain", "auto"]
     assert plan.peers == ("llama-server",)
     assert plan.peer_n_max == tuple(range(1, 13))
@@ -89,7 +89,7 @@ def test_the_baseline_is_always_there() -> None:
 )
 def test_what_cannot_be_measured_is_told_first(changes: dict[str, Any], what: str) -> None:
     with pytest.raises(ConfigError, match=what):
-        bench.read_plan(parsed(**changes))
+        plans.read_plan(parsed(**changes))
 
 
 def test_every_arm_answers_once_in_each_turn_and_each_turn_another_begins() -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from outrider import planner
 from outrider.estimates import CostModel
 from outrider.policy import Experience, Guard, Mode, Pilot, Policy
 
@@ -193,6 +196,28 @@ def test_a_draft_that_seemed_too_slow_at_load_is_tried_and_found_to_be_fast() ->
         pilot.settle()
     assert not any(wanted[:32]), "it could not pay by what was measured at load"
     assert all(wanted[200:])
+
+
+@pytest.mark.parametrize("mode", ["sync", "pipelined"])
+def test_no_decision_has_to_wait_for_a_solution(mode: Literal["sync", "pipelined"]) -> None:
+    """What was learnt counts once it is settled, while the target is busy."""
+
+    def solved() -> int:
+        solvers = (planner.solve, planner.solve_in_turn, planner._prospect, planner._leftovers)
+        return sum(solver.cache_info().misses for solver in solvers)
+
+    pilot = Pilot(mode, 64, Experience(CostModel([0.1 + 0.0123 * n for n in range(16)], 0.0321)))
+    before = solved()
+    for _ in range(40):
+        pilot.drafted(0.05, [0.3], 0.01)
+        pilot.observe(False, 0.3)
+        pilot.verified(3, 0.2, 0.21)
+        pilot.decide([0.9, 0.4], 90, 0.03)
+    assert pilot.lead(busy=False) > 0
+    assert bool(pilot.floors) == (mode == "sync")
+    assert solved() == before
+    pilot.settle()
+    assert solved() > before
 
 
 def test_a_whole_block_is_waited_for_longer_the_more_there_is_to_read() -> None:
