@@ -21,6 +21,7 @@ Mode = Literal["plain", "sync", "pipelined"]
 LONGEST = 64  # drafted tokens in a block
 CERTAIN = (0.0,) * (len(LEVELS) - 1) + (1.0,)  # the spread of a draft that is nearly always right
 PROBES = (8, 512)  # plain steps until a draft that did not pay is tried again: at first, at most
+EAGER = 72  # plain steps: a draft that is to be tried again so soon is tried with each new request
 DOUBT = 1 / 32  # of the time of plain steps: to try a draft that by its costs could never pay
 
 
@@ -104,6 +105,12 @@ class Experience:
         self.step_s = costs.costs.verify_s[0] + costs.costs.link_s
         self.plain_steps, self.patience = PROBES[0], PROBES[0]  # the first probe is at once
 
+    def begin(self) -> None:
+        """A request begins: on another text a draft may pay that did not on the last."""
+        self.guard.begin()
+        if self.patience <= EAGER:
+            self.plain_steps = self.patience
+
     def stepped(self, elapsed_s: float) -> None:
         """A plain step was seen; a disturbed one counts for no more than twice the usual."""
         self.step_s += 0.2 * (min(elapsed_s, 2 * self.step_s) - self.step_s)
@@ -140,7 +147,7 @@ class Pilot:
         self._acceptance = Acceptance(prior=experience.acceptance.average)
         self._spread = Spread(prior=experience.spread.weights)
         self._prefilled = False
-        self._guard.begin()
+        experience.begin()
         self.settle()
 
     @property
@@ -229,6 +236,7 @@ class Guard:
     """
 
     LOSS, CREDIT, RESTS = 2.5, 6.0, (24, 256)
+    FORGIVEN = 48  # a rest of at most so many steps ends with its request
 
     def __init__(self) -> None:
         self._saved = 0.0
@@ -239,8 +247,14 @@ class Guard:
         return self._left > 0
 
     def begin(self) -> None:
-        """A request begins: it may not lose what others have saved."""
+        """A request begins: it may not lose what others have saved.
+
+        A draft that has gained lately is not to rest for what it lost on another text; one that
+        has gained nothing in spite of several attempts is.
+        """
         self._saved = min(self._saved, 0.0)
+        if self._rest <= 2 * self.FORGIVEN:  # the next would be twice as long
+            self._left = 0
 
     def excuse(self, steps: float) -> None:
         """What had to be paid once counts for nothing."""

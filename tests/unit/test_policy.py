@@ -144,6 +144,23 @@ def test_a_request_may_not_lose_what_others_have_saved() -> None:
     assert guard.resting
 
 
+def test_a_rest_ends_with_its_request_unless_the_draft_gains_nowhere() -> None:
+    guard = Guard()
+    for still_rests in (False, False, True, True):
+        while not guard.resting:
+            guard.committed(1, 2.0, 1.0)
+        guard.begin()
+        assert guard.resting == still_rests
+    while guard.resting:
+        guard.committed(1, 1.0, 1.0)
+    for _ in range(20):
+        guard.committed(3, 1.0, 1.0)  # now it gains
+    while not guard.resting:
+        guard.committed(1, 2.0, 1.0)
+    guard.begin()
+    assert not guard.resting
+
+
 def test_the_next_request_begins_where_the_last_one_ended() -> None:
     experience = Experience(CostModel([0.1 + 0.02 * n for n in range(16)], 0.03))
     first = Pilot("sync", 64, experience)
@@ -157,6 +174,20 @@ def test_the_next_request_begins_where_the_last_one_ended() -> None:
     assert 1 <= sum(waits) <= 4  # tried again, less and less often
 
 
+def test_a_request_begins_with_an_attempt_unless_too_many_have_failed() -> None:
+    """Whatever the draft did on the last text: twenty plain steps are a third of a short answer."""
+    experience = Experience(CostModel([0.1 + 0.02 * n for n in range(16)], 0.03))
+    for _ in range(300):
+        experience.spread.observe([0.1])  # by all that was seen, no draft pays
+    attempts = []
+    for _ in range(6):
+        request = Pilot("sync", 64, experience)
+        waits = [request.decide([], 90, 0.03) is None for _ in range(30)]
+        attempts.append(waits[0])
+    assert attempts[:2] == [True, True]
+    assert not any(attempts[2:])
+
+
 def test_resting_needs_no_draft() -> None:
     experience = Experience(CostModel([0.1] * 16, 0.01))
     pilot = Pilot("sync", 64, experience)
@@ -164,7 +195,7 @@ def test_resting_needs_no_draft() -> None:
     pilot.committed(1, 10.0)
     assert not pilot.drafts
     assert (pilot.lead(busy=False), pilot.decide([0.99], 9, 0.01)) == (0, 0)
-    assert not Pilot("sync", 64, experience).drafts
+    assert Pilot("sync", 64, experience).drafts, "it may do better on the next text"
 
 
 def test_the_guard_reckons_in_plain_steps_that_were_seen() -> None:
