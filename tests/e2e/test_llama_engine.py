@@ -421,10 +421,11 @@ DRAFT = LlamaSettings(context=512, slots=1, threads=1, drafts=True)
         ({}, False, (True, "f16", "f16")),
         ({"context": LONG + 1}, True, (False, "f16", "f16")),
         ({"context": LONG + 1, "gpu_layers": -1}, True, (True, "f16", "f16")),
+        ({"exact": True}, True, (True, "f16", "f16")),
         ({"cache_type_k": "q8_0"}, True, (True, "q8_0", "f16")),
         ({"context": LONG + 1, "drafts": False}, True, (True, "f16", "f16")),
     ],
-    ids=["bf16", "no-instructions", "long", "gpu", "types-are-given", "target"],
+    ids=["bf16", "no-instructions", "long", "gpu", "exact", "types-are-given", "target"],
 )
 def test_only_a_draft_on_a_processor_computes_attention_its_own_way(
     changes: dict[str, Any], bf16: bool, expected: tuple[bool, str, str]
