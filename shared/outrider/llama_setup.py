@@ -32,7 +32,7 @@ CACHE_TYPES = {
 }
 GIB = 2.0**30
 MOST_SLOTS = 256  # LLAMA_MAX_SEQ
-LONG = 2048  # tokens of a sequence from which on a draft does without flash attention
+LONG = 2048  # tokens of a sequence beyond which a draft does without flash attention
 CANNOT_TAKE_BACK = "this kind of model cannot take back single tokens, as drafting needs"
 
 

@@ -197,6 +197,7 @@ class Pilot:
         self._settled = costs = self._costs.costs
         if self.mode == "pipelined":
             self._average = planner.rounded(self._acceptance.average)
+            # any stock will do: it is for the solution and the tables, which are kept
             planner.appraise(costs, self._average, np.ones(1), LONGEST)
         else:
             self._turn = planner.solve_in_turn(costs, self._spread.steady)
