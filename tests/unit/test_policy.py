@@ -7,8 +7,9 @@ from typing import Literal
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.bench import bench_coordinator
 
-from outrider import planner
+from outrider import planner, wire
 from outrider.estimates import CostModel
 from outrider.policy import Experience, Guard, Mode, Pilot, Policy
 
@@ -257,3 +258,27 @@ def test_a_whole_block_is_waited_for_longer_the_more_there_is_to_read() -> None:
     assert sync.block_s(0) == pytest.approx(0.15)
     assert sync.block_s(100) == pytest.approx(0.65)
     assert pipelined.block_s(100) == Policy("sync").block_s(100) == 0
+
+
+async def test_the_coordinator_settles_after_each_block_is_on_its_way(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Otherwise a request would know for ever what was known when it began."""
+    seen: list[str] = []
+    send, settle = bench_coordinator.Fakes.send, Pilot.settle
+
+    def sent(self: bench_coordinator.Fakes, peer: bytes, message: wire.Message) -> None:
+        send(self, peer, message)
+        if isinstance(message, wire.Verify):
+            seen.append("verify")
+
+    def settled(self: Pilot) -> None:
+        settle(self)
+        seen.append("settle")
+
+    monkeypatch.setattr(bench_coordinator.Fakes, "send", sent)
+    monkeypatch.setattr(Pilot, "settle", settled)
+    await bench_coordinator.measure()
+    assert seen[0] == "settle"  # when the request begins
+    assert seen[1:] == ["verify", "settle"] * (len(seen) // 2)
+    assert len(seen) > 100
