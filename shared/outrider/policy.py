@@ -156,12 +156,14 @@ class Pilot:
         return not self._guard.resting
 
     def lead(self, busy: bool) -> int:
-        """In turns the draft runs until it is told to stop; else as far as makes a difference."""
+        """In turns the draft runs until it is told to stop; else as far as makes a difference,
+        counted from behind the block that is being verified."""
         if self._guard.resting or (self.mode == "sync" and busy):
             return 0
         if self.mode == "sync":
             return min(planner.LONGEST, self._n_max)
-        return min(planner.DEEPEST, 2 * self._n_max + 2)
+        block = planner.LONGEST + 1 if busy else 0
+        return min(block + planner.DEEPEST, 2 * self._n_max + 2)
 
     @property
     def floors(self) -> tuple[float, ...]:

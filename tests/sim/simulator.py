@@ -536,7 +536,8 @@ class Simulation:
         world, asked = self.world, self.world.asked
         longest = len(asked.tokens) + asked.n_predict if asked.n_predict else asked.context
         assert until <= min(longest, asked.context) - 1
-        assert until <= len(self.session.tokens) + world.policy.lead(busy=False)
+        lead = max(world.policy.lead(busy) for busy in (False, True))
+        assert until <= len(self.session.tokens) + lead
         self.allowed = max(self.allowed, until)
 
     def _tell_draft(self, message: Callable[[Draft], None]) -> None:

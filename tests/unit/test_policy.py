@@ -252,6 +252,14 @@ def test_no_decision_has_to_wait_for_a_solution(mode: Literal["sync", "pipelined
     assert solved() > before
 
 
+def test_however_long_the_block_the_draft_may_fill_a_whole_stock_behind_it() -> None:
+    pilot = Pilot("pipelined", 64, Experience(CostModel([0.1] * 16, 0.004)))
+    block = pilot.decide([0.99] * planner.DEEPEST, 200, 0.004)
+    assert block is not None
+    assert block > planner.DEEPEST / 2
+    assert pilot.lead(busy=True) - (block + 1) >= planner.DEEPEST == pilot.lead(busy=False)
+
+
 def test_a_whole_block_is_waited_for_longer_the_more_there_is_to_read() -> None:
     costs = CostModel([0.1] * 16, 0.01)
     sync, pipelined = (Pilot(mode, 64, Experience(costs)) for mode in ("sync", "pipelined"))
