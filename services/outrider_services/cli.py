@@ -366,7 +366,3 @@ def _stop(settings: options.Settings, parsed: Any) -> int:
 
     uvloop.run(stop())
     return 0
-
-
-if __name__ == "__main__":
-    main()

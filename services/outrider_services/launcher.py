@@ -161,7 +161,7 @@ class Launcher:
         child.process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
-            "outrider_services.cli",
+            "outrider_services",
             *child.arguments,
             f"--parent-fd={self._pipe[0]}",
             stdin=asyncio.subprocess.DEVNULL,

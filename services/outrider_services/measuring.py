@@ -68,7 +68,7 @@ def ask(job: Job, limit_s: float) -> Findings:
     if limit_s <= 0:
         raise RequestTimeout("there was no time left to measure")
     reading, writing = os.pipe()
-    command = [sys.executable, "-m", "outrider_services.cli", "measure"]
+    command = [sys.executable, "-m", "outrider_services", "measure"]
     try:
         done = subprocess.run(
             [*command, f"--parent-fd={reading}", json.dumps(asdict(job))],

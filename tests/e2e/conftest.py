@@ -17,7 +17,7 @@ import outrider
 from outrider_services import models
 from outrider_services.fetching import ModelSource
 
-COMMAND = [sys.executable, "-m", "outrider_services.cli"]
+COMMAND = [sys.executable, "-m", "outrider_services"]
 
 
 def model(source: ModelSource) -> Path:

@@ -18,7 +18,7 @@ from outrider import Client, Completion
 
 pytestmark = [pytest.mark.model, pytest.mark.timeout(300)]
 
-COMMAND = [sys.executable, "-m", "outrider_services.cli"]
+COMMAND = [sys.executable, "-m", "outrider_services"]
 PROMPT = "The future of AI is"
 GREEDY: dict[str, Any] = {"temperature": 0.0}
 SAMPLED: dict[str, Any] = {"temperature": 0.8, "seed": 7}

@@ -167,7 +167,7 @@ class Cli:
         return process
 
     def _command(self, arguments: Sequence[str]) -> list[str]:
-        return [sys.executable, "-m", "outrider_services.cli", *arguments]
+        return [sys.executable, "-m", "outrider_services", *arguments]
 
     def _environment(self, more: dict[str, str]) -> dict[str, str]:
         kept = {k: v for k, v in os.environ.items() if not k.startswith("OUTRIDER_")}

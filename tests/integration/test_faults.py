@@ -340,6 +340,32 @@ def test_a_signal_ends_run_with_its_status(
         assert "Traceback" not in err
 
 
+LOST = """
+import signal, sys
+class Loses:
+    def find_spec(self, name, path=None, target=None):
+        if name == "outrider_services.cli":
+            try:
+                signal.raise_signal(signal.SIGINT)
+            except KeyboardInterrupt:  # as in a callback, where Python prints it and goes on
+                pass
+sys.meta_path.insert(0, Loses())
+sys.argv = ["outrider", "--version"]
+signal.signal(signal.SIGINT, signal.{handler})
+from outrider_services.__main__ import main
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("handler", "status"), [("default_int_handler", -signal.SIGINT), ("SIG_IGN", 0)]
+)
+def test_no_interrupt_is_lost_while_it_imports(handler: str, status: int) -> None:
+    code = LOST.format(handler=handler)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=20)
+    assert done.returncode == status, done.stderr
+
+
 def test_the_first_interrupt_shows_what_there_is(cli: Cli, oracle: Oracle) -> None:
     flags = ("--backend=toy", "--temperature=0", "-n", "1500")
     running = cli.start("run", *flags, PROMPT)
