@@ -21,8 +21,9 @@ Mode = Literal["plain", "sync", "pipelined"]
 LONGEST = 64  # drafted tokens in a block
 CERTAIN = (0.0,) * (len(LEVELS) - 1) + (1.0,)  # the spread of a draft that is nearly always right
 PROBES = (8, 512)  # plain steps until a draft that did not pay is tried again: at first, at most
-EAGER = 72  # plain steps: a draft that is to be tried again so soon is tried with each new request
-DOUBT = 1 / 32  # of the time of plain steps: to try a draft that by its costs could never pay
+RARER = 4  # times as many after each attempt that fails
+EAGER = 128  # plain steps: a draft that is to be tried again so soon is tried with each new request
+DOUBT = 1 / 32  # of the time of plain steps: to try a draft that has failed, or could never pay
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +105,7 @@ class Experience:
         # what the guard reckons in: the cost model moves a plain step with passes over more rows
         self.step_s = costs.costs.verify_s[0] + costs.costs.link_s
         self.plain_steps, self.patience = PROBES[0], PROBES[0]  # the first probe is at once
+        self.prompt_steps = 0.0  # what the draft took for the prompt of the last request
 
     def begin(self) -> None:
         """A request begins: on another text a draft may pay that did not on the last."""
@@ -126,13 +128,16 @@ class Experience:
         self.plain_steps += 1
         if self.plain_steps < self.patience:
             return False
+        # an attempt may begin with a long prompt
+        if self.patience > EAGER and self.prompt_steps > DOUBT * self.plain_steps:
+            return False
         costs = self.costs.costs
         best = planner.solve_in_turn(costs, CERTAIN)
         hopeless = planner.plan_in_turn(costs, best, np.empty(0), LONGEST) is not None
         price = (costs.draft_s + costs.turn_s) / self.step_s
         if hopeless and price > DOUBT * self.plain_steps:
             return False
-        self.plain_steps, self.patience = 0, min(3 * self.patience, PROBES[1])
+        self.plain_steps, self.patience = 0, min(RARER * self.patience, PROBES[1])
         return True
 
 
@@ -224,7 +229,8 @@ class Pilot:
             self._costs.drafted(each_s, len(confidences), turn_s if in_turns else None)
         else:  # with the first came the prompt
             prompt_s = max(0.0, each_s - costs.draft_s) * len(confidences)
-            self._guard.excuse(prompt_s / costs.verify_s[0])
+            self._experience.prompt_steps = prompt_s / costs.verify_s[0]
+            self._guard.excuse(self._experience.prompt_steps)
             self._prefilled = True
         likely = self._experience.acceptance.of(confidences)
         for spread in (self._spread, self._experience.spread):

@@ -11,7 +11,7 @@ from tests.bench import bench_coordinator
 
 from outrider import planner, wire
 from outrider.estimates import CostModel
-from outrider.policy import Experience, Guard, Mode, Pilot, Policy
+from outrider.policy import DOUBT, PROBES, Experience, Guard, Mode, Pilot, Policy
 
 quiet = settings(derandomize=True, database=None, deadline=None, max_examples=500)
 MODES: list[Mode] = ["plain", "sync", "pipelined"]
@@ -185,8 +185,31 @@ def test_a_request_begins_with_an_attempt_unless_too_many_have_failed() -> None:
         request = Pilot("sync", 64, experience)
         waits = [request.decide([], 90, 0.03) is None for _ in range(30)]
         attempts.append(waits[0])
-    assert attempts[:2] == [True, True]
-    assert not any(attempts[2:])
+    assert attempts[:3] == [True, True, True]
+    assert not any(attempts[3:])
+
+
+def test_a_draft_that_goes_on_failing_may_not_read_long_prompts_for_it() -> None:
+    def attempts(prompt_s: float) -> int:
+        experience = Experience(CostModel([0.1 + 0.02 * n for n in range(16)], 0.03))
+        experience.patience, made = PROBES[1], 0
+        for _ in range(300):
+            experience.spread.observe([0.1])
+        for _ in range(40):
+            request = Pilot("sync", 64, experience)
+            tried = False
+            for _ in range(100):
+                if request.decide([], 90, 0.03) is not None:
+                    continue
+                made += 1
+                request.drafted(0.03 if tried else prompt_s, [0.1], 0.002)
+                request.observe(False, 0.1)
+                tried = True
+        return made
+
+    short, long = attempts(0.2), attempts(6.0)
+    assert 6 <= short <= 4000 / PROBES[1] + 1
+    assert 1 <= long <= 4000 * DOUBT / (6.0 / 0.1) + 1
 
 
 def test_resting_needs_no_draft() -> None:
@@ -227,7 +250,7 @@ def test_a_draft_that_seemed_too_slow_at_load_is_tried_and_found_to_be_fast() ->
         pilot.committed(1 + wanted[-1], 0.0024)
         pilot.settle()
     assert not any(wanted[:32]), "it could not pay by what was measured at load"
-    assert all(wanted[200:])
+    assert all(wanted[250:])
 
 
 @pytest.mark.parametrize("mode", ["sync", "pipelined"])
