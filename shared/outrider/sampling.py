@@ -157,10 +157,10 @@ def propose(
     """
     with np.errstate(over="ignore"):
         row = _adjust(row[:n_vocab], sampling, history)
-        token = _choose(row, sampling, position)
-        top = _highest(row)
+        token, top = _likeliest(row)
         if sampling.temperature == 0:
             return Choice(token, 1.0 / _mass(row, top))
+        token = _draw(row, sampling, position, top)
         near = np.union1d(_top_k(row, min(_RIVALS, row.size)), [token])
         key = _key(sampling.seed, position)
         noise = sampling.temperature * _noise(key, near.astype(np.uint64))
@@ -173,9 +173,11 @@ def propose(
 
 
 def _choose(row: Scores, sampling: Sampling, position: int) -> Token:
-    top = _highest(row)
-    if sampling.temperature == 0:
-        return int(np.argmax(row))  # the first, hence the lowest id, on a tie
+    token, top = _likeliest(row)
+    return token if sampling.temperature == 0 else _draw(row, sampling, position, top)
+
+
+def _draw(row: Scores, sampling: Sampling, position: int, top: float) -> Token:
     temperature = max(sampling.temperature, 1e-30)  # below that, float32 has no more to tell
     ids, logits = _survivors(row, sampling, top)
     return _race(ids, logits, top, temperature, _key(sampling.seed, position))
@@ -183,16 +185,18 @@ def _choose(row: Scores, sampling: Sampling, position: int) -> Token:
 
 def logprob(row: Scores, token: Token) -> float:
     """The natural log-probability of `token` in plain `row`: no penalty, filter or temperature."""
-    top = _highest(row)
+    _, top = _likeliest(row)
     with np.errstate(over="ignore"):
         return float(row[token]) - top - math.log(_mass(row, top))
 
 
-def _highest(row: Scores) -> float:
-    top = float(row.max()) if row.size else math.nan  # NaN anywhere makes the maximum NaN
+def _likeliest(row: Scores) -> tuple[Token, float]:
+    """The id of the highest logit, the lowest on a tie, and that logit."""
+    token = int(row.argmax()) if row.size else 0  # a NaN counts as the highest
+    top = float(row[token]) if row.size else math.nan
     if not math.isfinite(top):
         raise BadScores(f"cannot choose among {row.size} logits whose maximum is {top}")
-    return top
+    return token, top
 
 
 def _mass(logits: Scores, top: float) -> float:
