@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import statistics
 import threading
 import time
 
@@ -229,6 +230,23 @@ def test_extend_takes_its_time_without_the_processor() -> None:
     engine.extend(0, [1], 1)
     assert time.monotonic() - begin > 0.099
     assert time.thread_time() - busy < 0.05
+
+
+def test_extend_takes_its_time_however_late_waits_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Late(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            assert timeout is not None
+            time.sleep(timeout + 4e-4)
+            return self.is_set()
+
+    monkeypatch.setattr(threading, "Event", Late)
+    engine = ToyEngine(ToySettings(costs=ToyCosts(first_row_s=0.003)))
+    took = []
+    for _ in range(80):
+        begin = time.monotonic()
+        engine.extend(0, [1], 1)
+        took.append(time.monotonic() - begin)
+    assert abs(statistics.median(took[40:]) - 0.003) < 2e-4
 
 
 def test_cancel_cuts_extend_short_and_leaves_the_sequence_as_it_was() -> None:
