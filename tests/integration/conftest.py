@@ -15,6 +15,7 @@ import io
 import os
 import select
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -45,6 +46,9 @@ from outrider_services.launcher import Launcher
 
 GONE_S = 3.0  # how soon the processes of a launcher that was killed have to be gone
 ROLES = ("coordinator", "target", "draft")
+
+# what a shell starts in the background ignores it, and so would all that is started here
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 # ---- what the answer has to be ------------------------------------------------------------------
