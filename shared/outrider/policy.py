@@ -20,9 +20,7 @@ Mode = Literal["plain", "sync", "pipelined"]
 
 LONGEST = 64  # drafted tokens in a block
 CERTAIN = (0.0,) * (len(LEVELS) - 1) + (1.0,)  # the spread of a draft that is nearly always right
-PROBES = (8, 512)  # plain steps until a draft that did not pay is tried again: at first, at most
-RARER = 4  # times as many after each attempt that fails
-EAGER = 128  # plain steps: a draft that is to be tried again so soon is tried with each new request
+PROBES = (8, 24, 72, 512)  # plain steps until a draft that fails is tried again: each time longer
 DOUBT = 1 / 32  # of the time of plain steps: to try a draft that has failed, or could never pay
 
 
@@ -110,7 +108,7 @@ class Experience:
     def begin(self) -> None:
         """A request begins: on another text a draft may pay that did not on the last."""
         self.guard.begin()
-        if self.patience <= EAGER:
+        if self.patience < PROBES[-1]:
             self.plain_steps = self.patience
 
     def stepped(self, elapsed_s: float) -> None:
@@ -129,7 +127,7 @@ class Experience:
         if self.plain_steps < self.patience:
             return False
         # an attempt may begin with a long prompt
-        if self.patience > EAGER and self.prompt_steps > DOUBT * self.plain_steps:
+        if self.patience == PROBES[-1] and self.prompt_steps > DOUBT * self.plain_steps:
             return False
         costs = self.costs.costs
         best = planner.solve_in_turn(costs, CERTAIN)
@@ -137,7 +135,8 @@ class Experience:
         price = (costs.draft_s + costs.turn_s) / self.step_s
         if hopeless and price > DOUBT * self.plain_steps:
             return False
-        self.plain_steps, self.patience = 0, min(RARER * self.patience, PROBES[1])
+        self.plain_steps = 0
+        self.patience = next((longer for longer in PROBES if longer > self.patience), PROBES[-1])
         return True
 
 
