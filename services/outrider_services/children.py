@@ -16,7 +16,7 @@ from typing import Any
 
 import uvloop
 
-from outrider.engine import Engine
+from outrider.core.engine import Engine
 from outrider.errors import ConfigError, InternalError, ModelNotFound, OutriderError
 from outrider.transport import Router, check_exposure, socket_path
 from outrider_services import options

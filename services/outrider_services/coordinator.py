@@ -17,8 +17,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import outrider
-from outrider import session as core
 from outrider import wire
+from outrider.core import session as core
+from outrider.core.estimates import CostModel
+from outrider.core.rules import LONGEST, Experience, Mode, Pilot, Policy
+from outrider.core.session import Command, Session
+from outrider.core.stats import Stats
 from outrider.errors import (
     BadRequest,
     OutriderError,
@@ -27,10 +31,6 @@ from outrider.errors import (
     WorkerLost,
     from_code,
 )
-from outrider.estimates import CostModel
-from outrider.policy import LONGEST, Experience, Mode, Pilot, Policy
-from outrider.session import Command, Session
-from outrider.stats import Stats
 from outrider.transport import PeerGone
 from outrider_services.places import shared
 from outrider_services.roster import Member, Roster

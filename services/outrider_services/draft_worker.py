@@ -17,10 +17,10 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from outrider import wire
-from outrider.engine import Cancelled, Engine, EngineFault
+from outrider.core.engine import Cancelled, Engine, EngineFault
+from outrider.core.estimates import usual_acceptance
+from outrider.core.sampling import Choice, Sampling, Token, propose
 from outrider.errors import OutriderError
-from outrider.estimates import usual_acceptance
-from outrider.sampling import Choice, Sampling, Token, propose
 from outrider_services.worker import Curve, Worker, failure
 
 CUT_SHORT = 16  # most tokens whose evaluation is given up halfway to free the cores

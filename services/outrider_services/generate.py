@@ -15,9 +15,9 @@ from typing import Any, TextIO
 import uvloop
 
 from outrider.client import AsyncClient, Completion, Fragment, Lane, Stream, connect
+from outrider.core.sampling import Sampling
+from outrider.core.stats import Report
 from outrider.errors import BadRequest, ConfigError
-from outrider.sampling import Sampling
-from outrider.stats import Report
 from outrider_services import tuning
 from outrider_services.launcher import Launcher
 from outrider_services.options import Settings

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from outrider.core.sampling import Token
 from outrider.errors import (
     IncompatiblePair,
     InternalError,
@@ -24,7 +25,6 @@ from outrider.errors import (
     WorkerLost,
     from_code,
 )
-from outrider.sampling import Token
 from outrider_services import options
 from outrider_services.worker import calibrate
 

@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from outrider.core.rules import LONGEST
 from outrider.errors import ConfigError
-from outrider.policy import LONGEST
 from outrider_services import peers, prompts
 from outrider_services.measures import PLAIN
 from outrider_services.options import nearest

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from outrider import wire
-from outrider.engine import Engine
+from outrider.core.engine import Engine
 from outrider.errors import BadRequest, ConfigError
 from outrider_services.children import load_engine
 from outrider_services.launcher import own_settings

@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from outrider.engine import Engine
-from outrider.estimates import CostModel, usual_acceptance
-from outrider.policy import Experience, Pilot, Policy
-from outrider.sampling import Choice, Sampling, Token, propose
-from outrider.session import (
+from outrider.core.engine import Engine
+from outrider.core.estimates import CostModel, usual_acceptance
+from outrider.core.rules import Experience, Pilot, Policy
+from outrider.core.sampling import Choice, Sampling, Token, propose
+from outrider.core.session import (
     Command,
     Commit,
     Drafted,
@@ -31,7 +31,7 @@ from outrider.session import (
     Task,
     Verify,
 )
-from outrider.stats import Stats
+from outrider.core.stats import Stats
 from outrider_services.draft_worker import Stream
 
 WRONG = 10**6

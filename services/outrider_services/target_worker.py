@@ -10,10 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import ClassVar
 
-from outrider import decoding, wire
-from outrider.engine import Cancelled, Engine, EngineFault
+from outrider import wire
+from outrider.core import decoding
+from outrider.core.engine import Cancelled, Engine, EngineFault
+from outrider.core.sampling import Sampling, Scores, Token, choose, logprob
 from outrider.errors import BadRequest, OutriderError, ProtocolError
-from outrider.sampling import Sampling, Scores, Token, choose, logprob
 from outrider_services.worker import Curve, Worker, failure
 
 

@@ -14,10 +14,10 @@ from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 
-from outrider import planner
+from outrider.core import planner
+from outrider.core.estimates import Costs
+from outrider.core.sampling import Token
 from outrider.errors import ConfigError, ModelNotFound, OutriderError, RequestTimeout
-from outrider.estimates import Costs
-from outrider.sampling import Token
 from outrider_services import measuring, models, variants
 from outrider_services.gguf import read_header
 from outrider_services.launcher import share_cores

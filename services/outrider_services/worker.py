@@ -21,9 +21,9 @@ import numpy as np
 
 import outrider
 from outrider import wire
-from outrider.engine import Engine
+from outrider.core.engine import Engine
+from outrider.core.sampling import Sampling, Token
 from outrider.errors import BadRequest, ConnectionFailed, OutriderError, Overloaded, from_code
-from outrider.sampling import Sampling, Token
 from outrider.transport import Link, PeerGone
 from outrider_services.places import place
 

@@ -17,6 +17,7 @@ from outrider.client import (
     Token,
     connect,
 )
+from outrider.core.stats import Report
 from outrider.errors import (
     BadRequest,
     ConfigError,
@@ -32,7 +33,6 @@ from outrider.errors import (
     UnknownRequest,
     WorkerLost,
 )
-from outrider.stats import Report
 
 __all__ = [
     "AsyncClient",

@@ -14,6 +14,8 @@ from types import TracebackType
 from typing import Any, Literal, TypeVar
 
 from outrider import wire
+from outrider.core.sampling import Sampling
+from outrider.core.stats import Report
 from outrider.errors import (
     ConnectionFailed,
     InternalError,
@@ -21,8 +23,6 @@ from outrider.errors import (
     RequestTimeout,
     from_code,
 )
-from outrider.sampling import Sampling
-from outrider.stats import Report
 from outrider.transport import Link, PeerGone, address_of
 
 T = TypeVar("T")

@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from outrider.engine import Cancelled, EngineFault, ModelInfo
+from outrider.core.engine import Cancelled, EngineFault, ModelInfo
+from outrider.core.sampling import Scores, Token
 from outrider.errors import InternalError, ModelUnusable
 from outrider.llama_setup import (
     CANNOT_TAKE_BACK,
@@ -39,7 +40,6 @@ from outrider.llama_setup import (
     metadata,
 )
 from outrider.llama_text import TextModel
-from outrider.sampling import Scores, Token
 
 __all__ = ["LlamaEngine", "LlamaSettings", "prepare_environment"]
 
@@ -82,7 +82,7 @@ class Batch:
 
 
 class LlamaEngine:
-    """`outrider.engine.Engine` over one GGUF file; made by `LlamaEngine.load`."""
+    """`outrider.core.engine.Engine` over one GGUF file; made by `LlamaEngine.load`."""
 
     def __init__(
         self, lib: Any, model: Any, context: Any, info: ModelInfo, text: TextModel

@@ -11,9 +11,9 @@ import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from outrider.engine import Vocabulary
+from outrider.core.engine import Vocabulary
+from outrider.core.sampling import Token
 from outrider.errors import BadRequest
-from outrider.sampling import Token
 
 KINDS = {1: "spm", 2: "bpe", 3: "wpm", 4: "ugm", 5: "rwkv", 6: "plamo2"}  # enum llama_vocab_type
 

@@ -20,8 +20,8 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from outrider.engine import Cancelled, ModelInfo, Vocabulary
-from outrider.sampling import Scores, Token
+from outrider.core.engine import Cancelled, ModelInfo, Vocabulary
+from outrider.core.sampling import Scores, Token
 
 END = 256
 CONTROLS = ("<|end|>", "<|system|>", "<|user|>", "<|assistant|>")

@@ -52,7 +52,7 @@ class Base(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=T
 
 
 class Fingerprint(Base, frozen=True):
-    """`outrider.engine.Vocabulary` on the wire."""
+    """`outrider.core.engine.Vocabulary` on the wire."""
 
     kind: Word
     size: Count
@@ -65,7 +65,7 @@ class Fingerprint(Base, frozen=True):
 
 
 class Sampling(Base, frozen=True):
-    """`outrider.sampling.Sampling` on the wire."""
+    """`outrider.core.sampling.Sampling` on the wire."""
 
     temperature: float
     top_k: Count
@@ -210,7 +210,7 @@ class Commit(Tagged, frozen=True):
     """The text from `base` on; where it differs from what was drafted, a new lineage starts.
 
     With n drafted tokens ahead of it, the draft goes on only if the product of their usual
-    acceptances (`outrider.estimates`) is at least the n-th of `floors`, or there is no n-th.
+    acceptances (`outrider.core.estimates`) is at least the n-th of `floors`, or there is no n-th.
     """
 
     request: Id

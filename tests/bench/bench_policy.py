@@ -13,7 +13,7 @@ from typing import Any
 
 from tests.sim.replay import PROCESSOR, TRACES, speedups
 
-from outrider.policy import Policy
+from outrider.core.rules import Policy
 from outrider_services.measures import geometric_mean
 from outrider_services.replay import World
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from outrider.sampling import Choice, Sampling, Scores, Token, choose, gumbel, propose
+from outrider.core.sampling import Choice, Sampling, Scores, Token, choose, gumbel, propose
 
 Rule = Callable[[Scores, Sampling, Sequence[int], int], Choice | Token]
 SETTINGS = {

@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 
 from outrider import llama
-from outrider.engine import Cancelled, EngineFault
+from outrider.core.engine import Cancelled, EngineFault
+from outrider.core.sampling import Scores, Token
 from outrider.errors import BadRequest, ModelNotFound, ModelUnusable
 from outrider.llama import LlamaEngine, LlamaSettings
 from outrider.llama_setup import LONG, attention
-from outrider.sampling import Scores, Token
 
 pytestmark = [pytest.mark.model, pytest.mark.timeout(180)]
 

@@ -38,7 +38,7 @@ import psutil
 import pytest
 
 from outrider.client import AsyncClient, connect
-from outrider.sampling import Sampling, choose
+from outrider.core.sampling import Sampling, choose
 from outrider.toy import ToyEngine
 from outrider_services import options
 from outrider_services.cli import main

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from outrider.stats import Report
+from outrider.core.stats import Report
 from outrider_services.options import OPTIONS
 
 if TYPE_CHECKING:

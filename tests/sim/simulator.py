@@ -18,10 +18,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 
-from outrider import decoding
-from outrider.policy import Policy
-from outrider.sampling import Sampling, Scores, Token, choose, propose
-from outrider.session import (
+from outrider.core import decoding
+from outrider.core.rules import Policy
+from outrider.core.sampling import Sampling, Scores, Token, choose, propose
+from outrider.core.session import (
     CloseDraft,
     Command,
     Commit,
@@ -36,7 +36,7 @@ from outrider.session import (
     Task,
     Verify,
 )
-from outrider.stats import Stats
+from outrider.core.stats import Stats
 from outrider.toy import END, SMALLEST, ToyEngine, ToySettings
 from outrider_services.draft_worker import Stream
 

@@ -12,8 +12,8 @@ from functools import cache
 import pytest
 from tests.sim.simulator import GREEDY, Asked, Simulation, World
 
-from outrider.policy import Mode, Policy
-from outrider.sampling import Sampling
+from outrider.core.rules import Mode, Policy
+from outrider.core.sampling import Sampling
 
 PASS_S, TOKEN_S = 0.010, 0.001
 Interval = tuple[float, float]

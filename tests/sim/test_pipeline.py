@@ -26,9 +26,9 @@ from tests.sim.simulator import (
     plain,
 )
 
-from outrider.policy import Mode, Policy
-from outrider.sampling import Sampling, Scores, Token
-from outrider.session import Command, Drafted, Session
+from outrider.core.rules import Mode, Policy
+from outrider.core.sampling import Sampling, Scores, Token
+from outrider.core.session import Command, Drafted, Session
 from outrider.toy import SMALLEST
 
 quiet = settings(

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 import pytest
 from tests.sim.replay import FLAT, PROCESSOR, speedups
 
-from outrider.estimates import CostModel
-from outrider.policy import Experience, Pilot, Policy
+from outrider.core.estimates import CostModel
+from outrider.core.rules import Experience, Pilot, Policy
 from outrider_services.measures import geometric_mean
 from outrider_services.replay import Replay, World
 

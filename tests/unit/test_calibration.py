@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from outrider.sampling import Scores, Token
+from outrider.core.sampling import Scores, Token
 from outrider.toy import ToyEngine
 from outrider_services.worker import calibrate
 

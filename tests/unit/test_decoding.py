@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from outrider import decoding
-from outrider.decoding import Verdict, verify
-from outrider.sampling import Token
+from outrider.core import decoding
+from outrider.core.decoding import Verdict, verify
+from outrider.core.sampling import Token
 
 quiet = settings(derandomize=True, database=None, deadline=None)
 tokens = st.lists(st.integers(0, 3), max_size=6)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from outrider import wire
-from outrider.sampling import Choice, Sampling
+from outrider.core.sampling import Choice, Sampling
 from outrider_services.draft_worker import CUT_SHORT, Stream, joined
 
 

@@ -20,8 +20,8 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from outrider.decoding import verify
-from outrider.sampling import Noise, Sampling, Token, choose, gumbel
+from outrider.core.decoding import verify
+from outrider.core.sampling import Noise, Sampling, Token, choose, gumbel
 
 # --- exactly: finite noise ------------------------------------------------------------------------
 

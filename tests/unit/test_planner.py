@@ -7,8 +7,8 @@ import time
 import numpy as np
 import pytest
 
-from outrider import planner
-from outrider.estimates import Acceptance, CostModel, Costs, Spread
+from outrider.core import planner
+from outrider.core.estimates import Acceptance, CostModel, Costs, Spread
 
 FLAT = Costs((0.1,) * 16, 0.01, 0.0)
 DEAR = Costs(tuple(0.1 * rows for rows in range(1, 17)), 0.01, 0.0)  # a row costs as much as a pass

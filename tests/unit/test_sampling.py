@@ -11,9 +11,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from outrider import sampling as under_test
-from outrider.errors import BadRequest
-from outrider.sampling import (
+from outrider.core import sampling as under_test
+from outrider.core.sampling import (
     HIGHEST_NOISE,
     LOWEST_NOISE,
     BadScores,
@@ -27,6 +26,7 @@ from outrider.sampling import (
     mix,
     propose,
 )
+from outrider.errors import BadRequest
 
 quiet = settings(derandomize=True, database=None, deadline=None)
 seeds = st.integers(0, 2**63 - 1)

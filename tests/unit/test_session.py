@@ -10,10 +10,10 @@ from typing import Any, ClassVar
 
 import pytest
 
-from outrider import decoding
-from outrider.policy import Mode, Policy
-from outrider.sampling import Token
-from outrider.session import (
+from outrider.core import decoding
+from outrider.core.rules import Mode, Policy
+from outrider.core.sampling import Token
+from outrider.core.session import (
     OFFENCES,
     PATIENCE_S,
     UNTOLD,
@@ -31,7 +31,7 @@ from outrider.session import (
     Task,
     Verify,
 )
-from outrider.stats import Stats
+from outrider.core.stats import Stats
 
 PROMPT = (90, 91, 92)
 BASE = len(PROMPT)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from outrider.stats import Lane, Stats
+from outrider.core.stats import Lane, Stats
 
 quiet = settings(derandomize=True, database=None, deadline=None, max_examples=200)
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from outrider.text import TextStream
+from outrider.core.text import TextStream
 
 quiet = settings(derandomize=True, database=None, deadline=None, max_examples=300)
 

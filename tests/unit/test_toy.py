@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from outrider.engine import Cancelled, Engine
-from outrider.sampling import Sampling, Scores, Token, choose, propose
+from outrider.core.engine import Cancelled, Engine
+from outrider.core.sampling import Sampling, Scores, Token, choose, propose
 from outrider.toy import CONTROLS, END, SMALLEST, ToyCosts, ToyEngine, ToySettings
 
 quiet = settings(derandomize=True, database=None, deadline=None)

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from outrider import llama_quantise, planner
+from outrider import llama_quantise
+from outrider.core import planner
+from outrider.core.estimates import Costs
 from outrider.errors import ConfigError, ModelNotFound, ModelUnusable, RequestTimeout, WorkerLost
-from outrider.estimates import Costs
 from outrider_services import measuring, models, options, tuning, variants
 from outrider_services.measuring import Findings, Job
 from outrider_services.options import Settings

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from outrider.sampling import Scores, Token
+from outrider.core.sampling import Scores, Token
 
 
 class Cancelled(Exception):

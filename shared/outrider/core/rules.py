@@ -2,7 +2,7 @@
 
 A session asks: verify how many of these drafted tokens now, or wait for more? And: how far beyond
 the committed text may the draft run? `Policy` answers by fixed numbers, `Pilot` by what things cost
-and what acceptance the drafts' confidences foretell (`outrider.planner`).
+and what acceptance the drafts' confidences foretell (`outrider.core.planner`).
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Literal
 
 import numpy as np
 
-from outrider import planner
-from outrider.estimates import LEVELS, Acceptance, CostModel, Spread
+from outrider.core import planner
+from outrider.core.estimates import LEVELS, Acceptance, CostModel, Spread
 
 Mode = Literal["plain", "sync", "pipelined"]
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from outrider.estimates import LEVELS, Costs, Values
+from outrider.core.estimates import LEVELS, Costs, Values
 
 DEEPEST = 24  # drafted tokens ahead that are told apart: more add nothing
 LONGEST = 15  # most drafted tokens of a block

@@ -1,7 +1,7 @@
 """Which drafted tokens are accepted: those that the target chose itself.
 
 Verifying by equality keeps the text exactly the target's own, for `choose` draws each choice from
-the target's distribution with noise that depends on the position alone (see `outrider.sampling`).
+the target's distribution with noise that depends on the position alone (`outrider.core.sampling`).
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 
-from outrider.sampling import Token
+from outrider.core.sampling import Token
 
 
 @dataclass(frozen=True, slots=True)

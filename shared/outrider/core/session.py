@@ -23,10 +23,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from outrider.policy import Pilot, Policy
-from outrider.sampling import Token
-from outrider.stats import Stats
-from outrider.text import TextStream
+from outrider.core.rules import Pilot, Policy
+from outrider.core.sampling import Token
+from outrider.core.stats import Stats
+from outrider.core.text import TextStream
 
 Kind = Literal["drafted", "corrected", "bonus", "plain"]
 Reason = Literal["stop", "length", "cancelled"]
