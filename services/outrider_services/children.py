@@ -18,7 +18,7 @@ import uvloop
 
 from outrider.core.engine import Engine
 from outrider.errors import ConfigError, InternalError, ModelNotFound, OutriderError
-from outrider.transport import Router, check_exposure, socket_path
+from outrider.wire.transport import Router, check_exposure, socket_path
 from outrider_services import options
 from outrider_services.coordinator import Coordinator, Defaults
 from outrider_services.draft_worker import DraftWorker

@@ -20,7 +20,7 @@ from rich.table import Table
 import outrider
 from outrider.client import connect
 from outrider.errors import ConfigError, ConnectionFailed, OutriderError
-from outrider.transport import address_of, runtime_dir
+from outrider.wire.transport import address_of, runtime_dir
 from outrider_services import (
     bench,
     children,

@@ -17,7 +17,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import outrider
-from outrider import wire
 from outrider.core import session as core
 from outrider.core.estimates import CostModel
 from outrider.core.rules import LONGEST, Experience, Mode, Pilot, Policy
@@ -31,7 +30,8 @@ from outrider.errors import (
     WorkerLost,
     from_code,
 )
-from outrider.transport import PeerGone
+from outrider.wire import messages as wire
+from outrider.wire.transport import PeerGone
 from outrider_services.places import shared
 from outrider_services.roster import Member, Roster
 

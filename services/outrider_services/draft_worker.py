@@ -16,11 +16,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from outrider import wire
 from outrider.core.engine import Cancelled, Engine, EngineFault
 from outrider.core.estimates import usual_acceptance
 from outrider.core.sampling import Choice, Sampling, Token, propose
 from outrider.errors import OutriderError
+from outrider.wire import messages as wire
 from outrider_services.worker import Curve, Worker, failure
 
 CUT_SHORT = 16  # most tokens whose evaluation is given up halfway to free the cores

@@ -27,7 +27,7 @@ from outrider.errors import (
     WorkerLost,
     from_code,
 )
-from outrider.transport import socket_path
+from outrider.wire.transport import socket_path
 from outrider_services.options import Settings, Target, cores, to_flags
 
 STOP_S = 5.0  # between SIGTERM and SIGKILL

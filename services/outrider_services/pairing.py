@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 
 from outrider.errors import IncompatiblePair
-from outrider.wire import Fingerprint
+from outrider.wire.messages import Fingerprint
 
 PADDING = 128
 FIRST_COMPARED = 5

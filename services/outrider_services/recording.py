@@ -13,9 +13,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from outrider import wire
 from outrider.core.engine import Engine
 from outrider.errors import BadRequest, ConfigError
+from outrider.wire import messages as wire
 from outrider_services.children import load_engine
 from outrider_services.launcher import own_settings
 from outrider_services.options import Settings

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import outrider
-from outrider import wire
 from outrider.errors import (
     IncompatiblePair,
     OutriderError,
@@ -19,6 +18,7 @@ from outrider.errors import (
     WorkerLost,
     from_code,
 )
+from outrider.wire import messages as wire
 from outrider_services.pairing import check_pair
 
 log = logging.getLogger(__name__)

@@ -10,11 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import ClassVar
 
-from outrider import wire
 from outrider.core import decoding
 from outrider.core.engine import Cancelled, Engine, EngineFault
 from outrider.core.sampling import Sampling, Scores, Token, choose, logprob
 from outrider.errors import BadRequest, OutriderError, ProtocolError
+from outrider.wire import messages as wire
 from outrider_services.worker import Curve, Worker, failure
 
 

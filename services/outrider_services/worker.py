@@ -20,11 +20,11 @@ from typing import ClassVar, TypeVar
 import numpy as np
 
 import outrider
-from outrider import wire
 from outrider.core.engine import Engine
 from outrider.core.sampling import Sampling, Token
 from outrider.errors import BadRequest, ConnectionFailed, OutriderError, Overloaded, from_code
-from outrider.transport import Link, PeerGone
+from outrider.wire import messages as wire
+from outrider.wire.transport import Link, PeerGone
 from outrider_services.places import place
 
 log = logging.getLogger(__name__)

@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass, fields
 from types import TracebackType
 from typing import Any, Literal, TypeVar
 
-from outrider import wire
 from outrider.core.sampling import Sampling
 from outrider.core.stats import Report
 from outrider.errors import (
@@ -23,7 +22,8 @@ from outrider.errors import (
     RequestTimeout,
     from_code,
 )
-from outrider.transport import Link, PeerGone, address_of
+from outrider.wire import messages as wire
+from outrider.wire.transport import Link, PeerGone, address_of
 
 T = TypeVar("T")
 FinishReason = Literal["stop", "length", "cancelled"]

@@ -10,8 +10,8 @@ import statistics
 import time
 from typing import Any
 
-from outrider import wire
-from outrider.wire import decode, encode
+from outrider.wire import messages as wire
+from outrider.wire.messages import decode, encode
 from outrider_services.coordinator import Coordinator, Defaults
 
 VOCABULARY = 152_000

@@ -24,11 +24,11 @@ import pytest
 import zmq
 
 import outrider
-from outrider import wire
 from outrider.client import AsyncClient, Completion, Stream, connect
 from outrider.errors import ConnectionFailed, IncompatiblePair, Overloaded, WorkerLost
 from outrider.toy import ToyEngine
-from outrider.transport import Link, PeerGone
+from outrider.wire import messages as wire
+from outrider.wire.transport import Link, PeerGone
 from outrider_services import worker as workers
 from outrider_services.draft_worker import DraftWorker
 from outrider_services.launcher import Launcher

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from outrider import wire
 from outrider.core.sampling import Choice, Sampling
+from outrider.wire import messages as wire
 from outrider_services.draft_worker import CUT_SHORT, Stream, joined
 
 

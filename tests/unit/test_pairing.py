@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from outrider.errors import IncompatiblePair
-from outrider.wire import Fingerprint
+from outrider.wire.messages import Fingerprint
 from outrider_services.pairing import BATCH, FIRST_COMPARED, PADDING, check_pair
 
 SIZE = 2 * BATCH + 10  # three batches of texts

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.bench import bench_coordinator
 
-from outrider import wire
 from outrider.core import planner
 from outrider.core.estimates import CostModel
 from outrider.core.rules import DOUBT, PROBES, Experience, Guard, Mode, Pilot, Policy
+from outrider.wire import messages as wire
 
 quiet = settings(derandomize=True, database=None, deadline=None, max_examples=500)
 MODES: list[Mode] = ["plain", "sync", "pipelined"]

@@ -14,9 +14,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from msgspec import inspect
 
-from outrider import wire
 from outrider.errors import BadRequest, ProtocolError
-from outrider.wire import FRAME_LIMIT, Message, decode, encode
+from outrider.wire import messages as wire
+from outrider.wire.messages import FRAME_LIMIT, Message, decode, encode
 
 quiet = settings(derandomize=True, database=None, deadline=None, max_examples=50)
 KINDS: tuple[type[Message], ...] = get_args(Message)

@@ -21,7 +21,7 @@ import zmq
 from zmq.utils.monitor import parse_monitor_message
 
 from outrider.errors import ConfigError, ConnectionFailed, ProtocolError
-from outrider.wire import FRAME_LIMIT, Message, decode, encode
+from outrider.wire.messages import FRAME_LIMIT, Message, decode, encode
 
 log = logging.getLogger(__name__)
 
