@@ -90,7 +90,7 @@ def load_engine(role: str, settings: Settings, progress: Callable[[float], None]
 
 
 def _llama(role: str, settings: Settings, progress: Callable[[float], None]) -> Engine:
-    from outrider.llama import LlamaEngine, LlamaSettings
+    from outrider.engines.llama.engine import LlamaEngine, LlamaSettings
 
     target, pipeline = settings.target, settings.pipeline
     if not target.model:
@@ -111,7 +111,7 @@ def _llama(role: str, settings: Settings, progress: Callable[[float], None]) -> 
 
 
 def _toy(role: str, settings: Settings) -> Engine:
-    from outrider.toy import ToyCosts, ToyEngine, ToySettings
+    from outrider.engines.toy import ToyCosts, ToyEngine, ToySettings
 
     toy = settings.toy
     step_ms = toy.step_ms if role == "target" else toy.draft_ms

@@ -29,7 +29,7 @@ from outrider_services import options
 from outrider_services.worker import calibrate
 
 if TYPE_CHECKING:
-    from outrider.llama import LlamaEngine
+    from outrider.engines.llama.engine import LlamaEngine
 
 CONTEXT = 512
 
@@ -123,7 +123,7 @@ def answer(text: str, parent_fd: int | None) -> int:
 
 def _end_with(parent_fd: int, job: Job) -> None:
     """llama.cpp cannot be interrupted: once the parent is gone, leave no file behind."""
-    from outrider.llama_quantise import partial
+    from outrider.engines.llama.quantise import partial
 
     with contextlib.suppress(OSError):
         os.read(parent_fd, 1)
@@ -134,8 +134,8 @@ def _end_with(parent_fd: int, job: Job) -> None:
 
 def work(job: Job) -> Findings:
     """Make the model, load it, measure. Raises OutriderError."""
-    from outrider.llama import LlamaEngine, LlamaSettings
-    from outrider.llama_quantise import requantise
+    from outrider.engines.llama.engine import LlamaEngine, LlamaSettings
+    from outrider.engines.llama.quantise import requantise
 
     allowed = len(os.sched_getaffinity(0))
     if job.kind:

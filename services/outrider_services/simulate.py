@@ -19,8 +19,8 @@ from rich.console import Console
 from rich.table import Table
 
 from outrider.client import AsyncClient, connect
+from outrider.engines.toy import ToyEngine, ToySettings
 from outrider.errors import ConfigError
-from outrider.toy import ToyEngine, ToySettings
 from outrider_services.launcher import Launcher
 from outrider_services.options import Settings
 from outrider_services.replay import Replay, World, record

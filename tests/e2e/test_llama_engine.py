@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from outrider import llama
 from outrider.core.engine import Cancelled, EngineFault
 from outrider.core.sampling import Scores, Token
+from outrider.engines.llama import engine as llama
+from outrider.engines.llama.engine import LlamaEngine, LlamaSettings
+from outrider.engines.llama.setup import LONG, attention
 from outrider.errors import BadRequest, ModelNotFound, ModelUnusable
-from outrider.llama import LlamaEngine, LlamaSettings
-from outrider.llama_setup import LONG, attention
 
 pytestmark = [pytest.mark.model, pytest.mark.timeout(180)]
 
@@ -84,7 +84,7 @@ def test_an_engine_that_has_nothing_to_do_leaves_its_cores_to_others(test_model:
 def test_a_process_that_has_evaluated_comes_to_an_end(test_model: Path) -> None:
     """OpenMP's threads are waited for then, also those that were sent to sleep."""
     program = (
-        "import sys; from pathlib import Path; from outrider.llama import *\n"
+        "import sys; from pathlib import Path; from outrider.engines.llama.engine import *\n"
         "settings = LlamaSettings(context=64, slots=1, threads=2)\n"
         "engine = LlamaEngine.load(Path(sys.argv[1]), settings)\n"
         "engine.extend(0, [5], 1)\n"

@@ -39,7 +39,7 @@ import pytest
 
 from outrider.client import AsyncClient, connect
 from outrider.core.sampling import Sampling, choose
-from outrider.toy import ToyEngine
+from outrider.engines.toy import ToyEngine
 from outrider_services import options
 from outrider_services.cli import main
 from outrider_services.launcher import Launcher

@@ -25,8 +25,8 @@ import zmq
 
 import outrider
 from outrider.client import AsyncClient, Completion, Stream, connect
+from outrider.engines.toy import ToyEngine
 from outrider.errors import ConnectionFailed, IncompatiblePair, Overloaded, WorkerLost
-from outrider.toy import ToyEngine
 from outrider.wire import messages as wire
 from outrider.wire.transport import Link, PeerGone
 from outrider_services import worker as workers

@@ -37,7 +37,7 @@ from outrider.core.session import (
     Verify,
 )
 from outrider.core.stats import Stats
-from outrider.toy import END, SMALLEST, ToyEngine, ToySettings
+from outrider.engines.toy import END, SMALLEST, ToyEngine, ToySettings
 from outrider_services.draft_worker import Stream
 
 ENDS = frozenset({END})

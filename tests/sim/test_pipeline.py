@@ -29,7 +29,7 @@ from tests.sim.simulator import (
 from outrider.core.rules import Mode, Policy
 from outrider.core.sampling import Sampling, Scores, Token
 from outrider.core.session import Command, Drafted, Session
-from outrider.toy import SMALLEST
+from outrider.engines.toy import SMALLEST
 
 quiet = settings(
     derandomize=True,

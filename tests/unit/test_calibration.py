@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 
 from outrider.core.sampling import Scores, Token
-from outrider.toy import ToyEngine
+from outrider.engines.toy import ToyEngine
 from outrider_services.worker import calibrate
 
 

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
+from outrider.engines.toy import ToyEngine, ToySettings
 from outrider.errors import ConfigError
-from outrider.toy import ToyEngine, ToySettings
 from outrider_services.options import Settings, Toy
 from outrider_services.replay import record
 from outrider_services.simulate import ideal, read_numbers

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from outrider.core.engine import Cancelled, Engine
 from outrider.core.sampling import Sampling, Scores, Token, choose, propose
-from outrider.toy import CONTROLS, END, SMALLEST, ToyCosts, ToyEngine, ToySettings
+from outrider.engines.toy import CONTROLS, END, SMALLEST, ToyCosts, ToyEngine, ToySettings
 
 quiet = settings(derandomize=True, database=None, deadline=None)
 PROMPT = list(b"The future of AI is ")

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from outrider import llama_quantise
 from outrider.core import planner
 from outrider.core.estimates import Costs
+from outrider.engines.llama import quantise
 from outrider.errors import ConfigError, ModelNotFound, ModelUnusable, RequestTimeout, WorkerLost
 from outrider_services import measuring, models, options, tuning, variants
 from outrider_services.measuring import Findings, Job
@@ -328,7 +328,7 @@ def test_what_was_left_unfinished_is_removed(settings: Settings, cache: Path) ->
 
 
 def test_every_type_has_a_number() -> None:
-    assert set(options.QUANTS) == llama_quantise.KINDS.keys()
+    assert set(options.QUANTS) == quantise.KINDS.keys()
 
 
 def test_the_texts_are_there() -> None:

@@ -1,4 +1,4 @@
-"""What a worker asks of a model: one interface, kept by `outrider.llama` and `outrider.toy`."""
+"""What a worker asks of a model: one interface, kept by the engines in `outrider.engines`."""
 
 from __future__ import annotations
 

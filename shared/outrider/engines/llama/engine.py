@@ -24,8 +24,7 @@ from numpy.typing import NDArray
 
 from outrider.core.engine import Cancelled, EngineFault, ModelInfo
 from outrider.core.sampling import Scores, Token
-from outrider.errors import InternalError, ModelUnusable
-from outrider.llama_setup import (
+from outrider.engines.llama.setup import (
     CANNOT_TAKE_BACK,
     LlamaSettings,
     available_memory,
@@ -39,7 +38,8 @@ from outrider.llama_setup import (
     make_context,
     metadata,
 )
-from outrider.llama_text import TextModel
+from outrider.engines.llama.text import TextModel
+from outrider.errors import InternalError, ModelUnusable
 
 __all__ = ["LlamaEngine", "LlamaSettings", "prepare_environment"]
 

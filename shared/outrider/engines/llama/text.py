@@ -1,7 +1,7 @@
 """The text side of a llama.cpp model: tokens and text, the vocabulary's fingerprint, templates.
 
-`lib` is the module of bindings, handed in by `outrider.llama`. Everything here may be called from
-any thread: llama.cpp only reads the vocabulary, and each call has buffers of its own.
+`lib` is the module of bindings, handed in by `outrider.engines.llama.engine`. Everything here may
+be called from any thread: llama.cpp only reads the vocabulary, and each call has its own buffers.
 """
 
 from __future__ import annotations

@@ -6,9 +6,9 @@ import ctypes
 import os
 from pathlib import Path
 
-from outrider import llama
+from outrider.engines.llama import engine as llama
+from outrider.engines.llama.setup import check_file, complaints, filled, reasons
 from outrider.errors import ModelUnusable
-from outrider.llama_setup import check_file, complaints, filled, reasons
 
 # name: (enum llama_ftype, enum ggml_type)
 KINDS = {"q4_0": (2, 2), "q4_1": (3, 3), "q8_0": (7, 8)}

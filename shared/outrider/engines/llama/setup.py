@@ -1,6 +1,6 @@
 """What comes before there is an engine: settings, and checks of the file, the memory and the model.
 
-`lib` is the module of bindings, handed in by `outrider.llama`.
+`lib` is the module of bindings, handed in by `outrider.engines.llama.engine`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import psutil
 
 from outrider.errors import ModelNotFound, ModelUnusable
 
-log = logging.getLogger("outrider.llama")
+log = logging.getLogger("outrider.engines.llama.engine")
 
 # name: (enum ggml_type, bytes for one value)
 CACHE_TYPES = {
