@@ -21,16 +21,9 @@ import outrider
 from outrider.client import connect
 from outrider.errors import ConfigError, ConnectionFailed, OutriderError
 from outrider.wire.transport import address_of, runtime_dir
-from outrider_services import (
-    bench,
-    children,
-    measuring,
-    models,
-    options,
-    serving,
-    tuning,
-)
+from outrider_services import bench, children, measuring, options, serving, tuning
 from outrider_services.generate import run
+from outrider_services.models import catalogue
 from outrider_services.options import Parser, add_options
 from outrider_services.progress import progress_reporter
 
@@ -105,11 +98,11 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
 
     models_and_more = ("target", "draft", "pipeline", "toy", "log")
     _run_flags(verb("run", run, "generate text", (*models_and_more, "sampling")))
-    serve = verb(
+    server = verb(
         "serve", serving.serve, "start a pipeline and keep it up", (*models_and_more, "coordinator")
     )
-    serve.add_argument("--name", default="default", help="what clients call it (default: default)")
-    serve.add_argument(
+    server.add_argument("--name", default="default", help="what clients call it (default: default)")
+    server.add_argument(
         "--pull", action="store_true", help="fetch the default pair if it is missing"
     )
     settled = ("pipeline.mode", "target.place", "draft.place")  # by the arms, and by their purpose
@@ -305,9 +298,11 @@ def _pull(settings: options.Settings, parsed: Any) -> int:
     with progress_reporter() as progress:
         offline = settings.pipeline.offline
         if parsed.model:
-            paths = [models.resolve(parsed.model, fetch=True, offline=offline, progress=progress)]
+            paths = [
+                catalogue.resolve(parsed.model, fetch=True, offline=offline, progress=progress)
+            ]
         else:
-            paths = list(models.default_pair(fetch=True, offline=offline, progress=progress))
+            paths = list(catalogue.default_pair(fetch=True, offline=offline, progress=progress))
     for path in paths:
         print(path)
     return 0
@@ -315,7 +310,7 @@ def _pull(settings: options.Settings, parsed: Any) -> int:
 
 def _ls(settings: options.Settings, parsed: Any) -> int:
     table = Table("model", "GiB", "file", box=None)
-    for model in models.local_models():
+    for model in catalogue.local_models():
         table.add_row(model.name, f"{model.bytes / 2**30:.2f}", str(model.path))
     _show(table)
     return 0

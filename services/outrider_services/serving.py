@@ -12,8 +12,9 @@ import uvloop
 from rich.console import Console
 
 from outrider.errors import ModelNotFound
-from outrider_services import models, tuning
+from outrider_services import tuning
 from outrider_services.launcher import Launcher, first_of
+from outrider_services.models import catalogue
 from outrider_services.options import Settings
 from outrider_services.progress import progress_reporter
 
@@ -45,11 +46,11 @@ def with_paths(settings: Settings, *, fetch: bool) -> Settings:
             if name is None:
                 return None
             may = (fetch or bool(hf) or name.startswith("hf://")) and not offline
-            return str(models.resolve(name, fetch=may, offline=offline, progress=progress))
+            return str(catalogue.resolve(name, fetch=may, offline=offline, progress=progress))
 
         target_path, draft_path = find(target.model, target.hf), find(draft.model, draft.hf)
         if target_path is None and target.place == "spawn":
-            pair = models.default_pair(fetch=fetch, offline=offline, progress=progress)
+            pair = catalogue.default_pair(fetch=fetch, offline=offline, progress=progress)
             target_path = str(pair[0])
             draft_path = draft_path or str(pair[1])
     return replace(
@@ -70,7 +71,7 @@ def with_paths_of_worker(settings: Settings, role: str) -> Settings:
         name = f"hf://{target.hf}" if target.hf else str(target.model)
         fetch = name.startswith("hf://")
         offline = settings.pipeline.offline
-        path = models.resolve(name, fetch=fetch, offline=offline, progress=progress)
+        path = catalogue.resolve(name, fetch=fetch, offline=offline, progress=progress)
     return replace(settings, target=replace(target, model=str(path), hf=None))
 
 

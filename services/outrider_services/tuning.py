@@ -18,10 +18,11 @@ from outrider.core import planner
 from outrider.core.estimates import Costs
 from outrider.core.sampling import Token
 from outrider.errors import ConfigError, ModelNotFound, OutriderError, RequestTimeout
-from outrider_services import measuring, models, variants
-from outrider_services.gguf import read_header
+from outrider_services import measuring, variants
 from outrider_services.launcher import share_cores
 from outrider_services.measuring import Findings, Job
+from outrider_services.models import catalogue
+from outrider_services.models.gguf import read_header
 from outrider_services.options import Draft, Settings, Target
 from outrider_services.variants import Decision, Trial, Variant
 
@@ -95,7 +96,7 @@ def _decide_quickly(settings: Settings, name: str, ask: Ask) -> Decision:
 def is_default(settings: Settings) -> bool:
     """Whether it is the pair that the texts' answers are of."""
     try:
-        pair = models.default_pair(fetch=False)
+        pair = catalogue.default_pair(fetch=False)
     except ModelNotFound:
         return False
     return [settings.target.model, settings.draft.model] == [str(path) for path in pair]

@@ -20,7 +20,8 @@ from typing import Any
 import platformdirs
 
 from outrider.errors import ModelUnusable
-from outrider_services import fetching, options
+from outrider_services import options
+from outrider_services.models import fetching
 from outrider_services.options import Settings
 
 LOCK_S = 300.0

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 import outrider
-from outrider_services import models
-from outrider_services.fetching import ModelSource
+from outrider_services.models import catalogue
+from outrider_services.models.fetching import ModelSource
 
 COMMAND = [sys.executable, "-m", "outrider_services"]
 
@@ -23,7 +23,7 @@ COMMAND = [sys.executable, "-m", "outrider_services"]
 def model(source: ModelSource) -> Path:
     if importlib.util.find_spec("llama_cpp") is None:
         pytest.skip("llama-cpp-python is not installed")
-    found = models.find(source)
+    found = catalogue.find(source)
     if found is None:
         pytest.skip(f"{source.file} has not been fetched")
     return found
@@ -31,17 +31,17 @@ def model(source: ModelSource) -> Path:
 
 @pytest.fixture(scope="session")
 def test_model() -> Path:
-    return model(models.TEST_MODEL)
+    return model(catalogue.TEST_MODEL)
 
 
 @pytest.fixture(scope="session")
 def default_target() -> Path:
-    return model(models.DEFAULT_TARGET)
+    return model(catalogue.DEFAULT_TARGET)
 
 
 @pytest.fixture(scope="session")
 def default_draft() -> Path:
-    return model(models.DEFAULT_DRAFT)
+    return model(catalogue.DEFAULT_DRAFT)
 
 
 Serve = Callable[..., outrider.Client]

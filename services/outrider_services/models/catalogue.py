@@ -16,9 +16,9 @@ from typing import NamedTuple
 import platformdirs
 
 from outrider.errors import ModelNotFound
-from outrider_services import fetching
-from outrider_services.fetching import Download, ModelSource
-from outrider_services.gguf import check_gguf
+from outrider_services.models import fetching
+from outrider_services.models.fetching import Download, ModelSource
+from outrider_services.models.gguf import check_gguf
 from outrider_services.progress import Progress, no_progress
 
 DEFAULT_TARGET = ModelSource(
