@@ -24,7 +24,7 @@ import uvloop
 
 from outrider.client import AsyncClient, Completion, Lane, connect
 from outrider.errors import ConfigError
-from outrider_services import peers, plots, recording, simulate, tuning
+from outrider_services import peers, plots, recording, simulate
 from outrider_services.generate import same_model
 from outrider_services.launcher import Launcher, first_of
 from outrider_services.measures import (
@@ -38,6 +38,7 @@ from outrider_services.measures import (
 from outrider_services.options import Draft, Settings, Target, cores
 from outrider_services.plans import Arm, Plan, Prompt, read_plan
 from outrider_services.serving import News, has_draft, signalled, tell, with_paths
+from outrider_services.tuning import search
 
 FAILED_CHECK = 9
 FINALISTS = 4  # of a peer's lengths, tried on more than the first prompt of a category
@@ -55,7 +56,7 @@ def run(settings: Settings, parsed: Any) -> int:
     for path in filter(None, (parsed.plot, parsed.lanes)):
         plots.check(path)
     settings = place(settings, parsed.placement)
-    settings = tuning.prepared(with_paths(settings, fetch=parsed.pull), tell)
+    settings = search.prepared(with_paths(settings, fetch=parsed.pull), tell)
     settings = same_model(replace(settings, pipeline=replace(settings.pipeline, mode="auto")))
     if not has_draft(settings) or settings.draft.place != "spawn":
         raise ConfigError("bench starts both workers here: it needs a draft, and --n-draft above 0")

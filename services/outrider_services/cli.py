@@ -21,11 +21,12 @@ import outrider
 from outrider.client import connect
 from outrider.errors import ConfigError, ConnectionFailed, OutriderError
 from outrider.wire.transport import address_of, runtime_dir
-from outrider_services import bench, children, measuring, options, serving, tuning
+from outrider_services import bench, children, options, serving
 from outrider_services.generate import run
 from outrider_services.models import catalogue
 from outrider_services.options import Parser, add_options
 from outrider_services.progress import progress_reporter
+from outrider_services.tuning import probe, search
 
 INTERRUPTED = 128 + signal.SIGINT
 TERMINATED = 128 + signal.SIGTERM
@@ -267,17 +268,17 @@ def _worker(settings: options.Settings, parsed: Any) -> int:
 
 
 def _measure(settings: options.Settings, parsed: Any) -> int:
-    return measuring.answer(parsed.job, parsed.parent_fd)
+    return probe.answer(parsed.job, parsed.parent_fd)
 
 
 def _tune(settings: options.Settings, parsed: Any) -> int:
-    decision = tuning.tune(serving.with_paths(settings, fetch=parsed.pull))
+    decision = search.tune(serving.with_paths(settings, fetch=parsed.pull))
     if parsed.json:
         print(json.dumps(asdict(decision), indent=2))
         return 0
     for trial in decision.trials:
         table = Table("", "draft", "MB", "ms/token", "acceptance", "tokens/s", "speed-up", box=None)
-        chosen = tuning.is_chosen(decision, trial)
+        chosen = search.is_chosen(decision, trial)
         for one in trial.variants:
             table.add_row(
                 "*" if chosen and one.quant == decision.quant else "",
@@ -288,7 +289,7 @@ def _tune(settings: options.Settings, parsed: Any) -> int:
                 f"{one.rate:.1f}",
                 f"{one.rate / trial.plain_rate:.2f}x",
             )
-        _show(tuning.headline(trial))
+        _show(search.headline(trial))
         _show(table)
     _show("* chosen, and kept for run and serve; tokens/s are forecasts")
     return 0

@@ -18,10 +18,10 @@ from outrider.client import AsyncClient, Completion, Fragment, Lane, Stream, con
 from outrider.core.sampling import Sampling
 from outrider.core.stats import Report
 from outrider.errors import BadRequest, ConfigError
-from outrider_services import tuning
 from outrider_services.launcher import Launcher
 from outrider_services.options import Settings
 from outrider_services.serving import SAME_MODEL, News, has_draft, tell, with_paths
+from outrider_services.tuning import search
 
 DEFAULT_PROMPT = "The future of AI is"
 DEFAULT_LENGTH = 100
@@ -33,7 +33,7 @@ def run(settings: Settings, parsed: Any) -> int:
     prompt = read_prompt(parsed, sys.stdin)
     request = arguments(settings, parsed)  # wrong settings are told before anything is started
     if parsed.connect is None:
-        settings = tuning.prepared(with_paths(settings, fetch=parsed.pull), tell)
+        settings = search.prepared(with_paths(settings, fetch=parsed.pull), tell)
         settings = same_model(settings)
     return uvloop.run(_run(settings, parsed, prompt, request))
 

@@ -12,11 +12,11 @@ import uvloop
 from rich.console import Console
 
 from outrider.errors import ModelNotFound
-from outrider_services import tuning
 from outrider_services.launcher import Launcher, first_of
 from outrider_services.models import catalogue
 from outrider_services.options import Settings
 from outrider_services.progress import progress_reporter
+from outrider_services.tuning import search
 
 SAME_MODEL = (
     "No draft model was given: the target drafts for itself. This demonstrates the machinery "
@@ -103,7 +103,7 @@ class News:
 
 def serve(settings: Settings, parsed: Any) -> int:
     """Start the pipeline, and keep it up until a signal or `outrider stop`."""
-    settings = tuning.prepared(with_paths(settings, fetch=parsed.pull), tell)
+    settings = search.prepared(with_paths(settings, fetch=parsed.pull), tell)
     return uvloop.run(_serve(settings, parsed.name))
 
 

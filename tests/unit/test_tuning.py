@@ -15,12 +15,13 @@ from outrider.core import planner
 from outrider.core.estimates import Costs
 from outrider.engines.llama import quantise
 from outrider.errors import ConfigError, ModelNotFound, ModelUnusable, RequestTimeout, WorkerLost
-from outrider_services import measuring, options, tuning, variants
-from outrider_services.measuring import Findings, Job
+from outrider_services import options
 from outrider_services.models import catalogue
 from outrider_services.options import Settings
-from outrider_services.tuning import Tuner
-from outrider_services.variants import Decision, Trial, Variant
+from outrider_services.tuning import decisions, probe, search
+from outrider_services.tuning.decisions import Decision, Trial, Variant
+from outrider_services.tuning.probe import Findings, Job
+from outrider_services.tuning.search import Tuner
 
 CURVE = tuple(0.05 + 0.002 * rows for rows in range(16))
 COSTS = {"off": 0.036, "q4_0": 0.017, "q4_1": 0.019, "q8_0": 0.026}
@@ -110,16 +111,16 @@ def test_a_draft_that_costs_the_target_nothing_is_worth_more_than_one_in_turn() 
 
 
 def test_as_given_stays_unless_another_is_clearly_faster() -> None:
-    assert tuning.choose([variant("off", 20.0), variant("q4_0", 20.3)]).quant == "off"
-    assert tuning.choose([variant("off", 20.0), variant("q4_0", 21.0)]).quant == "q4_0"
+    assert search.choose([variant("off", 20.0), variant("q4_0", 20.3)]).quant == "off"
+    assert search.choose([variant("off", 20.0), variant("q4_0", 21.0)]).quant == "q4_0"
 
 
 def test_cores_are_split_only_where_that_is_clearly_faster() -> None:
     def trial(cores: str, rate: float, quant: str = "off") -> Trial:
         return Trial(cores, cores, bool(cores), 15.0, (variant(quant, rate),))
 
-    assert tuning.settle([trial("", 20.0), trial("0", 20.9)]).target_cores == ""
-    split = tuning.settle([trial("", 20.0), trial("0", 21.1), trial("1", 22.0)])
+    assert search.settle([trial("", 20.0), trial("0", 20.9)]).target_cores == ""
+    split = search.settle([trial("", 20.0), trial("0", 21.1), trial("1", 22.0)])
     assert (split.target_cores, split.draft_cores) == ("1", "1")
 
 
@@ -131,20 +132,20 @@ def test_cores_are_split_only_where_that_is_clearly_faster() -> None:
 def test_types_that_cannot_help_are_not_tried(
     tmp_path: Path, file_type: int, found: list[str]
 ) -> None:
-    assert tuning.candidates(str(gguf(tmp_path / "d.gguf", file_type)), False) == found
+    assert search.candidates(str(gguf(tmp_path / "d.gguf", file_type)), False) == found
 
 
 def test_the_faster_draft_wins_and_the_losers_are_deleted(settings: Settings, cache: Path) -> None:
     children = Children(off=1, q4_0=2, q4_1=2, q8_0=1)
-    decision = tuning.tune(settings, children)
+    decision = search.tune(settings, children)
     assert decision.quant == "q4_0"
     assert children.made == ["q4_0", "q4_1", "q8_0"]  # once each, for all placements
     assert [path.name for path in (cache / "drafts").glob("*.gguf")] == [
-        variants.variant_path(str(settings.draft.model), "q4_0").name
+        decisions.variant_path(str(settings.draft.model), "q4_0").name
     ]
     measured = {one.quant: one.acceptance for one in decision.trials[0].variants}
     assert measured == {"off": 0.9, "q4_0": 0.8, "q4_1": 0.8, "q8_0": 0.9}
-    assert variants.load(variants.key(settings)) == decision
+    assert decisions.load(decisions.key(settings)) == decision
 
 
 def test_a_draft_that_loses_its_sense_is_not_taken(settings: Settings, cache: Path) -> None:
@@ -162,7 +163,7 @@ def test_a_larger_type_is_not_tried_where_it_cannot_win(settings: Settings, cach
 def test_there_must_be_a_draft_to_tune(settings: Settings) -> None:
     for values in ({"draft__model": None}, {"draft__place": "remote"}, {"pipeline__mode": "plain"}):
         with pytest.raises(ConfigError, match="nothing to tune"):
-            tuning.tune(changed(settings, **values), Children())
+            search.tune(changed(settings, **values), Children())
 
 
 # ---- in run and serve ---------------------------------------------------------------------------
@@ -171,13 +172,13 @@ def test_there_must_be_a_draft_to_tune(settings: Settings) -> None:
 def test_the_default_pair_is_tuned_once_with_a_line_before_and_after(default: Settings) -> None:
     told: list[str] = []
     children = Children(off=1, q4_0=2, q8_0=1)
-    first = tuning.prepared(default, told.append, children)
-    assert first.draft.model == str(variants.variant_path(str(default.draft.model), "q4_0"))
+    first = search.prepared(default, told.append, children)
+    assert first.draft.model == str(decisions.variant_path(str(default.draft.model), "q4_0"))
     assert told[0].startswith("Preparing a draft")
     assert "q4_0, 17.0 ms a token instead of 36.0" in told[1]
     assert len(told) == 2
     asked = len(children.jobs)
-    assert tuning.prepared(default, told.append, children) == first
+    assert search.prepared(default, told.append, children) == first
     assert (len(told), len(children.jobs)) == (2, asked)
 
 
@@ -192,7 +193,7 @@ def test_another_pair_is_left_as_given_without_a_word(
 ) -> None:
     monkeypatch.setattr(catalogue, "default_pair", lambda *, fetch: (Path("a"), Path("b")))
     children, told = Children(), list[str]()
-    assert tuning.prepared(settings, told.append, children) == settings
+    assert search.prepared(settings, told.append, children) == settings
     assert (told, children.jobs) == ([], [])
 
 
@@ -212,7 +213,7 @@ def test_another_pair_is_left_as_given_without_a_word(
 def test_without_a_draft_of_ours_nothing_happens(default: Settings, values: dict[str, Any]) -> None:
     changed_settings = changed(default, **values)
     children, told = Children(), list[str]()
-    assert tuning.prepared(changed_settings, told.append, children) == changed_settings
+    assert search.prepared(changed_settings, told.append, children) == changed_settings
     assert (told, children.jobs) == ([], [])
 
 
@@ -220,8 +221,10 @@ def test_a_type_is_made_without_measuring_and_then_found(settings: Settings) -> 
     children, told = Children(), list[str]()
     wanted = changed(settings, draft__quant="q8_0")
     for _ in range(2):
-        prepared = tuning.prepared(wanted, told.append, children)
-        assert prepared.draft.model == str(variants.variant_path(str(settings.draft.model), "q8_0"))
+        prepared = search.prepared(wanted, told.append, children)
+        assert prepared.draft.model == str(
+            decisions.variant_path(str(settings.draft.model), "q8_0")
+        )
     assert [(job.kind, job.rows) for job in children.jobs] == [("q8_0", ())]
     assert told == []
 
@@ -230,7 +233,7 @@ def test_a_type_that_cannot_be_made_is_an_error(settings: Settings) -> None:
     children = Children()
     children.error, children.fails_at = ModelUnusable("no"), "q4_0"
     with pytest.raises(ModelUnusable):
-        tuning.prepared(changed(settings, draft__quant="q4_0"), print, children)
+        search.prepared(changed(settings, draft__quant="q4_0"), print, children)
 
 
 @pytest.mark.parametrize("fails_at", ["", "q4_0", "q8_0"])
@@ -239,19 +242,19 @@ def test_a_child_that_fails_costs_a_line_and_leaves_no_file(
 ) -> None:
     children, told = Children(off=0, q4_0=3), list[str]()
     children.error, children.fails_at = WorkerLost("it ended with status -9"), fails_at
-    assert tuning.prepared(default, told.append, children) == default
+    assert search.prepared(default, told.append, children) == default
     assert told[1:] == [
         "The draft is used as given; preparing a faster one failed: it ended with status -9"
     ]
     assert list((cache / "drafts").glob("*.gguf")) == []
-    assert variants.load(variants.key(default)) is None
+    assert decisions.load(decisions.key(default)) is None
 
 
 def test_what_took_too_long_is_not_tried_at_every_start(default: Settings) -> None:
     children, told = Children(), list[str]()
     children.error = RequestTimeout("too long")
-    tuning.prepared(default, told.append, children)
-    assert tuning.prepared(default, told.append, children) == default
+    search.prepared(default, told.append, children)
+    assert search.prepared(default, told.append, children) == default
     assert len(told) == 2
     assert len(children.jobs) == 1
 
@@ -260,7 +263,7 @@ def test_a_directory_that_cannot_be_written_costs_a_line(default: Settings, cach
     cache.parent.mkdir()
     cache.write_text("in the way")
     told: list[str] = []
-    assert tuning.prepared(default, told.append, Children()) == default
+    assert search.prepared(default, told.append, Children()) == default
     assert "cannot be written" in told[-1]
 
 
@@ -268,21 +271,21 @@ def test_a_directory_that_cannot_be_written_costs_a_line(default: Settings, cach
 
 
 def test_a_draft_that_has_vanished_is_made_again(default: Settings, cache: Path) -> None:
-    variants.save(variants.key(default), Decision("q4_0"))
+    decisions.save(decisions.key(default), Decision("q4_0"))
     children = Children()
-    prepared = tuning.prepared(default, print, children)
+    prepared = search.prepared(default, print, children)
     assert children.made == ["q4_0"]
     assert Path(str(prepared.draft.model)).exists()
 
 
 def test_a_split_is_used_by_those_who_leave_the_cores_to_us(settings: Settings) -> None:
-    variants.save(variants.key(settings), Decision("off", "0", "0"))
-    prepared = tuning.prepared(settings, print, Children())
+    decisions.save(decisions.key(settings), Decision("off", "0", "0"))
+    prepared = search.prepared(settings, print, Children())
     assert (prepared.target.cores, prepared.draft.cores) == ("0", "0")
     for values in ({"target__cores": "0"}, {"draft__threads": 1}, {"pipeline__mode": "sync"}):
         other = changed(settings, **values)
-        assert tuning.prepared(other, print, Children()) == other
-        assert tuning.splits(other) == []
+        assert search.prepared(other, print, Children()) == other
+        assert search.splits(other) == []
 
 
 @pytest.mark.parametrize(
@@ -291,20 +294,20 @@ def test_a_split_is_used_by_those_who_leave_the_cores_to_us(settings: Settings) 
 def test_a_damaged_decision_is_none_and_is_made_again(
     default: Settings, cache: Path, text: str
 ) -> None:
-    name = variants.key(default)
+    name = decisions.key(default)
     (cache / "tuned").mkdir(parents=True)
     (cache / "tuned" / f"{name}.json").write_text(text)
-    assert variants.load(name) is None
-    tuning.prepared(default, lambda line: None, Children())
-    assert variants.load(name) is not None
+    assert decisions.load(name) is None
+    search.prepared(default, lambda line: None, Children())
+    assert decisions.load(name) is not None
 
 
 def test_whatever_changes_what_is_measured_changes_the_key(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     core = str(min(os.sched_getaffinity(0)))
-    keys = [variants.key(settings)]
-    assert keys == [variants.key(changed(settings, draft__n_max=3))]
+    keys = [decisions.key(settings)]
+    assert keys == [decisions.key(changed(settings, draft__n_max=3))]
     for values in (
         {"target__threads": 1},
         {"draft__threads": 1},
@@ -312,11 +315,11 @@ def test_whatever_changes_what_is_measured_changes_the_key(
         {"pipeline__mode": "sync"},
         {"pipeline__exact": True},
     ):
-        keys.append(variants.key(changed(settings, **values)))
+        keys.append(decisions.key(changed(settings, **values)))
     os.utime(str(settings.draft.model), ns=(1, 1))
-    keys.append(variants.key(settings))
-    monkeypatch.setattr(variants, "processor", lambda: ["another"])
-    keys.append(variants.key(settings))
+    keys.append(decisions.key(settings))
+    monkeypatch.setattr(decisions, "processor", lambda: ["another"])
+    keys.append(decisions.key(settings))
     if len(os.sched_getaffinity(0)) > 1:  # else all cores are that one
         assert len(set(keys)) == len(keys)
 
@@ -324,7 +327,7 @@ def test_whatever_changes_what_is_measured_changes_the_key(
 def test_what_was_left_unfinished_is_removed(settings: Settings, cache: Path) -> None:
     (cache / "drafts").mkdir(parents=True)
     (cache / "drafts" / "d.gguf.partial").touch()
-    with variants.locked():
+    with decisions.locked():
         assert list((cache / "drafts").glob("*.partial")) == []
 
 
@@ -333,8 +336,8 @@ def test_every_type_has_a_number() -> None:
 
 
 def test_the_texts_are_there() -> None:
-    assert len(tuning.texts()) == 3
-    assert all(prompt and answer for prompt, answer in tuning.texts())
+    assert len(search.texts()) == 3
+    assert all(prompt and answer for prompt, answer in search.texts())
 
 
 # ---- the child ----------------------------------------------------------------------------------
@@ -343,18 +346,18 @@ def test_the_texts_are_there() -> None:
 def test_what_a_child_found_comes_back_as_it_was() -> None:
     found = {"curve_s": [0.1], "sequences": [[[1, 2], 1]], "choices": [2]}
     out = b"noise\n" + json.dumps(["done", found]).encode()
-    assert measuring.read_answer(out, 0) == Findings((0.1,), (((1, 2), 1),), (2,))
+    assert probe.read_answer(out, 0) == Findings((0.1,), (((1, 2), 1),), (2,))
 
 
 def test_the_error_of_a_child_is_raised_here() -> None:
     with pytest.raises(ModelUnusable, match="why"):
-        measuring.read_answer(b'["error", "model_unusable", "why"]', 0)
+        probe.read_answer(b'["error", "model_unusable", "why"]', 0)
 
 
 @pytest.mark.parametrize("out", [b"", b"Killed\n", b"[]", b'["done"]', b"3"])
 def test_a_child_that_dies_is_an_error_with_its_status(out: bytes) -> None:
     with pytest.raises(WorkerLost, match="status -9"):
-        measuring.read_answer(out, -9)
+        probe.read_answer(out, -9)
 
 
 def test_a_child_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -363,9 +366,9 @@ def test_a_child_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     script.chmod(0o755)
     monkeypatch.setattr("sys.executable", str(script))
     with pytest.raises(RequestTimeout, match="0 s"):
-        measuring.ask(Job("m.gguf", 1), 0.2)
+        probe.ask(Job("m.gguf", 1), 0.2)
 
 
 def test_a_real_child_says_why_it_cannot(tmp_path: Path) -> None:
     with pytest.raises(ModelNotFound, match="no such file"):
-        measuring.ask(Job(str(tmp_path / "m.gguf"), 1, rows=(1,)), 25)
+        probe.ask(Job(str(tmp_path / "m.gguf"), 1, rows=(1,)), 25)

@@ -18,13 +18,13 @@ from outrider.core import planner
 from outrider.core.estimates import Costs
 from outrider.core.sampling import Token
 from outrider.errors import ConfigError, ModelNotFound, OutriderError, RequestTimeout
-from outrider_services import measuring, variants
 from outrider_services.launcher import share_cores
-from outrider_services.measuring import Findings, Job
 from outrider_services.models import catalogue
 from outrider_services.models.gguf import read_header
 from outrider_services.options import Draft, Settings, Target
-from outrider_services.variants import Decision, Trial, Variant
+from outrider_services.tuning import decisions, probe
+from outrider_services.tuning.decisions import Decision, Trial, Variant
+from outrider_services.tuning.probe import Findings, Job
 
 USUAL_S = 15  # what the quick form takes, about
 LIMIT_S = 60.0  # after which it is given up
@@ -44,7 +44,7 @@ Ask = Callable[[Job, float], Findings]
 # ---- for run and serve --------------------------------------------------------------------------
 
 
-def prepared(settings: Settings, tell: Tell, ask: Ask = measuring.ask) -> Settings:
+def prepared(settings: Settings, tell: Tell, ask: Ask = probe.ask) -> Settings:
     """The settings with the draft that `draft.quant` means. `auto` never fails."""
     if not tunable(settings) or settings.draft.quant == "off":
         return settings
@@ -68,12 +68,12 @@ def tunable(settings: Settings) -> bool:
 
 
 def _automatic(settings: Settings, tell: Tell, ask: Ask) -> Settings:
-    name = variants.key(settings)
-    decision = variants.load(name)
+    name = decisions.key(settings)
+    decision = decisions.load(name)
     if decision is None and is_default(settings):
         tell(f"Preparing a draft for this processor, once (about {USUAL_S} s) ...")
-        with variants.locked():
-            decision = variants.load(name)  # another process may have just been at it
+        with decisions.locked():
+            decision = decisions.load(name)  # another process may have just been at it
             if decision is None:
                 decision = _decide_quickly(settings, name, ask)
         tell(described(decision))
@@ -87,9 +87,9 @@ def _decide_quickly(settings: Settings, name: str, ask: Ask) -> Decision:
     try:
         decision = Tuner(settings, ask, LIMIT_S).decide()
     except RequestTimeout:
-        variants.save(name, Decision("off"))  # it would take as long the next time
+        decisions.save(name, Decision("off"))  # it would take as long the next time
         raise
-    variants.save(name, decision)
+    decisions.save(name, decision)
     return decision
 
 
@@ -102,12 +102,12 @@ def is_default(settings: Settings) -> bool:
     return [settings.target.model, settings.draft.model] == [str(path) for path in pair]
 
 
-def with_draft(settings: Settings, quant: str, ask: Ask = measuring.ask) -> Settings:
+def with_draft(settings: Settings, quant: str, ask: Ask = probe.ask) -> Settings:
     """The settings with the draft re-quantised so, which is made if it is not there."""
     source = str(settings.draft.model)
-    path = variants.variant_path(source, quant)
+    path = decisions.variant_path(source, quant)
     if not path.exists():
-        with variants.locked():
+        with decisions.locked():
             if not path.exists():
                 ask(Job(str(path), 1, source=source, kind=quant), LIMIT_S)
     return replace(settings, draft=replace(settings.draft, model=str(path)))
@@ -159,14 +159,14 @@ def is_chosen(decision: Decision, trial: Trial) -> bool:
 # ---- deciding -----------------------------------------------------------------------------------
 
 
-def tune(settings: Settings, ask: Ask = measuring.ask) -> Decision:
+def tune(settings: Settings, ask: Ask = probe.ask) -> Decision:
     """Measure thoroughly, and keep the decision for `run` and `serve`. Raises OutriderError."""
     if not tunable(settings) or settings.target.place != "spawn":
         raise ConfigError("there is nothing to tune: it takes a target and a draft, both run here")
     try:
-        with variants.locked():
+        with decisions.locked():
             decision = Tuner(settings, ask, THOROUGH_LIMIT_S, thorough=True).decide()
-            variants.save(variants.key(settings), decision)
+            decisions.save(decisions.key(settings), decision)
     except OSError as exc:
         raise ConfigError(f"the decision cannot be kept: {exc}") from exc
     return decision
@@ -194,7 +194,7 @@ def splits(settings: Settings) -> list[tuple[str, str]]:
     untouched = (target.threads, draft.threads) == (Target().threads, Draft().threads)
     if settings.pipeline.mode != "auto" or target.cores or draft.cores or not untouched:
         return []
-    cores = [str(core) for core in variants.usable("")]
+    cores = [str(core) for core in decisions.usable("")]
     counts = sorted({1, len(cores) // 4} - {0}) if len(cores) > 1 else []
     return [(",".join(cores[:-k]), ",".join(cores[-k:])) for k in counts]
 
@@ -202,7 +202,7 @@ def splits(settings: Settings) -> list[tuple[str, str]]:
 @functools.cache
 def texts() -> tuple[tuple[str, str], ...]:
     """Prompts and answers to try a draft on."""
-    file = resources.files("outrider_services") / "tuning_texts.toml"
+    file = resources.files("outrider_services.tuning") / "texts.toml"
     return tuple((t["prompt"], t["answer"]) for t in tomllib.loads(file.read_text("utf-8"))["text"])
 
 
@@ -296,7 +296,7 @@ class Tuner:
         return self.ask(job, self.limit_s - (time.monotonic() - self.began))
 
     def _path(self, quant: str) -> Path:
-        return variants.variant_path(str(self.settings.draft.model), quant)
+        return decisions.variant_path(str(self.settings.draft.model), quant)
 
 
 def hopeless(
