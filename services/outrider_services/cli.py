@@ -21,7 +21,8 @@ import outrider
 from outrider.client import connect
 from outrider.errors import ConfigError, ConnectionFailed, OutriderError
 from outrider.wire.transport import address_of, runtime_dir
-from outrider_services import bench, children, options, serving
+from outrider_services import children, options, serving
+from outrider_services.bench import runner
 from outrider_services.generate import run
 from outrider_services.models import catalogue
 from outrider_services.options import Parser, add_options
@@ -107,7 +108,7 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
         "--pull", action="store_true", help="fetch the default pair if it is missing"
     )
     settled = ("pipeline.mode", "target.place", "draft.place")  # by the arms, and by their purpose
-    _bench_flags(verb("bench", bench.run, "measure the speed-up", models_and_more, settled))
+    _bench_flags(verb("bench", runner.run, "measure the speed-up", models_and_more, settled))
     _worker_verbs(verb, verbs)
     pull = verb("pull", _pull, "fetch a model, or the default pair", ("pipeline",))
     pull.add_argument("model", nargs="?", help="hf://user/repo[:quant]; default: the default pair")

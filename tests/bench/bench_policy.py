@@ -14,8 +14,8 @@ from typing import Any
 from tests.sim.replay import PROCESSOR, TRACES, speedups
 
 from outrider.core.rules import Policy
-from outrider_services.measures import geometric_mean
-from outrider_services.replay import World
+from outrider_services.bench.replay import World
+from outrider_services.bench.results import geometric_mean
 
 WORLD = World(PROCESSOR, 0.031)
 

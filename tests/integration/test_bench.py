@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import pytest
 
-from outrider_services.replay import Replay, World
+from outrider_services.bench.replay import Replay, World
 
 if TYPE_CHECKING:
     from tests.integration.conftest import Cli

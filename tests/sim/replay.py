@@ -1,4 +1,4 @@
-"""Recorded traces and the costs of the machine that they are of; see `outrider_services.replay`."""
+"""Recorded traces and the costs of their machine; see `outrider_services.bench.replay`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from outrider_services.replay import Replay, World, curve
+from outrider_services.bench.replay import Replay, World, curve
 
 TRACES: dict[str, Any] = json.loads(Path(__file__).with_name("acceptance-traces.json").read_text())
 

@@ -9,8 +9,8 @@ from tests.sim.replay import FLAT, PROCESSOR, speedups
 
 from outrider.core.estimates import CostModel
 from outrider.core.rules import Experience, Pilot, Policy
-from outrider_services.measures import geometric_mean
-from outrider_services.replay import Replay, World
+from outrider_services.bench.replay import Replay, World
+from outrider_services.bench.results import geometric_mean
 
 HERE = World(PROCESSOR, 0.031)
 CURVES = {

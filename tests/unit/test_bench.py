@@ -17,9 +17,12 @@ import pytest
 
 from outrider.client import Lane
 from outrider.errors import ConfigError
-from outrider_services import bench, measures, options, peers, plans, plots, prompts
-from outrider_services.measures import Results, Sample
-from outrider_services.plans import Arm, Prompt
+from outrider_services import options
+from outrider_services.bench import peers, plots, prompts, runner
+from outrider_services.bench import plan as plans
+from outrider_services.bench import results as measures
+from outrider_services.bench.plan import Arm, Prompt
+from outrider_services.bench.results import Results, Sample
 
 TRACES = Path(__file__).parents[1] / "sim" / "acceptance-traces.json"
 
@@ -95,7 +98,7 @@ def test_what_cannot_be_measured_is_told_first(changes: dict[str, Any], what: st
 def test_every_arm_answers_once_in_each_turn_and_each_turn_another_begins() -> None:
     arms = ["plain", "sync", "auto"]
     asked = [Prompt("code", 0, "a"), Prompt("code", 1, "b"), Prompt("chat", 0, "c")]
-    order = list(bench.schedule(arms, asked, 2))
+    order = list(runner.schedule(arms, asked, 2))
     turns = [order[at : at + 3] for at in range(0, len(order), 3)]
     assert all(len({(prompt, repetition) for prompt, repetition, _ in turn}) == 1 for turn in turns)
     assert all(sorted(arm for _, _, arm in turn) == sorted(arms) for turn in turns)
@@ -116,7 +119,7 @@ def test_workers_go_where_the_placement_says(
     placement: str, target: tuple[str, int], draft: tuple[str, int]
 ) -> None:
     with mock.patch.object(os, "sched_getaffinity", return_value={3, 5, 7}):
-        placed = bench.place(options.Settings(), placement)
+        placed = runner.place(options.Settings(), placement)
     assert (placed.target.cores, placed.target.threads) == target
     assert (placed.draft.cores, placed.draft.threads) == draft
 
@@ -126,7 +129,7 @@ def test_one_core_cannot_be_split() -> None:
         mock.patch.object(os, "sched_getaffinity", return_value={2}),
         pytest.raises(ConfigError, match="two cores"),
     ):
-        bench.place(options.Settings(), "split")
+        runner.place(options.Settings(), "split")
 
 
 # --- prompts --------------------------------------------------------------------------------------
@@ -218,8 +221,8 @@ def test_each_prompt_of_a_category_counts_alike() -> None:
 
 
 def test_a_peers_length_is_chosen_by_all_prompts_that_it_was_tried_on() -> None:
-    assert bench.finalists({1: [9], 2: [12], 3: [11], 4: [10], 5: [8]}) == [2, 3, 4, 1]
-    assert bench.finalists({1: [20], 2: [12, 4], 3: [11, 9]}) == [3, 2]
+    assert runner.finalists({1: [9], 2: [12], 3: [11], 4: [10], 5: [8]}) == [2, 3, 4, 1]
+    assert runner.finalists({1: [20], 2: [12, 4], 3: [11, 9]}) == [3, 2]
 
 
 def test_the_first_difference_between_texts_is_named() -> None:
@@ -257,9 +260,9 @@ def test_csv_and_json_say_the_same() -> None:
 
 
 def test_too_little_speed_up_is_status_nine(capsys: pytest.CaptureFixture[str]) -> None:
-    assert bench.check_speedup(FOUND, None) == 0
-    assert bench.check_speedup(FOUND, 1.5) == 0
-    assert bench.check_speedup(FOUND, 2.0) == 9
+    assert runner.check_speedup(FOUND, None) == 0
+    assert runner.check_speedup(FOUND, 1.5) == 0
+    assert runner.check_speedup(FOUND, 2.0) == 9
     assert "auto is 1.50 times as fast as plain, 25% below" in capsys.readouterr().err
 
 

@@ -8,9 +8,9 @@ import pytest
 
 from outrider.engines.toy import ToyEngine, ToySettings
 from outrider.errors import ConfigError
+from outrider_services.bench.replay import record
+from outrider_services.bench.simulated import ideal, read_numbers
 from outrider_services.options import Settings, Toy
-from outrider_services.replay import record
-from outrider_services.simulate import ideal, read_numbers
 
 
 def engines(agreement: float) -> tuple[ToyEngine, ToyEngine]:

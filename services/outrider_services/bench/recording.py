@@ -1,7 +1,7 @@
 """`outrider bench --record`: where a draft agrees with its target, for policies to be tried on.
 
 Nothing is timed: both models are asked in this process, one token after the other, and what they
-say is all that `outrider_services.replay` needs to play an answer again under any costs and policy.
+say is all that `bench.replay` needs to play an answer again under any costs and policy.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from typing import Any
 from outrider.core.engine import Engine
 from outrider.errors import BadRequest, ConfigError
 from outrider.wire import messages as wire
+from outrider_services.bench.prompts import Category
+from outrider_services.bench.replay import record
 from outrider_services.children import load_engine
 from outrider_services.launcher import own_settings
 from outrider_services.options import Settings
 from outrider_services.pairing import Texts, check_pair
-from outrider_services.prompts import Category
-from outrider_services.replay import record
 from outrider_services.serving import tell
 
 

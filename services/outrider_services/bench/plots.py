@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from outrider.client import Lane
 from outrider.errors import ConfigError
-from outrider_services.measures import PLAIN, Results, Summary, geometric_mean
+from outrider_services.bench.results import PLAIN, Results, Summary, geometric_mean
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

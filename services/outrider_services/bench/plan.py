@@ -8,8 +8,8 @@ from typing import Any
 
 from outrider.core.rules import LONGEST
 from outrider.errors import ConfigError
-from outrider_services import peers, prompts
-from outrider_services.measures import PLAIN
+from outrider_services.bench import peers, prompts
+from outrider_services.bench.results import PLAIN
 from outrider_services.options import nearest
 
 MODES = (PLAIN, "sync", "pipelined", "auto")

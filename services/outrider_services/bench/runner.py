@@ -24,10 +24,9 @@ import uvloop
 
 from outrider.client import AsyncClient, Completion, Lane, connect
 from outrider.errors import ConfigError
-from outrider_services import peers, plots, recording, simulate
-from outrider_services.generate import same_model
-from outrider_services.launcher import Launcher, first_of
-from outrider_services.measures import (
+from outrider_services.bench import peers, plots, recording, simulated
+from outrider_services.bench.plan import Arm, Plan, Prompt, read_plan
+from outrider_services.bench.results import (
     Results,
     Sample,
     as_csv,
@@ -35,8 +34,9 @@ from outrider_services.measures import (
     as_markdown,
     geometric_mean,
 )
+from outrider_services.generate import same_model
+from outrider_services.launcher import Launcher, first_of
 from outrider_services.options import Draft, Settings, Target, cores
-from outrider_services.plans import Arm, Plan, Prompt, read_plan
 from outrider_services.serving import News, has_draft, signalled, tell, with_paths
 from outrider_services.tuning import search
 
@@ -51,7 +51,7 @@ LANES_S = 3.0  # how much of an answer the picture of the lanes shows
 def run(settings: Settings, parsed: Any) -> int:
     """Measure, write what was found, and say whether it was enough."""
     if parsed.simulate:
-        return uvloop.run(until_signalled(simulate.simulate(settings, parsed)))
+        return uvloop.run(until_signalled(simulated.simulate(settings, parsed)))
     plan = read_plan(parsed)
     for path in filter(None, (parsed.plot, parsed.lanes)):
         plots.check(path)
