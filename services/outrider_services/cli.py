@@ -21,11 +21,12 @@ import outrider
 from outrider.client import connect
 from outrider.errors import ConfigError, ConnectionFailed, OutriderError
 from outrider.wire.transport import address_of, runtime_dir
-from outrider_services import children, options, serving
+from outrider_services import options, serving
 from outrider_services.bench import runner
 from outrider_services.generate import run
 from outrider_services.models import catalogue
 from outrider_services.options import Parser, add_options
+from outrider_services.pipeline import processes
 from outrider_services.progress import progress_reporter
 from outrider_services.tuning import probe, search
 
@@ -258,13 +259,13 @@ def _worker_verbs(verb: Any, verbs: dict[str, Parser]) -> None:
 
 
 def _coordinator(settings: options.Settings, parsed: Any) -> int:
-    children.coordinator(settings, parsed.name, parsed.parent_fd)
+    processes.coordinator(settings, parsed.name, parsed.parent_fd)
     return 0
 
 
 def _worker(settings: options.Settings, parsed: Any) -> int:
     settings = serving.with_paths_of_worker(settings, parsed.role)
-    children.worker(parsed.role, settings, address_of(parsed.connect), parsed.parent_fd)
+    processes.worker(parsed.role, settings, address_of(parsed.connect), parsed.parent_fd)
     return 0
 
 

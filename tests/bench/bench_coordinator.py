@@ -12,7 +12,7 @@ from typing import Any
 
 from outrider.wire import messages as wire
 from outrider.wire.messages import decode, encode
-from outrider_services.coordinator import Coordinator, Defaults
+from outrider_services.pipeline.coordinator import Coordinator, Defaults
 
 VOCABULARY = 152_000
 ROUNDS, STOCK = 300, 8

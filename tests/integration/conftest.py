@@ -42,7 +42,7 @@ from outrider.core.sampling import Sampling, choose
 from outrider.engines.toy import ToyEngine
 from outrider_services import options
 from outrider_services.cli import main
-from outrider_services.launcher import Launcher
+from outrider_services.pipeline.launcher import Launcher
 
 GONE_S = 3.0  # how soon the processes of a launcher that was killed have to be gone
 ROLES = ("coordinator", "target", "draft")

@@ -29,9 +29,9 @@ from outrider.engines.toy import ToyEngine
 from outrider.errors import ConnectionFailed, IncompatiblePair, Overloaded, WorkerLost
 from outrider.wire import messages as wire
 from outrider.wire.transport import Link, PeerGone
-from outrider_services import worker as workers
-from outrider_services.draft_worker import DraftWorker
-from outrider_services.launcher import Launcher
+from outrider_services.pipeline import worker as workers
+from outrider_services.pipeline.draft_worker import DraftWorker
+from outrider_services.pipeline.launcher import Launcher
 
 if TYPE_CHECKING:
     from tests.integration.conftest import Cli, Oracle, Pipeline, Serve, Served

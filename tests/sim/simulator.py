@@ -38,7 +38,7 @@ from outrider.core.session import (
 )
 from outrider.core.stats import Stats
 from outrider.engines.toy import END, SMALLEST, ToyEngine, ToySettings
-from outrider_services.draft_worker import Stream
+from outrider_services.pipeline.draft_worker import Stream
 
 ENDS = frozenset({END})
 CONTEXT = 160  # at most, and no prompt is cut into chunks

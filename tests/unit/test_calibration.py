@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from outrider.core.sampling import Scores, Token
 from outrider.engines.toy import ToyEngine
-from outrider_services.worker import calibrate
+from outrider_services.pipeline.worker import calibrate
 
 
 class Disturbed(ToyEngine):

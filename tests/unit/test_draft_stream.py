@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from outrider.core.sampling import Choice, Sampling
 from outrider.wire import messages as wire
-from outrider_services.draft_worker import CUT_SHORT, Stream, joined
+from outrider_services.pipeline.draft_worker import CUT_SHORT, Stream, joined
 
 
 def stream(drafted: list[float], floors: tuple[float, ...] = (), until: int = 99) -> Stream:

@@ -6,7 +6,7 @@ import pytest
 
 from outrider.errors import IncompatiblePair
 from outrider.wire.messages import Fingerprint
-from outrider_services.pairing import BATCH, FIRST_COMPARED, PADDING, check_pair
+from outrider_services.pipeline.vocabularies import BATCH, FIRST_COMPARED, PADDING, check_pair
 
 SIZE = 2 * BATCH + 10  # three batches of texts
 TARGET = Fingerprint("bpe", SIZE, 1, 2, True, False, (2, 7), "d1")

@@ -7,7 +7,7 @@ import socket
 
 import pytest
 
-from outrider_services.places import VISIBLE, place, shared
+from outrider_services.pipeline.places import VISIBLE, place, shared
 
 
 @pytest.mark.parametrize(

@@ -18,10 +18,10 @@ from outrider.errors import BadRequest, ConfigError
 from outrider.wire import messages as wire
 from outrider_services.bench.prompts import Category
 from outrider_services.bench.replay import record
-from outrider_services.children import load_engine
-from outrider_services.launcher import own_settings
 from outrider_services.options import Settings
-from outrider_services.pairing import Texts, check_pair
+from outrider_services.pipeline.launcher import own_settings
+from outrider_services.pipeline.processes import load_engine
+from outrider_services.pipeline.vocabularies import Texts, check_pair
 from outrider_services.serving import tell
 
 

@@ -32,7 +32,7 @@ from outrider.core.session import (
     Verify,
 )
 from outrider.core.stats import Stats
-from outrider_services.draft_worker import Stream
+from outrider_services.pipeline.draft_worker import Stream
 
 WRONG = 10**6
 OFF_PATH = 12  # tokens that are followed behind one that is wrong

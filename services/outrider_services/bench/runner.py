@@ -35,8 +35,8 @@ from outrider_services.bench.results import (
     geometric_mean,
 )
 from outrider_services.generate import same_model
-from outrider_services.launcher import Launcher, first_of
 from outrider_services.options import Draft, Settings, Target, cores
+from outrider_services.pipeline.launcher import Launcher, first_of
 from outrider_services.serving import News, has_draft, signalled, tell, with_paths
 from outrider_services.tuning import search
 

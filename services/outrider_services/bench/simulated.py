@@ -22,8 +22,8 @@ from outrider.client import AsyncClient, connect
 from outrider.engines.toy import ToyEngine, ToySettings
 from outrider.errors import ConfigError
 from outrider_services.bench.replay import Replay, World, record
-from outrider_services.launcher import Launcher
 from outrider_services.options import Settings
+from outrider_services.pipeline.launcher import Launcher
 from outrider_services.serving import News, tell
 
 PROMPT = "The lantern "

@@ -26,7 +26,7 @@ from outrider.errors import (
     from_code,
 )
 from outrider_services import options
-from outrider_services.worker import calibrate
+from outrider_services.pipeline.worker import calibrate
 
 if TYPE_CHECKING:
     from outrider.engines.llama.engine import LlamaEngine

@@ -18,10 +18,10 @@ from outrider.core import planner
 from outrider.core.estimates import Costs
 from outrider.core.sampling import Token
 from outrider.errors import ConfigError, ModelNotFound, OutriderError, RequestTimeout
-from outrider_services.launcher import share_cores
 from outrider_services.models import catalogue
 from outrider_services.models.gguf import read_header
 from outrider_services.options import Draft, Settings, Target
+from outrider_services.pipeline.launcher import share_cores
 from outrider_services.tuning import decisions, probe
 from outrider_services.tuning.decisions import Decision, Trial, Variant
 from outrider_services.tuning.probe import Findings, Job

@@ -1,7 +1,7 @@
 """The coordinator: turns messages into events of sessions, and their commands into messages.
 
-It holds no socket: `send` and `on_message` are joined to a ROUTER by `outrider_services.children`,
-and to workers in the same process by tests. It waits for nothing but answers, and for none long.
+It holds no socket: `send` and `on_message` are joined to a ROUTER by `pipeline.processes`, and to
+workers in the same process by tests. It waits for nothing but answers, and for none long.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from outrider.errors import (
 )
 from outrider.wire import messages as wire
 from outrider.wire.transport import PeerGone
-from outrider_services.places import shared
-from outrider_services.roster import Member, Roster
+from outrider_services.pipeline.places import shared
+from outrider_services.pipeline.roster import Member, Roster
 
 log = logging.getLogger(__name__)
 

@@ -20,11 +20,11 @@ from outrider.core.engine import Engine
 from outrider.errors import ConfigError, InternalError, ModelNotFound, OutriderError
 from outrider.wire.transport import Router, check_exposure, socket_path
 from outrider_services import options
-from outrider_services.coordinator import Coordinator, Defaults
-from outrider_services.draft_worker import DraftWorker
 from outrider_services.options import Settings
-from outrider_services.target_worker import TargetWorker
-from outrider_services.worker import Connection, serve
+from outrider_services.pipeline.coordinator import Coordinator, Defaults
+from outrider_services.pipeline.draft_worker import DraftWorker
+from outrider_services.pipeline.target_worker import TargetWorker
+from outrider_services.pipeline.worker import Connection, serve
 
 log = logging.getLogger(__name__)
 

@@ -25,7 +25,7 @@ from outrider.core.sampling import Sampling, Token
 from outrider.errors import BadRequest, ConnectionFailed, OutriderError, Overloaded, from_code
 from outrider.wire import messages as wire
 from outrider.wire.transport import Link, PeerGone
-from outrider_services.places import place
+from outrider_services.pipeline.places import place
 
 log = logging.getLogger(__name__)
 

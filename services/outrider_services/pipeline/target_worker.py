@@ -15,7 +15,7 @@ from outrider.core.engine import Cancelled, Engine, EngineFault
 from outrider.core.sampling import Sampling, Scores, Token, choose, logprob
 from outrider.errors import BadRequest, OutriderError, ProtocolError
 from outrider.wire import messages as wire
-from outrider_services.worker import Curve, Worker, failure
+from outrider_services.pipeline.worker import Curve, Worker, failure
 
 
 @dataclass(slots=True)

@@ -21,7 +21,7 @@ from outrider.core.estimates import usual_acceptance
 from outrider.core.sampling import Choice, Sampling, Token, propose
 from outrider.errors import OutriderError
 from outrider.wire import messages as wire
-from outrider_services.worker import Curve, Worker, failure
+from outrider_services.pipeline.worker import Curve, Worker, failure
 
 CUT_SHORT = 16  # most tokens whose evaluation is given up halfway to free the cores
 

@@ -19,7 +19,7 @@ from outrider.errors import (
     from_code,
 )
 from outrider.wire import messages as wire
-from outrider_services.pairing import check_pair
+from outrider_services.pipeline.vocabularies import check_pair
 
 log = logging.getLogger(__name__)
 
