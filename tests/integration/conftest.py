@@ -41,7 +41,7 @@ from outrider.client import AsyncClient, connect
 from outrider.core.sampling import Sampling, choose
 from outrider.engines.toy import ToyEngine
 from outrider_services import options
-from outrider_services.cli import main
+from outrider_services.commands.cli import main
 from outrider_services.pipeline.launcher import Launcher
 
 GONE_S = 3.0  # how soon the processes of a launcher that was killed have to be gone

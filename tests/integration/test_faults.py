@@ -344,7 +344,7 @@ LOST = """
 import signal, sys
 class Loses:
     def find_spec(self, name, path=None, target=None):
-        if name == "outrider_services.cli":
+        if name == "outrider_services.commands.cli":
             try:
                 signal.raise_signal(signal.SIGINT)
             except KeyboardInterrupt:  # as in a callback, where Python prints it and goes on

@@ -18,11 +18,11 @@ from outrider.errors import BadRequest, ConfigError
 from outrider.wire import messages as wire
 from outrider_services.bench.prompts import Category
 from outrider_services.bench.replay import record
+from outrider_services.commands.serve import tell
 from outrider_services.options import Settings
 from outrider_services.pipeline.launcher import own_settings
 from outrider_services.pipeline.processes import load_engine
 from outrider_services.pipeline.vocabularies import Texts, check_pair
-from outrider_services.serving import tell
 
 
 def write(path: str, settings: Settings, categories: tuple[Category, ...], count: int) -> None:

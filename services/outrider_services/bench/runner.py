@@ -34,10 +34,10 @@ from outrider_services.bench.results import (
     as_markdown,
     geometric_mean,
 )
-from outrider_services.generate import same_model
+from outrider_services.commands.run import same_model
+from outrider_services.commands.serve import News, has_draft, signalled, tell, with_paths
 from outrider_services.options import Draft, Settings, Target, cores
 from outrider_services.pipeline.launcher import Launcher, first_of
-from outrider_services.serving import News, has_draft, signalled, tell, with_paths
 from outrider_services.tuning import search
 
 FAILED_CHECK = 9

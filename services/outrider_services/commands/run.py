@@ -18,9 +18,9 @@ from outrider.client import AsyncClient, Completion, Fragment, Lane, Stream, con
 from outrider.core.sampling import Sampling
 from outrider.core.stats import Report
 from outrider.errors import BadRequest, ConfigError
+from outrider_services.commands.serve import SAME_MODEL, News, has_draft, tell, with_paths
 from outrider_services.options import Settings
 from outrider_services.pipeline.launcher import Launcher
-from outrider_services.serving import SAME_MODEL, News, has_draft, tell, with_paths
 from outrider_services.tuning import search
 
 DEFAULT_PROMPT = "The future of AI is"

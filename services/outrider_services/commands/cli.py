@@ -21,9 +21,10 @@ import outrider
 from outrider.client import connect
 from outrider.errors import ConfigError, ConnectionFailed, OutriderError
 from outrider.wire.transport import address_of, runtime_dir
-from outrider_services import options, serving
+from outrider_services import options
 from outrider_services.bench import runner
-from outrider_services.generate import run
+from outrider_services.commands import serve
+from outrider_services.commands.run import run
 from outrider_services.models import catalogue
 from outrider_services.options import Parser, add_options
 from outrider_services.pipeline import processes
@@ -102,7 +103,7 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     models_and_more = ("target", "draft", "pipeline", "toy", "log")
     _run_flags(verb("run", run, "generate text", (*models_and_more, "sampling")))
     server = verb(
-        "serve", serving.serve, "start a pipeline and keep it up", (*models_and_more, "coordinator")
+        "serve", serve.serve, "start a pipeline and keep it up", (*models_and_more, "coordinator")
     )
     server.add_argument("--name", default="default", help="what clients call it (default: default)")
     server.add_argument(
@@ -264,7 +265,7 @@ def _coordinator(settings: options.Settings, parsed: Any) -> int:
 
 
 def _worker(settings: options.Settings, parsed: Any) -> int:
-    settings = serving.with_paths_of_worker(settings, parsed.role)
+    settings = serve.with_paths_of_worker(settings, parsed.role)
     processes.worker(parsed.role, settings, address_of(parsed.connect), parsed.parent_fd)
     return 0
 
@@ -274,7 +275,7 @@ def _measure(settings: options.Settings, parsed: Any) -> int:
 
 
 def _tune(settings: options.Settings, parsed: Any) -> int:
-    decision = search.tune(serving.with_paths(settings, fetch=parsed.pull))
+    decision = search.tune(serve.with_paths(settings, fetch=parsed.pull))
     if parsed.json:
         print(json.dumps(asdict(decision), indent=2))
         return 0
