@@ -28,7 +28,7 @@ from outrider_services.commands.run import run
 from outrider_services.models import catalogue
 from outrider_services.options import Parser, add_options
 from outrider_services.pipeline import processes
-from outrider_services.progress import progress_reporter
+from outrider_services.terminal import progress_reporter
 from outrider_services.tuning import probe, search
 
 INTERRUPTED = 128 + signal.SIGINT

@@ -15,7 +15,7 @@ from outrider.errors import ModelNotFound
 from outrider_services.models import catalogue
 from outrider_services.options import Settings
 from outrider_services.pipeline.launcher import Launcher, first_of
-from outrider_services.progress import progress_reporter
+from outrider_services.terminal import progress_reporter
 from outrider_services.tuning import search
 
 SAME_MODEL = (

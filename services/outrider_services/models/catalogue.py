@@ -19,7 +19,7 @@ from outrider.errors import ModelNotFound
 from outrider_services.models import fetching
 from outrider_services.models.fetching import Download, ModelSource
 from outrider_services.models.gguf import check_gguf
-from outrider_services.progress import Progress, no_progress
+from outrider_services.terminal import Progress, no_progress
 
 DEFAULT_TARGET = ModelSource(
     repo="Qwen/Qwen2.5-Coder-1.5B-Instruct-GGUF",

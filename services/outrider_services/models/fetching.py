@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import IO
 
 from outrider.errors import ModelNotFound
-from outrider_services.progress import Progress
+from outrider_services.terminal import Progress
 
 HUB_PATIENCE_S = 5.0
 LOCK_TIMEOUT_S = 30 * 60.0
