@@ -41,6 +41,7 @@ __all__ = [
     "Completion",
     "ConfigError",
     "ConnectionFailed",
+    "Drafted",
     "Fragment",
     "IncompatiblePair",
     "InternalError",
@@ -51,9 +52,19 @@ __all__ = [
     "ProtocolError",
     "Report",
     "RequestTimeout",
+    "Span",
     "Stream",
     "Token",
     "UnknownRequest",
     "WorkerLost",
     "connect",
 ]
+
+
+def __getattr__(name: str) -> object:
+    """The client's names, on first use: the core can be had without sockets (PEP 562)."""
+    from outrider import client
+
+    if name in __all__:
+        return getattr(client, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -18,7 +18,7 @@ import numpy as np
 from outrider.core.engine import Engine
 from outrider.core.estimates import CostModel, usual_acceptance
 from outrider.core.rules import Experience, Pilot, Policy
-from outrider.core.sampling import Choice, Sampling, Token, propose
+from outrider.core.sampling import Choice, Sampling, TokenId, propose
 from outrider.core.session import (
     Command,
     Commit,
@@ -195,7 +195,7 @@ class Replay:
         return Drafted(token, self.trace["confidence"][index])
 
 
-def record(target: Engine, draft: Engine, prompt: Sequence[Token], count: int) -> dict[str, Any]:
+def record(target: Engine, draft: Engine, prompt: Sequence[TokenId], count: int) -> dict[str, Any]:
     """A trace of the greedy answer of `count` tokens, both engines in this process.
 
     `match` and `confidence`: at each position, whether the draft agrees and how sure it is;
@@ -222,7 +222,7 @@ def record(target: Engine, draft: Engine, prompt: Sequence[Token], count: int) -
     return {"match": match, "confidence": confidence, "off_path_confidence": off_path}
 
 
-def _goes_on(draft: Engine, text: list[Token], known: int) -> list[float]:
+def _goes_on(draft: Engine, text: list[TokenId], known: int) -> list[float]:
     found = []
     for _ in range(OFF_PATH):
         choice = _choice(draft, text, known)
@@ -231,7 +231,7 @@ def _goes_on(draft: Engine, text: list[Token], known: int) -> list[float]:
     return found
 
 
-def _choice(engine: Engine, text: Sequence[Token], known: int | None = None) -> Choice:
+def _choice(engine: Engine, text: Sequence[TokenId], known: int | None = None) -> Choice:
     """The likeliest token after `text`, one of the first `known`.
 
     What the cache holds of the text is not evaluated again.

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from outrider.core.sampling import Token
+from outrider.core.values import TokenId
 from outrider.errors import (
     IncompatiblePair,
     InternalError,
@@ -26,7 +26,7 @@ from outrider.errors import (
     from_code,
 )
 from outrider_services import options
-from outrider_services.pipeline.worker import calibrate
+from outrider.engines.calibration import calibrate
 
 if TYPE_CHECKING:
     from outrider.engines.llama.engine import LlamaEngine
@@ -49,15 +49,15 @@ class Job:
     rows: tuple[int, ...] = ()  # of the passes whose seconds are asked for
     repeats: int = 1
     texts: tuple[tuple[str, str], ...] = ()  # prompt, answer: to be made tokens
-    sequences: tuple[tuple[tuple[Token, ...], int], ...] = ()  # tokens, so many of them answer
+    sequences: tuple[tuple[tuple[TokenId, ...], int], ...] = ()  # tokens, so many of them answer
     chooses: bool = True  # whether the model is to say what it would have answered
 
 
 @dataclass(frozen=True, slots=True)
 class Findings:
     curve_s: tuple[float, ...] = ()  # of a pass over 1, 2, 3 … rows
-    sequences: tuple[tuple[tuple[Token, ...], int], ...] = ()
-    choices: tuple[Token, ...] = ()  # the likeliest token at each place of each answer
+    sequences: tuple[tuple[tuple[TokenId, ...], int], ...] = ()
+    choices: tuple[TokenId, ...] = ()  # the likeliest token at each place of each answer
 
 
 # ---- here ---------------------------------------------------------------------------------------
@@ -164,7 +164,7 @@ def work(job: Job) -> Findings:
     return Findings(curve_s, sequences, tuple(token for some in choices for token in some))
 
 
-def _tokens(engine: LlamaEngine, prompt: str, answer: str) -> tuple[tuple[Token, ...], int]:
+def _tokens(engine: LlamaEngine, prompt: str, answer: str) -> tuple[tuple[TokenId, ...], int]:
     """Prompt and answer in one, and how many tokens the answer is."""
     try:
         before = engine.render([("user", prompt)])
@@ -175,7 +175,7 @@ def _tokens(engine: LlamaEngine, prompt: str, answer: str) -> tuple[tuple[Token,
     return tuple(tokens), max(len(tokens) - start, 1)
 
 
-def _choices(engine: LlamaEngine, tokens: tuple[Token, ...], answers: int) -> list[Token]:
+def _choices(engine: LlamaEngine, tokens: tuple[TokenId, ...], answers: int) -> list[TokenId]:
     """What the model finds likeliest at each place of the answer, the ones before being given."""
     try:
         scores = engine.extend(0, tokens[:-1], answers)

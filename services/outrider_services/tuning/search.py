@@ -14,9 +14,9 @@ from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 
-from outrider.core import planner
+from outrider.core import price
 from outrider.core.estimates import Costs
-from outrider.core.sampling import Token
+from outrider.core.values import TokenId
 from outrider.errors import ConfigError, ModelNotFound, OutriderError, RequestTimeout
 from outrider_services.models import catalogue
 from outrider_services.models.gguf import read_header
@@ -215,8 +215,8 @@ class Tuner:
     limit_s: float
     thorough: bool = False
     made: list[Path] = field(default_factory=list)
-    sequences: tuple[tuple[tuple[Token, ...], int], ...] = ()  # the texts, in the target's tokens
-    expected: tuple[Token, ...] = ()  # what the target says in their answers
+    sequences: tuple[tuple[tuple[TokenId, ...], int], ...] = ()  # the texts, in the target's tokens
+    expected: tuple[TokenId, ...] = ()  # what the target says in their answers
     acceptances: dict[str, float] = field(default_factory=dict)
     began: float = field(default_factory=time.monotonic)
 
@@ -248,7 +248,7 @@ class Tuner:
             if not self.thorough and hopeless(quant, found, target.curve_s, pipelined):
                 continue
             draft_s, acceptance = self._draft(settings, quant)
-            rate = planner.forecast(Costs(target.curve_s, draft_s, LINK_S), acceptance, pipelined)
+            rate = price.forecast(Costs(target.curve_s, draft_s, LINK_S), acceptance, pipelined)
             size = self._path(quant).stat().st_size
             found.append(Variant(quant, size, draft_s, acceptance, rate))
         cores = (settings.target.cores, settings.draft.cores)
@@ -309,7 +309,7 @@ def hopeless(
     if quant != "q8_0" or len(found) < 2:
         return False
     given, small = found
-    hoped = planner.forecast(
+    hoped = price.forecast(
         Costs(curve_s, 1.25 * small.draft_s, LINK_S), given.acceptance, pipelined
     )
     return hoped <= small.rate
