@@ -29,7 +29,7 @@ FATES: dict[Fate, tuple[str, str, str]] = {  # colour, hatching, meaning
 }
 
 
-def check(path: str) -> None:
+def check_path(path: str) -> None:
     """Whether a picture can be made there, before anything is measured. Raises ConfigError."""
     if Path(path).suffix not in (".svg", ".png"):
         raise ConfigError(f"a picture ends in .svg or .png, not {path!r}")
@@ -53,12 +53,12 @@ def bars(path: str, results: Results) -> None:
         of = [summaries[category, arm] for category in results.categories]
         heights = [s.ratio for s in of]
         heights += [geometric_mean(heights)] * (len(groups) - len(of))
-        places = [group + (index - (len(arms) - 1) / 2) * width for group in range(len(groups))]
-        axes.bar(places, heights, width * 0.94, color=_colour(index), label=arm, zorder=2)
-        _spread(axes, places, of)
+        at = [group + (index - (len(arms) - 1) / 2) * width for group in range(len(groups))]
+        axes.bar(at, heights, width * 0.94, color=_colour(index), label=arm, zorder=2)
+        _spread(axes, at, of)
         if len(arms) <= 6:
-            for place, height, top in zip(places, heights, _tops(of, heights), strict=True):
-                axes.annotate(f"{height:.2f}", (place, top), (0, 2), textcoords="offset points",
+            for x, height, top in zip(at, heights, _tops(of, heights), strict=True):
+                axes.annotate(f"{height:.2f}", (x, top), (0, 2), textcoords="offset points",
                               ha="center", va="bottom", fontsize=7)  # fmt: skip
     axes.axhline(1, color="black", linewidth=1, zorder=3)
     axes.set_xticks(range(len(groups)), groups)
@@ -71,11 +71,11 @@ def bars(path: str, results: Results) -> None:
     _save(figure, path)
 
 
-def _spread(axes: Axes, places: Sequence[float], of: Sequence[Summary]) -> None:
+def _spread(axes: Axes, at: Sequence[float], of: Sequence[Summary]) -> None:
     """From the least to the greatest ratio of any turn."""
     below, above = [s.ratio - s.low for s in of], [s.high - s.ratio for s in of]
     middles = [s.ratio for s in of]
-    axes.errorbar(places[: len(of)], middles, [below, above], fmt="none", ecolor="#333333",
+    axes.errorbar(at[: len(of)], middles, [below, above], fmt="none", ecolor="#333333",
                   elinewidth=0.9, capsize=2, zorder=4)  # fmt: skip
 
 
@@ -128,14 +128,14 @@ def lanes(path: str, traces: Mapping[str, Sequence[Lane]], seconds: float) -> No
 def _draw(axes: Axes, shown: Sequence[Block], seconds: float) -> None:
     heights = {"target": 1.0, "draft": 0.0}
     for block in shown:
-        place, length = heights[block.lane], block.end - block.start
+        y, length = heights[block.lane], block.end - block.start
         colour, hatch, _ = FATES[block.fate] if block.fate else (TARGET, "", "")
         gap = min(0.1 * length, 0.001 * seconds)  # neighbours are told apart
-        axes.barh(place, length - gap, 0.78, block.start + gap / 2, color=colour, hatch=hatch,
+        axes.barh(y, length - gap, 0.78, block.start + gap / 2, color=colour, hatch=hatch,
                   edgecolor="white", linewidth=0)  # fmt: skip
         middle = block.start + length / 2
         if block.label and length > seconds / 90 and middle < seconds:
-            axes.text(middle, place, block.label, ha="center", va="center", color="white",
+            axes.text(middle, y, block.label, ha="center", va="center", color="white",
                       fontsize=8)  # fmt: skip
     axes.set_yticks([0.0, 1.0], ["draft", "target"])
     axes.set_ylim(-0.5, 1.5)

@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from outrider.core.engine import Engine
 from outrider.core.estimates import CostModel, usual_acceptance
 from outrider.core.rules import Experience, Pilot, Policy
-from outrider.core.sampling import Choice, Sampling, Token, propose
+from outrider.core.sampling import Sampling
 from outrider.core.session import (
     Command,
     Commit,
@@ -35,8 +33,6 @@ from outrider.core.stats import Stats
 from outrider_services.pipeline.draft_worker import Stream
 
 WRONG = 10**6
-OFF_PATH = 12  # tokens that are followed behind one that is wrong
-GREEDY = Sampling(temperature=0.0)
 
 
 @dataclass(frozen=True)
@@ -193,55 +189,3 @@ class Replay:
             return Drafted(position + WRONG, 0.5)
         token = position if self.trace["match"][index] else position + WRONG
         return Drafted(token, self.trace["confidence"][index])
-
-
-def record(target: Engine, draft: Engine, prompt: Sequence[Token], count: int) -> dict[str, Any]:
-    """A trace of the greedy answer of `count` tokens, both engines in this process.
-
-    `match` and `confidence`: at each position, whether the draft agrees and how sure it is;
-    `off_path_confidence`: where it does not, how sure it goes on being behind its own token.
-    """
-    known = target.info.vocabulary.size
-    match: list[int] = []
-    confidence: list[float] = []
-    off_path: dict[str, list[float]] = {}
-    text = list(prompt)
-    told = _choice(target, text).token
-    for position in range(count):
-        choice = _choice(draft, text, known)
-        match.append(int(choice.token == told))
-        confidence.append(choice.confidence)
-        if choice.token != told:
-            off_path[str(position)] = _goes_on(draft, [*text, choice.token], known)
-        text.append(told)
-        if told in target.info.vocabulary.ends:
-            break
-        told = _choice(target, text).token
-    for engine in (target, draft):
-        engine.rewind(0, 0)
-    return {"match": match, "confidence": confidence, "off_path_confidence": off_path}
-
-
-def _goes_on(draft: Engine, text: list[Token], known: int) -> list[float]:
-    found = []
-    for _ in range(OFF_PATH):
-        choice = _choice(draft, text, known)
-        found.append(choice.confidence)
-        text.append(choice.token)
-    return found
-
-
-def _choice(engine: Engine, text: Sequence[Token], known: int | None = None) -> Choice:
-    """The likeliest token after `text`, one of the first `known`.
-
-    What the cache holds of the text is not evaluated again.
-    """
-    kept = min(engine.length(0), len(text) - 1)
-    if engine.length(0) > kept:
-        engine.rewind(0, kept)
-    while len(text) - kept > engine.info.chunk:
-        engine.extend(0, text[kept : kept + engine.info.chunk], 0)
-        kept += engine.info.chunk
-    row = engine.extend(0, text[kept:], 1)[0]
-    size = engine.info.vocabulary.size
-    return propose(row, GREEDY, text, len(text), n_vocab=min(known or size, size))

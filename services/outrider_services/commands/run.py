@@ -18,14 +18,40 @@ from outrider.client import AsyncClient, Completion, Fragment, Lane, Stream, con
 from outrider.core.sampling import Sampling
 from outrider.core.stats import Report
 from outrider.errors import BadRequest, ConfigError
-from outrider_services.commands.serve import SAME_MODEL, News, has_draft, tell, with_paths
-from outrider_services.options import Settings
+from outrider_services.commands.prepared import has_draft, with_files, with_some_draft
+from outrider_services.options import Parser, Settings
 from outrider_services.pipeline.launcher import Launcher
+from outrider_services.terminal import News, tell
 from outrider_services.tuning import search
 
 DEFAULT_PROMPT = "The future of AI is"
 DEFAULT_LENGTH = 100
-DEMONSTRATED = 5  # drafted tokens in a block, where a model drafts for itself
+
+
+def flags(parser: Parser) -> None:
+    add = parser.add_argument
+    add("prompt", nargs="?", help="the prompt; else -p, --file, or stdin")
+    add("-p", "--prompt", "-prompt", dest="prompt_flag", metavar="TEXT", help="the prompt")
+    add("-f", "--file", metavar="FILE", help="read the prompt from a file")
+    add("--chat", action="store_true", help="apply the model's chat template to the prompt")
+    add(
+        "-v",
+        "--verbose",
+        "-verbose",
+        nargs="?",
+        const="true",
+        default="false",
+        metavar="BOOL",
+        help="show each drafted token and its fate on stderr",
+    )
+    add("-o", "--output", choices=("text", "json"), default="text", help="what goes to stdout")
+    add("--connect", metavar="PIPELINE", help="use a pipeline that is up: its name or address")
+    add(
+        "--baseline", action="store_true", help="measure the speed-up: generate again in plain mode"
+    )
+    add("--no-stats", action="store_true", help="no statistics on stderr")
+    add("--trace", metavar="FILE", help="write when each worker computed, as Chrome trace JSON")
+    add("--pull", action="store_true", help="fetch the default pair if it is missing")
 
 
 def run(settings: Settings, parsed: Any) -> int:
@@ -33,8 +59,8 @@ def run(settings: Settings, parsed: Any) -> int:
     prompt = read_prompt(parsed, sys.stdin)
     request = arguments(settings, parsed)  # wrong settings are told before anything is started
     if parsed.connect is None:
-        settings = search.prepared(with_paths(settings, fetch=parsed.pull), tell)
-        settings = same_model(settings)
+        settings = search.prepared(with_files(settings, fetch=parsed.pull), tell)
+        settings = with_some_draft(settings)
     return uvloop.run(_run(settings, parsed, prompt, request))
 
 
@@ -91,23 +117,6 @@ def read_bias(text: str) -> tuple[int, float]:
             except ValueError:
                 break
     raise ConfigError(f"--logit-bias must be like 15043+1 or 2-inf, not {text!r}")
-
-
-def same_model(settings: Settings) -> Settings:
-    """A target without a draft drafts for itself, as a demonstration."""
-    draft = settings.draft
-    if settings.pipeline.backend == "toy" or draft.model or draft.place == "remote":
-        return settings
-    if draft.n_max == 0 or settings.pipeline.mode == "plain":
-        return settings
-    tell(SAME_MODEL)
-    pipeline = settings.pipeline
-    if pipeline.mode == "auto":
-        pipeline = replace(pipeline, mode="pipelined")
-    # a draft as slow as its target is never ahead: without whole blocks there were none to see
-    n_max = DEMONSTRATED if draft.n_max is None else draft.n_max
-    draft = replace(draft, model=settings.target.model, n_max=n_max, n_min=n_max)
-    return replace(settings, draft=draft, pipeline=pipeline)
 
 
 async def _run(settings: Settings, parsed: Any, prompt: str, request: dict[str, Any]) -> int:
