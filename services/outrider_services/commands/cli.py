@@ -47,6 +47,7 @@ VERBS = (
         serve.flags,
     ),
     Verb("bench", "measure the speed-up", bench.bench, PAIR, bench.flags, bench.DECIDED),
+    Verb("worker", "run one worker here, for a coordinator elsewhere", children.worker),
     Verb(
         "pull", "fetch a model, or the default pair", models.pull, ("pipeline",), models.pull_flags
     ),
@@ -129,26 +130,22 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     parsers: dict[str, Parser] = {}
     for verb in VERBS:
-        text = argparse.SUPPRESS if verb.hidden else verb.help
-        parsers[verb.name] = added = commands.add_parser(verb.name, help=text, description=text)
-        _prepare(added, verb)
-    text = "run one worker here, for a coordinator elsewhere"
-    parsers["worker"] = worker = commands.add_parser("worker", help=text, description=text)
-    _prepare(worker, Verb("worker", text, children.worker))
-    roles = worker.add_subparsers(metavar="ROLE", required=True)
+        parsers[verb.name] = _add(commands, verb)
+    roles = parsers["worker"].add_subparsers(metavar="ROLE", required=True)
     for role in ("draft", "target"):
-        text = f"the {role} worker; its flags mean its own model"
-        added = roles.add_parser(role, help=text, description=text)
-        _prepare(added, Verb(role, text, children.worker, WORKER, children.worker_flags))
-        added.set_defaults(role=role)
-        parsers[f"worker {role}"] = added
+        help = f"the {role} worker; its flags mean its own model"
+        verb = Verb(role, help, children.worker, WORKER, children.worker_flags)
+        parsers[f"worker {role}"] = _add(roles, verb)
+        parsers[f"worker {role}"].set_defaults(role=role)
     hidden = {verb.name for verb in VERBS if verb.hidden}
     commands._choices_actions = [a for a in commands._choices_actions if a.dest not in hidden]
     return parser, parsers
 
 
-def _prepare(parser: Parser, verb: Verb) -> None:
-    """Give the parser of `verb` its flags."""
+def _add(commands: Any, verb: Verb) -> Parser:
+    """A parser for `verb`, with its flags."""
+    text = argparse.SUPPRESS if verb.hidden else verb.help
+    parser: Parser = commands.add_parser(verb.name, help=text, description=text)
     add_options(parser, verb.sections, verb.without)
     parser.add_argument(
         "--config", metavar="FILE", help="configuration file (TOML) [OUTRIDER_CONFIG]"
@@ -157,3 +154,4 @@ def _prepare(parser: Parser, verb: Verb) -> None:
     parser.set_defaults(call=verb.call)
     if verb.flags:
         verb.flags(parser)
+    return parser
