@@ -1,23 +1,71 @@
-"""How far a download is: a bar on a terminal, a line at every tenth elsewhere; on stderr."""
+"""What a user is shown: tables on stdout; on stderr single lines, and how far things are."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
+from rich.table import Table
 
-# (bytes done, bytes in all, what is being fetched)
+# called with: bytes done, bytes in all, what is being fetched
 Progress = Callable[[int, int, str], None]
 
 
+def tell(line: str) -> None:
+    """One line for the user, on stderr."""
+    sys.stderr.write(line + "\n")
+    sys.stderr.flush()
+
+
+def show(table: Table | str) -> None:
+    """Print on stdout; where a program reads it, in whole lines, however long."""
+    Console(width=None if sys.stdout.isatty() else 10_000).print(table)
+
+
+class News:
+    """How far the processes are: on a terminal one line that changes, elsewhere nothing.
+
+    What a process says itself is shown line by line on both.
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._console = console or Console(stderr=True)
+        self._states: dict[str, str] = {}  # by role
+        self._status = self._console.status("") if self._console.is_terminal else None
+
+    def __enter__(self) -> News:
+        if self._status:
+            self._status.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._status:
+            self._status.stop()
+
+    def report(self, role: str, state: str, done: float) -> None:
+        """`done` is the share of the model that is loaded, from 0 to 1."""
+        self._states[role] = f"{role} {state}" + (f" {done:.0%}" if state == "loading" else "")
+        if self._status:
+            self._status.update(", ".join(self._states.values()))
+
+    def log(self, role: str, line: str) -> None:
+        tell(f"[{role}] {line}")
+
+
+# ---- downloads ----------------------------------------------------------------------------------
+
+
 def no_progress(done_bytes: int, total_bytes: int, label: str) -> None:
-    """Tells nobody."""
+    """For those who want to be told nothing."""
 
 
 @contextmanager
 def progress_reporter(console: Console | None = None) -> Iterator[Progress]:
-    """A callback that shows each label's progress for as long as the context lasts."""
+    """A callback that shows the progress of each label: a bar on a terminal, elsewhere a line at
+    every tenth. It may be called for as long as the context lasts.
+    """
     console = console or Console(stderr=True)
     if console.is_terminal:
         with _bars(console) as report:
@@ -49,7 +97,7 @@ def _bars(console: Console) -> Iterator[Progress]:
 
 
 def _lines(console: Console) -> Progress:
-    tenths: dict[str, int] = {}
+    tenths: dict[str, int] = {}  # by label: how many were shown
 
     def report(done_bytes: int, total_bytes: int, label: str) -> None:
         tenth = 10 * done_bytes // total_bytes

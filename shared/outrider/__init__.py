@@ -8,16 +8,10 @@ async with outrider.connect() as client:
 
 __version__ = "0.1.0"
 
-from outrider.client import (
-    AsyncClient,
-    Client,
-    Completion,
-    Fragment,
-    Stream,
-    Token,
-    connect,
-)
+from typing import TYPE_CHECKING
+
 from outrider.core.stats import Report
+from outrider.core.values import Drafted, Fragment, Span, Token
 from outrider.errors import (
     BadRequest,
     ConfigError,
@@ -33,6 +27,9 @@ from outrider.errors import (
     UnknownRequest,
     WorkerLost,
 )
+
+if TYPE_CHECKING:
+    from outrider.client import AsyncClient, Client, Completion, Stream, connect
 
 __all__ = [
     "AsyncClient",

@@ -23,6 +23,7 @@ from outrider_services.bench import plan as plans
 from outrider_services.bench import results as measures
 from outrider_services.bench.plan import Arm, Prompt
 from outrider_services.bench.results import Results, Sample
+from outrider_services.commands import bench as command
 
 TRACES = Path(__file__).parents[1] / "sim" / "acceptance-traces.json"
 
@@ -119,7 +120,7 @@ def test_workers_go_where_the_placement_says(
     placement: str, target: tuple[str, int], draft: tuple[str, int]
 ) -> None:
     with mock.patch.object(os, "sched_getaffinity", return_value={3, 5, 7}):
-        placed = runner.place(options.Settings(), placement)
+        placed = command.on_cores_of(placement, options.Settings())
     assert (placed.target.cores, placed.target.threads) == target
     assert (placed.draft.cores, placed.draft.threads) == draft
 
@@ -129,7 +130,7 @@ def test_one_core_cannot_be_split() -> None:
         mock.patch.object(os, "sched_getaffinity", return_value={2}),
         pytest.raises(ConfigError, match="two cores"),
     ):
-        runner.place(options.Settings(), "split")
+        command.on_cores_of("split", options.Settings())
 
 
 # --- prompts --------------------------------------------------------------------------------------
@@ -260,9 +261,9 @@ def test_csv_and_json_say_the_same() -> None:
 
 
 def test_too_little_speed_up_is_status_nine(capsys: pytest.CaptureFixture[str]) -> None:
-    assert runner.check_speedup(FOUND, None) == 0
-    assert runner.check_speedup(FOUND, 1.5) == 0
-    assert runner.check_speedup(FOUND, 2.0) == 9
+    assert command.check_speedup(FOUND, None) == 0
+    assert command.check_speedup(FOUND, 1.5) == 0
+    assert command.check_speedup(FOUND, 2.0) == 9
     assert "auto is 1.50 times as fast as plain, 25% below" in capsys.readouterr().err
 
 
@@ -349,11 +350,11 @@ def test_pictures_are_written(suffix: str, tmp_path: Path) -> None:
 
 def test_a_picture_that_cannot_be_made_is_told_first(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"\.svg or \.png"):
-        plots.check("picture.pdf")
+        plots.check_path("picture.pdf")
     with pytest.raises(ConfigError, match="no such directory"):
-        plots.check(str(tmp_path / "none" / "x.svg"))
+        plots.check_path(str(tmp_path / "none" / "x.svg"))
     with (
         mock.patch("importlib.util.find_spec", return_value=None),
         pytest.raises(ConfigError, match="--extra plot"),
     ):
-        plots.check(str(tmp_path / "x.svg"))
+        plots.check_path(str(tmp_path / "x.svg"))

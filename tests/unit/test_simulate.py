@@ -8,8 +8,8 @@ import pytest
 
 from outrider.engines.toy import ToyEngine, ToySettings
 from outrider.errors import ConfigError
-from outrider_services.bench.replay import record
 from outrider_services.bench.simulated import ideal, read_numbers
+from outrider_services.bench.traces import record
 from outrider_services.options import Settings, Toy
 
 

@@ -15,7 +15,7 @@ from outrider.core import planner
 from outrider.core.estimates import Costs
 from outrider.engines.llama import quantise
 from outrider.errors import ConfigError, ModelNotFound, ModelUnusable, RequestTimeout, WorkerLost
-from outrider_services import options
+from outrider_services import options, processor
 from outrider_services.models import catalogue
 from outrider_services.options import Settings
 from outrider_services.tuning import decisions, probe, search
@@ -318,7 +318,7 @@ def test_whatever_changes_what_is_measured_changes_the_key(
         keys.append(decisions.key(changed(settings, **values)))
     os.utime(str(settings.draft.model), ns=(1, 1))
     keys.append(decisions.key(settings))
-    monkeypatch.setattr(decisions, "processor", lambda: ["another"])
+    monkeypatch.setattr(processor, "kind", lambda: ["another"])
     keys.append(decisions.key(settings))
     if len(os.sched_getaffinity(0)) > 1:  # else all cores are that one
         assert len(set(keys)) == len(keys)

@@ -84,7 +84,9 @@ def read_arm(name: str) -> Arm:
     if not colon:
         return Arm(name, mode)
     if mode == PLAIN or not length.isdecimal() or not 1 <= int(length) <= MOST_DRAFTED:
-        raise ConfigError(f"an arm of one length is like sync:4, 1 to {MOST_DRAFTED} long, not {name!r}")
+        raise ConfigError(
+            f"an arm of one length is like sync:4, 1 to {MOST_DRAFTED} long, not {name!r}"
+        )
     return Arm(name, mode, int(length))
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from outrider.client import Lane
+from outrider.core.values import Span
 from outrider.errors import ConfigError
 from outrider_services.bench.results import PLAIN, Results, Summary, geometric_mean
 
@@ -29,7 +29,7 @@ FATES: dict[Fate, tuple[str, str, str]] = {  # colour, hatching, meaning
 }
 
 
-def check(path: str) -> None:
+def check_path(path: str) -> None:
     """Whether a picture can be made there, before anything is measured. Raises ConfigError."""
     if Path(path).suffix not in (".svg", ".png"):
         raise ConfigError(f"a picture ends in .svg or .png, not {path!r}")
@@ -53,12 +53,12 @@ def bars(path: str, results: Results) -> None:
         of = [summaries[category, arm] for category in results.categories]
         heights = [s.ratio for s in of]
         heights += [geometric_mean(heights)] * (len(groups) - len(of))
-        places = [group + (index - (len(arms) - 1) / 2) * width for group in range(len(groups))]
-        axes.bar(places, heights, width * 0.94, color=_colour(index), label=arm, zorder=2)
-        _spread(axes, places, of)
+        at = [group + (index - (len(arms) - 1) / 2) * width for group in range(len(groups))]
+        axes.bar(at, heights, width * 0.94, color=_colour(index), label=arm, zorder=2)
+        _spread(axes, at, of)
         if len(arms) <= 6:
-            for place, height, top in zip(places, heights, _tops(of, heights), strict=True):
-                axes.annotate(f"{height:.2f}", (place, top), (0, 2), textcoords="offset points",
+            for x, height, top in zip(at, heights, _tops(of, heights), strict=True):
+                axes.annotate(f"{height:.2f}", (x, top), (0, 2), textcoords="offset points",
                               ha="center", va="bottom", fontsize=7)  # fmt: skip
     axes.axhline(1, color="black", linewidth=1, zorder=3)
     axes.set_xticks(range(len(groups)), groups)
@@ -71,11 +71,11 @@ def bars(path: str, results: Results) -> None:
     _save(figure, path)
 
 
-def _spread(axes: Axes, places: Sequence[float], of: Sequence[Summary]) -> None:
+def _spread(axes: Axes, at: Sequence[float], of: Sequence[Summary]) -> None:
     """From the least to the greatest ratio of any turn."""
     below, above = [s.ratio - s.low for s in of], [s.high - s.ratio for s in of]
     middles = [s.ratio for s in of]
-    axes.errorbar(places[: len(of)], middles, [below, above], fmt="none", ecolor="#333333",
+    axes.errorbar(at[: len(of)], middles, [below, above], fmt="none", ecolor="#333333",
                   elinewidth=0.9, capsize=2, zorder=4)  # fmt: skip
 
 
@@ -101,7 +101,7 @@ class Block:
     fate: Fate | None
 
 
-def lanes(path: str, traces: Mapping[str, Sequence[Lane]], seconds: float) -> None:
+def lanes(path: str, traces: Mapping[str, Sequence[Span]], seconds: float) -> None:
     """When each worker computed, mode by mode, and what became of each drafted token."""
     from matplotlib.patches import Patch
 
@@ -128,14 +128,14 @@ def lanes(path: str, traces: Mapping[str, Sequence[Lane]], seconds: float) -> No
 def _draw(axes: Axes, shown: Sequence[Block], seconds: float) -> None:
     heights = {"target": 1.0, "draft": 0.0}
     for block in shown:
-        place, length = heights[block.lane], block.end - block.start
+        y, length = heights[block.lane], block.end - block.start
         colour, hatch, _ = FATES[block.fate] if block.fate else (TARGET, "", "")
         gap = min(0.1 * length, 0.001 * seconds)  # neighbours are told apart
-        axes.barh(place, length - gap, 0.78, block.start + gap / 2, color=colour, hatch=hatch,
+        axes.barh(y, length - gap, 0.78, block.start + gap / 2, color=colour, hatch=hatch,
                   edgecolor="white", linewidth=0)  # fmt: skip
         middle = block.start + length / 2
         if block.label and length > seconds / 90 and middle < seconds:
-            axes.text(middle, place, block.label, ha="center", va="center", color="white",
+            axes.text(middle, y, block.label, ha="center", va="center", color="white",
                       fontsize=8)  # fmt: skip
     axes.set_yticks([0.0, 1.0], ["draft", "target"])
     axes.set_ylim(-0.5, 1.5)
@@ -144,28 +144,27 @@ def _draw(axes: Axes, shown: Sequence[Block], seconds: float) -> None:
     axes.tick_params(axis="y", length=0)
 
 
-def blocks(trace: Sequence[Lane]) -> list[Block]:
+def blocks(trace: Sequence[Span]) -> list[Block]:
     """What is drawn for a trace: prefill is left out, a drafted block is cut into its tokens."""
-    passes = [span for span in trace if span[0] == "target"]
+    passes = [span for span in trace if span.lane == "target"]
     if not passes:
         return []
-    zero = passes[0][2]
+    zero = passes[0].end
     found = [
-        Block("target", start - zero, end - zero, str(rows), None)
-        for _, start, end, rows, *_ in passes[1:]
+        Block("target", one.start - zero, one.end - zero, str(one.rows), None) for one in passes[1:]
     ]
     fates = list(fates_of(trace))
-    drafts = [span for span in trace if span[0] == "draft"]
-    for (_, start, end, rows, *_), of in zip(drafts, fates, strict=True):
-        each = (end - start) / max(1, rows)
+    drafts = [span for span in trace if span.lane == "draft"]
+    for span, of in zip(drafts, fates, strict=True):
+        each = (span.end - span.start) / max(1, span.rows)
         for at, fate in enumerate(of):
-            began = start + at * each - zero
+            began = span.start + at * each - zero
             if began + each > 0:  # some draft while the target still reads the prompt
                 found.append(Block("draft", max(0.0, began), began + each, "", fate))
     return found
 
 
-def fates_of(trace: Sequence[Lane]) -> Iterator[list[Fate]]:
+def fates_of(trace: Sequence[Span]) -> Iterator[list[Fate]]:
     """For each span of the draft's lane, what became of its tokens.
 
     A lineage is good up to its first token that the text contradicts. Behind that, what lay in the
@@ -174,17 +173,19 @@ def fates_of(trace: Sequence[Lane]) -> Iterator[list[Fate]]:
     text: dict[int, int] = {}
     kept: dict[int, bool] = {}  # by position: whether the text has it because it was drafted
     seen: dict[int, int] = {}  # by position committed: where the block of that pass ended
-    for lane, _, _, rows, _, base, tokens in trace:
-        if lane == "target":
-            for at, token in enumerate(tokens):
-                text[base + at], seen[base + at] = token, base + rows - 1
-                kept[base + at] = at < len(tokens) - 1
+    for span in trace:
+        if span.lane == "target":
+            for at, token in enumerate(span.tokens):
+                where = span.base + at
+                text[where], seen[where] = token, span.base + span.rows - 1
+                kept[where] = at < len(span.tokens) - 1
     wrong: dict[int, int] = {}  # by lineage: the position of its first wrong token
-    for lane, _, _, _, lineage, position, tokens in trace:
-        if lane != "draft":
+    for span in trace:
+        if span.lane != "draft":
             continue
         of: list[Fate] = []
-        for where, token in enumerate(tokens, position):
+        lineage = span.number
+        for where, token in enumerate(span.tokens, span.base):
             if lineage not in wrong and text.get(where) != token:
                 wrong[lineage] = where
             if lineage not in wrong:

@@ -6,125 +6,29 @@ turn another arm begins, so that a machine that grows slower does so for all of 
 
 from __future__ import annotations
 
-import asyncio
 import importlib.metadata
 import os
 import platform
 import secrets
 import shlex
 import sys
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
-import uvloop
-
-from outrider.client import AsyncClient, Completion, Lane, connect
+from outrider.client import AsyncClient, Completion, connect
+from outrider.core.values import Span
 from outrider.errors import ConfigError
-from outrider_services.bench import peers, plots, recording, simulated
-from outrider_services.bench.plan import Arm, Plan, Prompt, read_plan
-from outrider_services.bench.results import (
-    Results,
-    Sample,
-    as_csv,
-    as_json,
-    as_markdown,
-    geometric_mean,
-)
-from outrider_services.commands.run import same_model
-from outrider_services.commands.serve import News, has_draft, signalled, tell, with_paths
+from outrider_services import processor
+from outrider_services.bench import peers
+from outrider_services.bench.plan import Arm, Plan, Prompt
+from outrider_services.bench.results import Results, Sample, geometric_mean
 from outrider_services.options import Draft, Settings, Target, cores
-from outrider_services.pipeline.launcher import Launcher, first_of
-from outrider_services.tuning import search
+from outrider_services.pipeline.launcher import Launcher
+from outrider_services.terminal import News, tell
 
-FAILED_CHECK = 9
 FINALISTS = 4  # of a peer's lengths, tried on more than the first prompt of a category
-LANES_S = 3.0  # how much of an answer the picture of the lanes shows
-
-
-# ---- the command --------------------------------------------------------------------------------
-
-
-def run(settings: Settings, parsed: Any) -> int:
-    """Measure, write what was found, and say whether it was enough."""
-    if parsed.simulate:
-        return uvloop.run(until_signalled(simulated.simulate(settings, parsed)))
-    plan = read_plan(parsed)
-    for path in filter(None, (parsed.plot, parsed.lanes)):
-        plots.check(path)
-    settings = place(settings, parsed.placement)
-    settings = search.prepared(with_paths(settings, fetch=parsed.pull), tell)
-    settings = same_model(replace(settings, pipeline=replace(settings.pipeline, mode="auto")))
-    if not has_draft(settings) or settings.draft.place != "spawn":
-        raise ConfigError("bench starts both workers here: it needs a draft, and --n-draft above 0")
-    if parsed.record:
-        recording.write(parsed.record, settings, plan.categories, plan.count)
-        return 0
-    directory = Path(parsed.peers) if parsed.peers else peers.default_directory()
-    programs = {name: peers.find(directory, name) for name in plan.peers}
-    bench = Bench(plan, settings, programs)
-    stopped = uvloop.run(until_signalled(bench.run()))
-    if stopped:
-        return stopped
-    results = bench.results
-    sys.stdout.write({"md": as_markdown, "json": as_json, "csv": as_csv}[parsed.output](results))
-    if parsed.plot:
-        plots.bars(parsed.plot, results)
-    if parsed.lanes:
-        plots.lanes(parsed.lanes, bench.lanes, LANES_S)
-    return check_speedup(results, parsed.require_speedup)
-
-
-def check_speedup(results: Results, required: float | None) -> int:
-    """The exit status: whether `auto` gains what was required."""
-    if required is None:
-        return 0
-    gained = results.means()["auto"]
-    if gained >= required:
-        tell(f"auto is {gained:.2f} times as fast as plain; {required:g} was required.")
-        return 0
-    tell(
-        f"outrider: auto is {gained:.2f} times as fast as plain, {1 - gained / required:.0%} below "
-        f"the required {required:g}"
-    )
-    return FAILED_CHECK
-
-
-def place(settings: Settings, placement: str) -> Settings:
-    """The settings with cores and threads as `--placement` says. Raises ConfigError."""
-    target, draft = settings.target, settings.draft
-    if placement == "given":
-        return settings
-    allowed = sorted(os.sched_getaffinity(0))
-    if placement == "shared":
-        every, threads = ",".join(map(str, allowed)), len(allowed)
-        target = replace(target, cores=every, threads=threads)
-        draft = replace(draft, cores=every, threads=threads)
-    elif len(allowed) < 2:
-        raise ConfigError("--placement split needs two cores, and this process may use only one")
-    else:
-        target = replace(target, cores=str(allowed[0]), threads=1)
-        draft = replace(draft, cores=str(allowed[1]), threads=1)
-    return replace(settings, target=target, draft=draft)
-
-
-async def until_signalled(work: Coroutine[Any, Any, None]) -> int:
-    """Do `work`; the exit status of the signal that ended it first, else 0."""
-    stop = signalled()
-    task = asyncio.ensure_future(work)
-    await first_of(task, stop)
-    if not task.done():
-        task.cancel()
-        await asyncio.wait([task])
-        return stop.result()
-    task.result()
-    return 0
-
-
-# ---- measuring ----------------------------------------------------------------------------------
 
 
 class Bench:
@@ -138,7 +42,7 @@ class Bench:
         self._client: AsyncClient | None = None
         self._best: dict[tuple[str, str], int] = {}  # category and peer: the length it does best
         self._texts: dict[Prompt, str] = {}
-        self.lanes: dict[str, tuple[Lane, ...]] = {}
+        self.lanes: dict[str, tuple[Span, ...]] = {}
         self.results = Results(header(settings), tuple(arm.name for arm in plan.arms), plan.peers)
 
     async def run(self) -> None:
@@ -299,23 +203,13 @@ def header(settings: Settings) -> dict[str, str]:
         return f"{name}, {threads} thread{'s' * (threads > 1)} on cores {','.join(map(str, on))}"
 
     return {
-        "machine": f"{processor()}, {len(allowed)} of {os.cpu_count()} cores usable",
+        "machine": f"{processor.name()}, {len(allowed)} of {os.cpu_count()} cores usable",
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
         "versions": ", ".join(versions()),
         "target": told(settings.target),
         "draft": told(settings.draft),
         "command": shlex.join(["outrider", *sys.argv[1:]]),
     }
-
-
-def processor() -> str:
-    """Its model's name, as the kernel tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.machine())
 
 
 def versions() -> list[str]:

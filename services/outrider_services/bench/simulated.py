@@ -21,10 +21,11 @@ from rich.table import Table
 from outrider.client import AsyncClient, connect
 from outrider.engines.toy import ToyEngine, ToySettings
 from outrider.errors import ConfigError
-from outrider_services.bench.replay import Replay, World, record
-from outrider_services.commands.serve import News, tell
+from outrider_services.bench.replay import Replay, World
+from outrider_services.bench.traces import record
 from outrider_services.options import Settings
 from outrider_services.pipeline.launcher import Launcher
+from outrider_services.terminal import News, tell
 
 PROMPT = "The lantern "
 LENGTHS = (1, 2, 4, 8, 16)  # of the blocks that are tried in turns
@@ -132,7 +133,7 @@ def ideal(settings: Settings, count: int) -> float:
     world = World(
         (toy.step_ms / 1000,) * ROWS, toy.draft_ms / 1000, link_s=max(1e-6, toy.link_ms / 1000)
     )
-    return Replay(trace, world.pilot("pipelined"), world).speedup()
+    return Replay(trace, world.rule("pipelined"), world).speedup()
 
 
 def show(cells: list[Cell]) -> None:

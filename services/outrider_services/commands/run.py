@@ -8,24 +8,51 @@ import secrets
 import signal
 import sys
 from contextlib import AsyncExitStack
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
 import uvloop
 
-from outrider.client import AsyncClient, Completion, Fragment, Lane, Stream, connect
+from outrider.client import AsyncClient, Completion, Stream, connect
 from outrider.core.sampling import Sampling
 from outrider.core.stats import Report
+from outrider.core.values import Fragment, Span
 from outrider.errors import BadRequest, ConfigError
-from outrider_services.commands.serve import SAME_MODEL, News, has_draft, tell, with_paths
-from outrider_services.options import Settings
+from outrider_services.commands.prepared import has_draft, with_files, with_some_draft
+from outrider_services.options import Parser, Settings
 from outrider_services.pipeline.launcher import Launcher
+from outrider_services.terminal import News, tell
 from outrider_services.tuning import search
 
 DEFAULT_PROMPT = "The future of AI is"
 DEFAULT_LENGTH = 100
-DEMONSTRATED = 5  # drafted tokens in a block, where a model drafts for itself
+
+
+def flags(parser: Parser) -> None:
+    add = parser.add_argument
+    add("prompt", nargs="?", help="the prompt; else -p, --file, or stdin")
+    add("-p", "--prompt", "-prompt", dest="prompt_flag", metavar="TEXT", help="the prompt")
+    add("-f", "--file", metavar="FILE", help="read the prompt from a file")
+    add("--chat", action="store_true", help="apply the model's chat template to the prompt")
+    add(
+        "-v",
+        "--verbose",
+        "-verbose",
+        nargs="?",
+        const="true",
+        default="false",
+        metavar="BOOL",
+        help="show each drafted token and its fate on stderr",
+    )
+    add("-o", "--output", choices=("text", "json"), default="text", help="what goes to stdout")
+    add("--connect", metavar="PIPELINE", help="use a pipeline that is up: its name or address")
+    add(
+        "--baseline", action="store_true", help="measure the speed-up: generate again in plain mode"
+    )
+    add("--no-stats", action="store_true", help="no statistics on stderr")
+    add("--trace", metavar="FILE", help="write when each worker computed, as Chrome trace JSON")
+    add("--pull", action="store_true", help="fetch the default pair if it is missing")
 
 
 def run(settings: Settings, parsed: Any) -> int:
@@ -33,8 +60,8 @@ def run(settings: Settings, parsed: Any) -> int:
     prompt = read_prompt(parsed, sys.stdin)
     request = arguments(settings, parsed)  # wrong settings are told before anything is started
     if parsed.connect is None:
-        settings = search.prepared(with_paths(settings, fetch=parsed.pull), tell)
-        settings = same_model(settings)
+        settings = search.prepared(with_files(settings, fetch=parsed.pull), tell)
+        settings = with_some_draft(settings)
     return uvloop.run(_run(settings, parsed, prompt, request))
 
 
@@ -68,7 +95,7 @@ def arguments(settings: Settings, parsed: Any) -> dict[str, Any]:
     if parsed.verbose not in ("true", "false"):
         raise ConfigError(f"--verbose must be true or false, not {parsed.verbose!r}")
     bias = dict(map(read_bias, sampling["logit_bias"]))
-    names = {field.name for field in fields(Sampling)} & sampling.keys()
+    names = sampling.keys() & set(Sampling.__struct_fields__)
     Sampling(**{name: sampling[name] for name in names} | {"logit_bias": tuple(bias.items())})
     return {
         **sampling,
@@ -91,23 +118,6 @@ def read_bias(text: str) -> tuple[int, float]:
             except ValueError:
                 break
     raise ConfigError(f"--logit-bias must be like 15043+1 or 2-inf, not {text!r}")
-
-
-def same_model(settings: Settings) -> Settings:
-    """A target without a draft drafts for itself, as a demonstration."""
-    draft = settings.draft
-    if settings.pipeline.backend == "toy" or draft.model or draft.place == "remote":
-        return settings
-    if draft.n_max == 0 or settings.pipeline.mode == "plain":
-        return settings
-    tell(SAME_MODEL)
-    pipeline = settings.pipeline
-    if pipeline.mode == "auto":
-        pipeline = replace(pipeline, mode="pipelined")
-    # a draft as slow as its target is never ahead: without whole blocks there were none to see
-    n_max = DEMONSTRATED if draft.n_max is None else draft.n_max
-    draft = replace(draft, model=settings.target.model, n_max=n_max, n_min=n_max)
-    return replace(settings, draft=draft, pipeline=pipeline)
 
 
 async def _run(settings: Settings, parsed: Any, prompt: str, request: dict[str, Any]) -> int:
@@ -207,7 +217,7 @@ class Printer:
     async def _fates(self, fragment: Fragment) -> list[str]:
         """Each drafted token of the round and what became of it."""
         lines, tokens, number = [], fragment.tokens, fragment.round
-        drafted = [(id_, await self._text(id_), p) for id_, p in fragment.drafted]
+        drafted = [(d.token, await self._text(d.token), d.confidence) for d in fragment.drafted]
         lines += [f"[DRAFT] {number}.{i} {d} {t} p={p:.2f}" for i, (d, t, p) in enumerate(drafted)]
         for i, (id_, text, _) in enumerate(drafted):
             if i >= len(tokens):
@@ -240,7 +250,7 @@ class Printer:
                 "finish_reason": result.choices[0].finish_reason,
                 "seed": report.seed,
                 "mode": report.mode,
-                "stats": asdict(report),
+                "stats": report.as_dict(),
             }
             sys.stdout.write(json.dumps(shown, ensure_ascii=False) + "\n")
         else:
@@ -254,9 +264,8 @@ def measured(report: Report, plain: Report) -> Report:
     """The report with the speed-up over the plain run that was just made."""
     if not (report.tokens_per_s and plain.tokens_per_s):
         return report
-    return replace(
-        report, speedup=report.tokens_per_s / plain.tokens_per_s, speedup_kind="measured"
-    )
+    speedup = report.tokens_per_s / plain.tokens_per_s
+    return report.changed(speedup=speedup, speedup_kind="measured")
 
 
 def statistics(r: Report) -> str:
@@ -289,16 +298,16 @@ def statistics(r: Report) -> str:
     )
 
 
-def write_trace(path: str, lanes: tuple[Lane, ...]) -> None:
+def write_trace(path: str, lanes: tuple[Span, ...]) -> None:
     try:
         Path(path).write_text(json.dumps(chrome_trace(lanes)))
     except OSError as exc:
         raise ConfigError(f"cannot write the trace to {path}: {exc.strerror}") from None
 
 
-def chrome_trace(lanes: tuple[Lane, ...]) -> dict[str, Any]:
+def chrome_trace(lanes: tuple[Span, ...]) -> dict[str, Any]:
     """Both lanes in the trace event format that Perfetto and chrome://tracing read."""
-    start = min((began for _, began, *_ in lanes), default=0.0)
+    start = min((span.start for span in lanes), default=0.0)
     threads = {"target": 1, "draft": 2}
     events: list[dict[str, Any]] = [
         {
@@ -313,13 +322,13 @@ def chrome_trace(lanes: tuple[Lane, ...]) -> dict[str, Any]:
     events += [
         {
             "ph": "X",
-            "name": f"{'verify' if lane == 'target' else 'draft'} {rows}",
+            "name": f"{'verify' if span.lane == 'target' else 'draft'} {span.rows}",
             "pid": 1,
-            "tid": threads[lane],
-            "ts": round((began - start) * 1e6, 1),
-            "dur": round((ended - began) * 1e6, 1),
-            "args": {"rows": rows},
+            "tid": threads[span.lane],
+            "ts": round((span.start - start) * 1e6, 1),
+            "dur": round((span.end - span.start) * 1e6, 1),
+            "args": {"rows": span.rows},
         }
-        for lane, began, ended, rows, *_ in lanes
+        for span in lanes
     ]
     return {"traceEvents": events, "displayTimeUnit": "ms"}

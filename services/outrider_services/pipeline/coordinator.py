@@ -237,8 +237,8 @@ class Coordinator:
         """Let the target worker answer a client."""
         try:
             target = self._roster.target()
-            answer = await self._roster.ask(target, lambda call: wire.renumbered(question, call))
-            self._tell(peer, wire.renumbered(answer, question.call))
+            answer = await self._roster.ask(target, lambda call: question.changed(call=call))
+            self._tell(peer, answer.changed(call=question.call))
         except OutriderError as exc:
             self._tell(peer, wire.Failed(question.call, exc.code, str(exc)))
 

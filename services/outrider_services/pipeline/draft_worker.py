@@ -15,8 +15,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import ClassVar
 
-import msgspec
-
 from outrider.core.drafter import Drafter
 from outrider.core.engine import Cancelled, EngineFault
 from outrider.core.events import Commit, OpenDraft
@@ -196,8 +194,7 @@ def joined(one: Proposal | None, other: Proposal) -> Proposal:
     """Both as one, the `other` being what follows."""
     if one is None:
         return other
-    return msgspec.structs.replace(
-        one,
+    return one.changed(
         drafted=(*one.drafted, *other.drafted),
         elapsed_s=one.elapsed_s + other.elapsed_s,
         paused=other.paused,

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-import msgspec
+from outrider.core.values import Value
 
 SHOWN = 16  # token ids of a block; a prompt is more, and nobody's to read
 HIDDEN = {"pieces", "text", "sampling", "logprobs", "margins", "floors", "ends"}
@@ -20,7 +20,7 @@ def line(number: int, event: Any, commands: Iterable[Any], state: str) -> str:
 
 def brief(value: Any) -> str:
     """The value and its short fields."""
-    if isinstance(value, msgspec.Struct):
+    if isinstance(value, Value):
         names: Iterable[str] = value.__struct_fields__
     elif is_dataclass(value):
         names = [field.name for field in fields(value)]

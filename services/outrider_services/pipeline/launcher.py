@@ -28,7 +28,8 @@ from outrider.errors import (
     from_code,
 )
 from outrider.wire.transport import socket_path
-from outrider_services.options import Settings, Target, cores, to_flags
+from outrider_services.options import Settings, Target, to_flags
+from outrider_services.pipeline.places import share_cores
 
 STOP_S = 5.0  # between SIGTERM and SIGKILL
 BACKOFF_S = (0.1, 5.0)
@@ -253,15 +254,6 @@ class Launcher:
             if self._stopping and child.role == "coordinator":
                 continue  # it misses the workers that we have just ended
             self._log(child.role, line.decode("utf-8", "replace").rstrip())
-
-
-def share_cores(settings: Settings) -> bool:
-    """Whether draft and target, both started here, have a processor core in common."""
-    target, draft = settings.target, settings.draft
-    if settings.pipeline.backend == "toy":
-        return False
-    mine, others = (cores(one.cores) or os.sched_getaffinity(0) for one in (target, draft))
-    return not mine.isdisjoint(others)
 
 
 async def first_of(*futures: asyncio.Future[Any]) -> None:

@@ -1,16 +1,21 @@
-"""Where a worker computes: "host:0,1" on processor cores, "host:gpu0" on a GPU."""
+"""Whether two workers compute in the same place, so that one of them has to wait.
+
+A place is written "host:0,1" for processor cores and "host:gpu0" for a GPU.
+"""
 
 from __future__ import annotations
 
 import os
 import socket
 
+from outrider_services.options import Settings, cores
+
 VISIBLE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "GGML_VK_VISIBLE_DEVICES")
 EVERY_GPU = "gpu*"
 
 
 def place(device: str) -> str:
-    """Where this process computes on `device`, as an engine describes it; "" for a made-up one."""
+    """The place of this process, whose engine calls its device `device`; "" for a made-up one."""
     if device.startswith("cpu"):
         units = ",".join(map(str, sorted(os.sched_getaffinity(0))))
     elif device.startswith("gpu"):  # llama.cpp spreads a model over all that it can see
@@ -22,7 +27,7 @@ def place(device: str) -> str:
 
 
 def shared(one: str, other: str) -> bool:
-    """Whether two places have a core or a GPU in common; "" is a device of its own."""
+    """Whether two places have a core or a GPU in common; "" has nothing in common with any."""
     if not one or not other:
         return False
     (host, mine), (other_host, others) = (_units(place) for place in (one, other))
@@ -30,6 +35,15 @@ def shared(one: str, other: str) -> bool:
         return False
     if EVERY_GPU in mine | others:
         return all(unit.startswith("gpu") for unit in mine | others)
+    return not mine.isdisjoint(others)
+
+
+def share_cores(settings: Settings) -> bool:
+    """Whether target and draft, both to be started here, may use a processor core in common."""
+    if settings.pipeline.backend == "toy":
+        return False
+    allowed = os.sched_getaffinity(0)
+    mine, others = (cores(one.cores) or allowed for one in (settings.target, settings.draft))
     return not mine.isdisjoint(others)
 
 

@@ -11,7 +11,6 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Coroutine
-from pathlib import Path
 from typing import Any
 
 import uvloop
@@ -19,9 +18,10 @@ import uvloop
 from outrider.core.drafter import Drafter
 from outrider.core.engine import Engine
 from outrider.engines.drafter import ModelDrafter
-from outrider.errors import ConfigError, InternalError, ModelNotFound, OutriderError
+from outrider.errors import InternalError, OutriderError
 from outrider.wire.transport import Router, check_exposure, socket_path
 from outrider_services import options
+from outrider_services.models.loading import load_engine
 from outrider_services.options import Settings
 from outrider_services.pipeline.coordinator import Coordinator, Defaults
 from outrider_services.pipeline.draft_worker import DraftWorker
@@ -88,53 +88,6 @@ async def _coordinate(settings: Settings, name: str) -> None:
         await asyncio.sleep(0.05)  # a moment for the last messages to leave
         router.close()
         path.unlink(missing_ok=True)
-
-
-def load_engine(role: str, settings: Settings, progress: Callable[[float], None]) -> Engine:
-    """The model that is the target of `settings`, for a worker of `role`. Raises OutriderError."""
-    if settings.pipeline.backend == "toy":
-        return _toy(role, settings)
-    return _llama(role, settings, progress)
-
-
-def _llama(role: str, settings: Settings, progress: Callable[[float], None]) -> Engine:
-    from outrider.engines.llama.engine import LlamaEngine, LlamaSettings
-
-    target, pipeline = settings.target, settings.pipeline
-    if not target.model:
-        raise ModelNotFound("say which model: -m FILE")
-    threads = min(target.threads, len(os.sched_getaffinity(0)))
-    try:
-        chosen = LlamaSettings(
-            context=target.ctx,
-            slots=pipeline.parallel,
-            threads=threads,
-            gpu_layers=target.ngl,
-            exact=pipeline.exact,
-            drafts=role == "draft",
-        )
-    except ValueError as exc:
-        raise ConfigError(str(exc)) from None
-    return LlamaEngine.load(Path(target.model), chosen, progress)
-
-
-def _toy(role: str, settings: Settings) -> Engine:
-    from outrider.engines.toy import ToyCosts, ToyEngine, ToySettings
-
-    toy = settings.toy
-    step_ms = toy.step_ms if role == "target" else toy.draft_ms
-    row_ms = toy.row_ms if role == "target" else toy.draft_ms
-    costs = ToyCosts(step_ms / 1000, row_ms / 1000, row_ms / 1000 / 10)
-    return ToyEngine(
-        ToySettings(
-            role="target" if role == "target" else "draft",
-            agreement=toy.agreement,
-            context=settings.target.ctx,
-            slots=settings.pipeline.parallel,
-            costs=costs,
-            vocabulary_variant=toy.variant,
-        )
-    )
 
 
 def _run(

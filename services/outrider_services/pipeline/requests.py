@@ -8,8 +8,6 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-import msgspec
-
 from outrider.core.engine import Vocabulary
 from outrider.core.events import Task
 from outrider.core.rules import MOST_DRAFTED
@@ -98,7 +96,7 @@ class Request:
         if submit.ignore_eos:
             never = tuple((end, NEVER) for end in vocabulary.ends)
             bias = (*sampling.logit_bias, *never)
-            sampling = msgspec.structs.replace(sampling, logit_bias=bias)
+            sampling = sampling.changed(logit_bias=bias)
         return Task(
             prompt=self.tokens,
             n_predict=submit.n_predict,

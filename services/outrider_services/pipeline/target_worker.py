@@ -10,8 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import ClassVar
 
-import msgspec
-
 from outrider.core import decoding
 from outrider.core.engine import Cancelled, Engine, EngineFault
 from outrider.core.events import Prefill
@@ -184,8 +182,7 @@ class TargetWorker(Worker[Engine]):
             logprobs = tuple(logprob(row, token) for row, token in pairs)
         if verdict.accepted < len(drafted):
             self.model.rewind(slot, base + verdict.accepted)
-        return msgspec.structs.replace(
-            verdict,
+        return verdict.changed(
             round=sequence.round,
             base=base,
             pieces=tuple(map(self.model.piece, verdict.tokens)),

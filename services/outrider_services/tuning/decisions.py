@@ -20,7 +20,7 @@ from typing import Any
 import platformdirs
 
 from outrider.errors import ModelUnusable
-from outrider_services import options
+from outrider_services import options, processor
 from outrider_services.models import fetching
 from outrider_services.options import Settings
 
@@ -104,7 +104,7 @@ def key(settings: Settings) -> str:
         *(identity(str(one.model)) for one in (target, draft)),
         *([one.threads, usable(one.cores), one.ngl] for one in (target, draft)),
         [pipeline.mode, pipeline.exact],
-        processor(),
+        processor.kind(),
         [_version(name) for name in ("outrider", "llama-cpp-python")],
     ]
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:32]
@@ -112,16 +112,6 @@ def key(settings: Settings) -> str:
 
 def usable(cores: str) -> list[int]:
     return sorted(options.cores(cores) or os.sched_getaffinity(0))
-
-
-def processor() -> list[str]:
-    """Its model and what it can do."""
-    found: dict[str, str] = {}
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            name, _, value = line.partition(":")
-            found.setdefault(name.strip(), value.strip())
-    return [found.get(name, "") for name in ("model name", "flags", "Features")]
 
 
 def _version(package: str) -> str:

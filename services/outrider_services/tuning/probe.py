@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from outrider.core.values import TokenId
+from outrider.engines.calibration import calibrate
 from outrider.errors import (
     IncompatiblePair,
     InternalError,
@@ -26,7 +27,6 @@ from outrider.errors import (
     from_code,
 )
 from outrider_services import options
-from outrider.engines.calibration import calibrate
 
 if TYPE_CHECKING:
     from outrider.engines.llama.engine import LlamaEngine

@@ -21,7 +21,7 @@ from outrider.errors import ConfigError, ModelNotFound, OutriderError, RequestTi
 from outrider_services.models import catalogue
 from outrider_services.models.gguf import read_header
 from outrider_services.options import Draft, Settings, Target
-from outrider_services.pipeline.launcher import share_cores
+from outrider_services.pipeline.places import share_cores
 from outrider_services.tuning import decisions, probe
 from outrider_services.tuning.decisions import Decision, Trial, Variant
 from outrider_services.tuning.probe import Findings, Job
@@ -80,7 +80,7 @@ def _automatic(settings: Settings, tell: Tell, ask: Ask) -> Settings:
     if decision is None:
         return settings
     settings = with_draft(settings, decision.quant, ask)
-    return placed(settings, decision.target_cores, decision.draft_cores)
+    return on_cores(settings, decision.target_cores, decision.draft_cores)
 
 
 def _decide_quickly(settings: Settings, name: str, ask: Ask) -> Decision:
@@ -113,7 +113,7 @@ def with_draft(settings: Settings, quant: str, ask: Ask = probe.ask) -> Settings
     return replace(settings, draft=replace(settings.draft, model=str(path)))
 
 
-def placed(settings: Settings, target_cores: str, draft_cores: str) -> Settings:
+def on_cores(settings: Settings, target_cores: str, draft_cores: str) -> Settings:
     """The settings with these cores, if any are said."""
     if not (target_cores and draft_cores):
         return settings
@@ -225,7 +225,7 @@ class Tuner:
         try:
             trials = [self._trial(self.settings)]
             for cores in splits(self.settings) if self.thorough else []:
-                trials.append(self._trial(placed(self.settings, *cores)))
+                trials.append(self._trial(on_cores(self.settings, *cores)))
             decision = settle(trials)
             kept.add(self._path(decision.quant))
             return decision

@@ -98,9 +98,9 @@ def _bounded(error: float) -> float:
     return min(max(error, -math.log(2)), math.log(2))
 
 
-# How often tokens of a doubt were accepted: fitted to the default pair, draft as q4_0, greedy, 1,644
-# tokens of six kinds of text that `outrider bench --record` wrote (tests/sim/acceptance-traces.json).
-# Other pairs are near; what differs, `Acceptance.trust` follows. To refit: scripts/refit.
+# How often tokens of a doubt were accepted, fitted to the default pair: draft as q4_0, greedy,
+# 1,644 tokens of six kinds of text, as `outrider bench --record` wrote them (tests/sim has the
+# file). Other pairs are near; what differs, `Acceptance.trust` follows. To refit: scripts/refit.
 DOUBTS = (0.0, 0.5, 1.5, 2.5, 3.5, 4.5, 6.0)
 CAME_TRUE = (0.22, 0.5, 0.70, 0.86, 0.925, 0.965, 0.995)
 

@@ -16,7 +16,7 @@ process (`outrider.wire.codec`), so nothing is copied from one form into another
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Any, Literal, Self, TypeAlias
 
 import msgspec
 from msgspec import Meta
@@ -45,6 +45,14 @@ Reason: TypeAlias = Literal["stop", "length", "cancelled"]
 
 class Value(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """A frozen record; on the wire an array of its fields."""
+
+    def changed(self, **fields: Any) -> Self:
+        """The same with other values in these fields."""
+        return msgspec.structs.replace(self, **fields)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Its fields by name."""
+        return msgspec.structs.asdict(self)
 
 
 class Order(Value, frozen=True, tag=str.lower):

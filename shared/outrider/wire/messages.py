@@ -9,9 +9,8 @@ their lineage and position, verdicts their round and base. A connection belongs 
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeAlias, TypeVar
+from typing import Annotated, Any, Literal, TypeAlias
 
-import msgspec
 from msgspec import Meta
 
 from outrider.core import events, values
@@ -42,14 +41,6 @@ Curve: TypeAlias = Annotated[tuple[Seconds, ...], Meta(min_length=1, max_length=
 
 class Tagged(Value, frozen=True, tag_field="type", tag=str.lower):
     """A message: on the wire its name stands in front of its fields."""
-
-
-Any_ = TypeVar("Any_", bound=Tagged)
-
-
-def renumbered(message: Any_, call: int) -> Any_:
-    """The same question or answer as call number `call`."""
-    return msgspec.structs.replace(message, call=call)
 
 
 # ---- workers and coordinator, at any time -------------------------------------------------------

@@ -8,21 +8,24 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from outrider.core.engine import Engine
+from outrider.core.sampling import Sampling, propose
+from outrider.core.values import Drafted, TokenId
 from outrider.errors import BadRequest, ConfigError
-from outrider.wire import messages as wire
 from outrider_services.bench.prompts import Category
-from outrider_services.bench.replay import record
-from outrider_services.commands.serve import tell
+from outrider_services.models.loading import load_engine
 from outrider_services.options import Settings
 from outrider_services.pipeline.launcher import own_settings
-from outrider_services.pipeline.processes import load_engine
 from outrider_services.pipeline.vocabularies import Texts, check_pair
+from outrider_services.terminal import tell
+
+OFF_PATH = 12  # tokens that are followed behind one that is wrong
+GREEDY = Sampling(temperature=0.0)
 
 
 def write(path: str, settings: Settings, categories: tuple[Category, ...], count: int) -> None:
@@ -38,7 +41,7 @@ def write(path: str, settings: Settings, categories: tuple[Category, ...], count
             engines.append(load_engine(role, own_settings(role, settings), lambda done: None))
             stack.callback(engines[-1].close)
         target, draft = engines
-        check(target, draft)
+        require_fit(target, draft)
         for category in categories:
             for number, prompt in enumerate(category.prompts, 1):
                 name = category.name if len(category.prompts) == 1 else f"{category.name} {number}"
@@ -53,7 +56,7 @@ def write(path: str, settings: Settings, categories: tuple[Category, ...], count
                 tell(f"{name}: the draft agrees at {agreed} of {answered} tokens")
 
 
-def check(target: Engine, draft: Engine) -> None:
+def require_fit(target: Engine, draft: Engine) -> None:
     """Raises IncompatiblePair."""
 
     def texts_of(engine: Engine) -> Texts:
@@ -62,9 +65,7 @@ def check(target: Engine, draft: Engine) -> None:
 
         return texts
 
-    ours, theirs = (
-        wire.Fingerprint(**asdict(engine.info.vocabulary)) for engine in (target, draft)
-    )
+    ours, theirs = target.info.vocabulary, draft.info.vocabulary
     asyncio.run(check_pair(ours, theirs, texts_of(target), texts_of(draft)))
 
 
@@ -80,3 +81,55 @@ def _save(path: str, found: dict[str, Any]) -> None:
         Path(path).write_text(json.dumps(found) + "\n", "utf-8")
     except OSError as exc:
         raise ConfigError(f"cannot write {path}: {exc.strerror}") from None
+
+
+def record(target: Engine, draft: Engine, prompt: Sequence[TokenId], count: int) -> dict[str, Any]:
+    """A trace of the greedy answer of `count` tokens, both engines in this process.
+
+    `match` and `confidence`: at each position, whether the draft agrees and how sure it is;
+    `off_path_confidence`: where it does not, how sure it goes on being behind its own token.
+    """
+    known = target.info.vocabulary.size
+    match: list[int] = []
+    confidence: list[float] = []
+    off_path: dict[str, list[float]] = {}
+    text = list(prompt)
+    told = _choice(target, text).token
+    for position in range(count):
+        choice = _choice(draft, text, known)
+        match.append(int(choice.token == told))
+        confidence.append(choice.confidence)
+        if choice.token != told:
+            off_path[str(position)] = _goes_on(draft, [*text, choice.token], known)
+        text.append(told)
+        if told in target.info.vocabulary.ends:
+            break
+        told = _choice(target, text).token
+    for engine in (target, draft):
+        engine.rewind(0, 0)
+    return {"match": match, "confidence": confidence, "off_path_confidence": off_path}
+
+
+def _goes_on(draft: Engine, text: list[TokenId], known: int) -> list[float]:
+    found = []
+    for _ in range(OFF_PATH):
+        choice = _choice(draft, text, known)
+        found.append(choice.confidence)
+        text.append(choice.token)
+    return found
+
+
+def _choice(engine: Engine, text: Sequence[TokenId], known: int | None = None) -> Drafted:
+    """The likeliest token after `text`, one of the first `known`.
+
+    What the cache holds of the text is not evaluated again.
+    """
+    kept = min(engine.length(0), len(text) - 1)
+    if engine.length(0) > kept:
+        engine.rewind(0, kept)
+    while len(text) - kept > engine.info.chunk:
+        engine.extend(0, text[kept : kept + engine.info.chunk], 0)
+        kept += engine.info.chunk
+    row = engine.extend(0, text[kept:], 1)[0]
+    size = engine.info.vocabulary.size
+    return propose(row, GREEDY, text, len(text), n_vocab=min(known or size, size))

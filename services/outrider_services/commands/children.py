@@ -1,0 +1,45 @@
+"""The verbs that are a process of a pipeline: a worker, and, for ourselves alone, the others."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from outrider.wire.transport import address_of
+from outrider_services.commands.prepared import with_file_of_worker
+from outrider_services.options import Parser, Settings
+from outrider_services.pipeline import processes
+from outrider_services.tuning import probe
+
+
+def worker_flags(parser: Parser) -> None:
+    parser.add_argument(
+        "--connect", required=True, metavar="ADDRESS", help="the coordinator's address"
+    )
+    parser.add_argument("--parent-fd", type=int, help=argparse.SUPPRESS)
+
+
+def worker(settings: Settings, parsed: Any) -> int:
+    """`outrider worker ROLE`: serve the coordinator at `--connect` until it or a signal ends it."""
+    settings = with_file_of_worker(settings, parsed.role)
+    processes.worker(parsed.role, settings, address_of(parsed.connect), parsed.parent_fd)
+    return 0
+
+
+def coordinator_flags(parser: Parser) -> None:
+    parser.add_argument("--name", default="default")
+    parser.add_argument("--parent-fd", type=int)
+
+
+def coordinator(settings: Settings, parsed: Any) -> int:
+    processes.coordinator(settings, parsed.name, parsed.parent_fd)
+    return 0
+
+
+def measure_flags(parser: Parser) -> None:
+    parser.add_argument("job")
+    parser.add_argument("--parent-fd", type=int)
+
+
+def measure(settings: Settings, parsed: Any) -> int:
+    return probe.answer(parsed.job, parsed.parent_fd)

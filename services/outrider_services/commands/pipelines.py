@@ -1,0 +1,74 @@
+"""`outrider ps` and `outrider stop`: pipelines that are up on this machine."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from typing import Any
+
+import uvloop
+from rich.table import Table
+
+from outrider.client import connect
+from outrider.errors import ConfigError, ConnectionFailed
+from outrider.wire.transport import address_of, runtime_dir
+from outrider_services.options import Parser, Settings
+from outrider_services.terminal import show
+
+STOP_S = 60.0  # how long requests may still take
+LOOK_S = 0.1  # between two looks at whether it is gone
+
+
+def ps_flags(parser: Parser) -> None:
+    parser.add_argument("--json", action="store_true", help="as a JSON array")
+
+
+def ps(settings: Settings, parsed: Any) -> int:
+    found = uvloop.run(_pipelines())
+    if parsed.json:
+        print(json.dumps(found, indent=2))
+        return 0
+    table = Table("name", "status", "mode", "target", "draft", "running", "waiting", box=None)
+    for one in found:
+        workers, requests = one["workers"], one["requests"]
+        names = [workers.get(role, {}).get("model", "-") for role in ("target", "draft")]
+        counts = [str(requests["running"]), str(requests["waiting"])]
+        table.add_row(one["name"], one["status"], one["mode"], *names, *counts)
+    show(table)
+    return 0
+
+
+async def _pipelines() -> list[dict[str, Any]]:
+    """The health of each pipeline that answers, by name."""
+
+    async def ask(name: str) -> dict[str, Any] | None:
+        try:
+            async with connect(name, timeout_s=1.0) as client:
+                return {"name": name, **await client.health()}
+        except ConnectionFailed:
+            return None  # left over from a pipeline that was killed
+
+    names = sorted(path.stem for path in runtime_dir().glob("*.sock"))
+    return [one for one in await asyncio.gather(*map(ask, names)) if one]
+
+
+def stop_flags(parser: Parser) -> None:
+    parser.add_argument("name", nargs="?", default="default", help="name or address")
+
+
+def stop(settings: Settings, parsed: Any) -> int:
+    """Ask it to end, and wait until it is gone. Raises ConfigError after `STOP_S`."""
+    uvloop.run(_stop(parsed.name))
+    return 0
+
+
+async def _stop(name: str) -> None:
+    async with connect(name) as client:
+        await client.stop()
+    path = address_of(name).removeprefix("ipc://")
+    for _ in range(round(STOP_S / LOOK_S)):
+        if not await asyncio.to_thread(os.path.exists, path):
+            return
+        await asyncio.sleep(LOOK_S)
+    raise ConfigError(f"{name} is still finishing its requests")

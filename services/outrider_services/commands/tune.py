@@ -1,0 +1,51 @@
+"""`outrider tune`: find the fastest draft, and show what was measured of each."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Any
+
+from rich.table import Table
+
+from outrider_services.commands.prepared import with_files
+from outrider_services.options import Parser, Settings
+from outrider_services.terminal import show
+from outrider_services.tuning import search
+from outrider_services.tuning.decisions import Decision, Trial
+
+
+def flags(parser: Parser) -> None:
+    parser.add_argument("--json", action="store_true", help="as a JSON object")
+    parser.add_argument(
+        "--pull", action="store_true", help="fetch the default pair if it is missing"
+    )
+
+
+def tune(settings: Settings, parsed: Any) -> int:
+    decision = search.tune(with_files(settings, fetch=parsed.pull))
+    if parsed.json:
+        print(json.dumps(asdict(decision), indent=2))
+        return 0
+    for trial in decision.trials:
+        show(search.headline(trial))
+        show(measured(decision, trial))
+    show("* chosen, and kept for run and serve; tokens/s are forecasts")
+    return 0
+
+
+def measured(decision: Decision, trial: Trial) -> Table:
+    """Every draft that was tried on these cores, a star at the one that was chosen."""
+    table = Table("", "draft", "MB", "ms/token", "acceptance", "tokens/s", "speed-up", box=None)
+    chosen = search.is_chosen(decision, trial)
+    for one in trial.variants:
+        table.add_row(
+            "*" if chosen and one.quant == decision.quant else "",
+            "as given" if one.quant == "off" else one.quant,
+            f"{one.bytes / 1e6:,.0f}",
+            f"{1000 * one.draft_s:.1f}",
+            f"{one.acceptance:.0%}",
+            f"{one.rate:.1f}",
+            f"{one.rate / trial.plain_rate:.2f}x",
+        )
+    return table
