@@ -346,7 +346,7 @@ class Draft:
         is_running = self.step is not None and self.step.ride is ride
         if cut and is_running and self.sim.world.cut_short:
             assert self.step
-            ride.engine.rewind(0, self.step.begun.read)
+            ride.engine.rewind(0, min(self.step.begun.read, ride.engine.length(0)))
             self.sim.drafting.append((self.step.began, self.sim.clock.now))
             self.step = None
         if cut or not stream.has_work:
@@ -367,10 +367,10 @@ class Draft:
         self.rides.append(ride)
         stream, now = ride.stream, self.sim.clock.now
         begun = stream.begin()
-        if ride.engine.length(0) > begun.read:
-            ride.engine.rewind(0, begun.read)
-        text = begun.tokens
-        row = ride.engine.extend(0, text[begun.read :], 1)[0]
+        text, start = begun.tokens, min(begun.read, len(begun.tokens) - 1)
+        if ride.engine.length(0) > start:
+            ride.engine.rewind(0, start)
+        row = ride.engine.extend(0, text[start:], 1)[0]
         drafted = propose(row, ride.run.asked.sampling, text, len(text), n_vocab=SMALLEST)
         step = self.step = Step(ride, begun, drafted, now, now - ride.asked)
         done = now + next(self.sim.token_s)
