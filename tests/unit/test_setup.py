@@ -410,7 +410,7 @@ def test_a_failing_command_is_told_with_its_last_lines(project: Any) -> None:
         project.run(["sh", "-c", "echo before; echo why >&2; exit 3"], "it failed")
 
 
-@pytest.mark.parametrize("script", ["run", "test", "check", "setup", "../.ci/run"])
+@pytest.mark.parametrize("script", ["run", "test", "check", "matrix", "setup", "../.ci/run"])
 def test_scripts_can_be_run(script: str) -> None:
     assert os.access(SCRIPTS / script, os.X_OK)
     if script != "setup":
