@@ -6,9 +6,7 @@ import json
 import os
 import re
 import shlex
-import signal
 import socket
-import subprocess
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -76,30 +74,26 @@ def workers(cli: Cli) -> set[str]:
     return {role for up in json.loads(cli("ps", "--json").stdout) for role in up["workers"]}
 
 
-def end(process: subprocess.Popen[str], *, stopped: bool) -> None:
-    """See that it ends, by itself if it was stopped."""
-    if not stopped:
-        process.terminate()
-    process.communicate(timeout=10)
-    assert process.returncode == (0 if stopped else 128 + signal.SIGTERM)
-
-
 @pytest.mark.parametrize("block", blocks("sh"), ids=lambda block: block.split("  ")[0])
 def test_the_commands_run(cli: Cli, block: str) -> None:
     given = [words for words in commands(on_this_machine(block)) if words[0] not in NOT_RUN]
     lasting = []
     for words in map(arguments, given):
         if words[0] in LASTING:
-            lasting.append(cli.start(*words, **TOY))
+            lasting.append((words[0], cli.start(*words, **TOY)))
             role = "draft" if words[0] == "worker" else "target"
             while role not in workers(cli):
-                assert lasting[-1].poll() is None, words
+                assert lasting[-1][1].poll() is None, words
         else:
             done = cli(*words, **TOY)
             assert done.returncode == 0, (words, done.stderr)
             assert done.stdout or words == ["stop"], words
-    for process in reversed(lasting):
-        end(process, stopped=["outrider", "stop"] in given)
+    for verb, process in reversed(lasting):
+        stopped = ["outrider", "stop"] in given
+        if not stopped:
+            process.terminate()
+        process.communicate(timeout=10)
+        assert process.returncode == (143 if verb == "serve" and not stopped else 0)
 
 
 def test_the_python_example_prints_an_answer(
