@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import outrider
+
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = ["README.md", ".github/CONTRIBUTING.md", ".github/SECURITY.md", "deploy/CHANGELOG.md",
          "deploy/performance/README.md"]  # fmt: skip
@@ -21,6 +23,11 @@ def test_what_a_page_names_is_there(page: str) -> None:
     named |= {ROOT / path for path in PATH.findall(text)}
     assert named
     assert [str(path) for path in sorted(named) if not path.resolve().exists()] == []
+
+
+def test_the_changelog_names_this_version() -> None:
+    changes = (ROOT / "deploy" / "CHANGELOG.md").read_text()
+    assert f"\n## {outrider.__version__}\n" in changes
 
 
 def test_the_readme_is_read_in_one_sitting() -> None:
