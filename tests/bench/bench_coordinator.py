@@ -10,15 +10,19 @@ import statistics
 import time
 from typing import Any
 
+from outrider.core.engine import Vocabulary
+from outrider.core.events import OpenDraft, Prefill
+from outrider.core.sampling import Sampling
+from outrider.core.values import Drafted, Proposal, Verdict, Verify
 from outrider.wire import messages as wire
-from outrider.wire.messages import decode, encode
+from outrider.wire.codec import decode, encode
 from outrider_services.pipeline.coordinator import Coordinator, Defaults
 
 VOCABULARY = 152_000
 ROUNDS, STOCK = 300, 8
 VERIFY_S = tuple(0.11 + 0.015 * n for n in range(16))
-SAMPLING = wire.Sampling(0.0, 0, 1.0, 0.0, 1.0, 64, 0.0, 0.0, (), 0)
-PRINT = wire.Fingerprint("bpe", VOCABULARY, None, 1, False, False, (1,), "digest")
+SAMPLING = Sampling(temperature=0.0)
+PRINT = Vocabulary("bpe", VOCABULARY, None, 1, False, False, (1,), "digest")
 
 
 def hello(role: Any, number: int) -> wire.Hello:
@@ -44,11 +48,13 @@ class Fakes:
         frame = encode(message)
         began = time.perf_counter()
         self.core.on_message(peer, decode(frame))
-        name = type(message).__name__
+        name = type(message.done if isinstance(message, wire.Done) else message).__name__
         self.spent.setdefault(name, []).append(time.perf_counter() - began)
 
-    def got(self, kind: type) -> Any:
-        return next(message for _, message in reversed(self.sent) if isinstance(message, kind))
+    def got(self, kind: type) -> tuple[int, Any]:
+        """The last order of this kind, and the request that it is for."""
+        orders = (message for _, message in reversed(self.sent) if isinstance(message, wire.Do))
+        return next((do.request, do.order) for do in orders if isinstance(do.order, kind))
 
 
 async def measure() -> dict[str, list[float]]:
@@ -62,22 +68,29 @@ async def measure() -> dict[str, list[float]]:
         wire.Submit(1, prompt, None, SAMPLING, 8000, (), False, False, "pipelined", None, False),
     )
     await asyncio.sleep(0.05)
-    request = fakes.got(wire.Open).request
-    position, drafted, lineage = len(prompt), len(prompt), fakes.got(wire.Draft).lineage
+    request, _ = fakes.got(Prefill)
+    position, drafted, lineage = len(prompt), len(prompt), fakes.got(OpenDraft)[1].lineage
 
-    def verdict(number: int, tokens: tuple[int, ...]) -> wire.Verdict:
-        pieces = (b"x",) * len(tokens)
-        accepted = max(0, len(tokens) - 1)
-        return wire.Verdict(request, number, position, accepted, tokens, pieces, None, 0.1)
+    def verdict(number: int, tokens: tuple[int, ...]) -> wire.Done:
+        verdict = Verdict(
+            accepted=max(0, len(tokens) - 1),
+            tokens=tokens,
+            round=number,
+            base=position,
+            pieces=(b"x",) * len(tokens),
+            margins=(1.0,) * len(tokens),
+            elapsed_s=0.1,
+        )
+        return wire.Done(request, verdict)
 
     fakes.tell(b"t", verdict(0, (7,)))
     position += 1
     for _ in range(ROUNDS):
         while drafted < position + STOCK:
-            token = wire.Drafted(request, lineage, drafted, (7,), (0.97,), 0.03)
-            fakes.tell(b"d", token)
+            proposal = Proposal(lineage, drafted, (Drafted(7, 0.97),), 0.03)
+            fakes.tell(b"d", wire.Done(request, proposal))
             drafted += 1
-        asked = fakes.got(wire.Verify)
+        _, asked = fakes.got(Verify)
         tokens = (*asked.drafted, 7)
         fakes.tell(b"t", verdict(asked.round, tokens))
         position += len(tokens)
@@ -86,7 +99,7 @@ async def measure() -> dict[str, list[float]]:
 
 def main() -> None:
     spent = asyncio.run(measure())
-    for name in ("Drafted", "Verdict"):
+    for name in ("Proposal", "Verdict"):
         times = sorted(spent[name])
         print(
             f"{name:8} median {1000 * statistics.median(times):.3f} ms, 95 % below "

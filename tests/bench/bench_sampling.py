@@ -16,9 +16,10 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from outrider.core.sampling import Choice, Sampling, Scores, Token, choose, gumbel, propose
+from outrider.core.sampling import Sampling, Scores, choose, gumbel, propose
+from outrider.core.values import Drafted, TokenId
 
-Rule = Callable[[Scores, Sampling, Sequence[int], int], Choice | Token]
+Rule = Callable[[Scores, Sampling, Sequence[int], int], Drafted | TokenId]
 SETTINGS = {
     "temperature 0": Sampling(temperature=0),
     "temperature 0.1 (default)": Sampling(),
@@ -46,7 +47,7 @@ def make_rows(kind: str, vocabulary: int, count: int, seed: int = 0) -> list[Sco
     return rows
 
 
-def full(row: Scores, sampling: Sampling, history: Sequence[int], position: int) -> Token:
+def full(row: Scores, sampling: Sampling, history: Sequence[int], position: int) -> TokenId:
     """What `choose` avoids: noise for every id of the vocabulary."""
     scaled = row.astype(np.float64) / sampling.temperature
     noise = gumbel(sampling.seed, position, np.arange(row.size, dtype="u8"))

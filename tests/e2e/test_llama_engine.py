@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 
 from outrider.core.engine import Cancelled, EngineFault
-from outrider.core.sampling import Scores, Token
+from outrider.core.sampling import Scores
+from outrider.core.values import TokenId
 from outrider.engines.llama import engine as llama
 from outrider.engines.llama.engine import LlamaEngine, LlamaSettings
 from outrider.engines.llama.setup import LONG, attention
@@ -60,7 +61,7 @@ def cached(engine: LlamaEngine, slot: int) -> int:
     return end + 1
 
 
-def fresh(engine: LlamaEngine, tokens: list[Token], rows: int) -> Scores:
+def fresh(engine: LlamaEngine, tokens: list[TokenId], rows: int) -> Scores:
     """The logits of a prefill into an empty slot."""
     engine.rewind(1, 0)
     return engine.extend(1, tokens, rows).copy()

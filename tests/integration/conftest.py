@@ -2,8 +2,8 @@
 
 Each test has a runtime directory of its own, and by that it knows its processes again, whoever
 their parent is by now. After each test nothing may be left: no process, no socket file, no thread
-and no descriptor. The oracle says what the answer has to be: the toy engine in this process, one
-token at a time, without draft, wire or workers.
+and no descriptor. The oracle says what the answer has to be: the reference in this process, with
+the toy engine alone.
 """
 
 from __future__ import annotations
@@ -30,15 +30,17 @@ from contextlib import (
     suppress,
 )
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
 import psutil
 import pytest
+from tests.oracle import alone
 
 from outrider.client import AsyncClient, connect
-from outrider.core.sampling import Sampling, choose
+from outrider.core.sampling import Sampling
 from outrider.engines.toy import ToyEngine
 from outrider_services import options
 from outrider_services.commands.cli import main
@@ -63,15 +65,7 @@ class Answer(NamedTuple):
 def _plain(prompt: str | tuple[int, ...], count: int, sampling: Sampling) -> Answer:
     engine = ToyEngine()
     start = engine.tokenize(prompt, special=True) if isinstance(prompt, str) else prompt
-    tokens = list(start)
-    for at in range(0, len(tokens) - 1, 256):
-        engine.extend(0, tokens[at : min(at + 256, len(tokens) - 1)], 0)
-    new = tokens[-1:]
-    while len(tokens) < len(start) + count:
-        rows = engine.extend(0, new, 1)
-        new = [choose(rows[0], sampling, tokens, len(tokens))]
-        tokens += new
-    answer = tokens[len(start) :]
+    answer = list(islice(alone(engine, start, sampling), count))
     return Answer(answer, b"".join(map(engine.piece, answer)).decode("utf-8", "replace"))
 
 

@@ -14,7 +14,6 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,9 +24,14 @@ import zmq
 
 import outrider
 from outrider.client import AsyncClient, Completion, Stream, connect
+from outrider.core.events import Commit, OpenDraft, Prefill
+from outrider.core.sampling import Sampling
+from outrider.core.values import Drafted, Proposal, Verdict, Verify
+from outrider.engines.drafter import ModelDrafter
 from outrider.engines.toy import ToyEngine
 from outrider.errors import ConnectionFailed, IncompatiblePair, Overloaded, WorkerLost
 from outrider.wire import messages as wire
+from outrider.wire.codec import decode, encode
 from outrider.wire.transport import Link, PeerGone
 from outrider_services.pipeline import worker as workers
 from outrider_services.pipeline.draft_worker import DraftWorker
@@ -478,7 +482,7 @@ async def test_more_requests_than_may_wait_are_refused_at_once(pipeline: Pipelin
 
 # ---- nonsense on the wire -----------------------------------------------------------------------
 
-SAMPLING = wire.Sampling(0.0, 0, 1.0, 0.0, 1.0, 64, 0.0, 0.0, (), 0)
+SAMPLING = Sampling(temperature=0.0)
 
 
 def nonsense(seed: int) -> Iterator[list[bytes]]:
@@ -486,7 +490,7 @@ def nonsense(seed: int) -> Iterator[list[bytes]]:
     chance = random.Random(seed)
     yield [b""]
     yield [b"a", b"b", b"c"]
-    yield [wire.encode(wire.Ping()), b"more"]
+    yield [encode(wire.Ping()), b"more"]
     yield [b"\x91" * 2000]
     yield [b"\xc1"]
     yield [msgpack.packb(["hello"])]
@@ -496,7 +500,7 @@ def nonsense(seed: int) -> Iterator[list[bytes]]:
     yield [msgpack.packb(["beat", 1, True, "extra"])]
     yield [b"\xdd\xff\xff\xff\xff"]
     yield [bytes(2 << 20)]
-    whole = wire.encode(wire.Tokenize(1, "text", True))
+    whole = encode(wire.Tokenize(1, "text", True))
     for _ in range(40):
         yield [chance.randbytes(chance.randrange(1, 200))]
         cut = chance.randrange(len(whole))
@@ -511,12 +515,12 @@ def impostures() -> Iterator[wire.Message]:
         yield wire.LabelTexts(number, ("no",))
         yield wire.Failed(number, "internal_error", "no")
     for round_ in range(5):
-        yield wire.Verdict(1, round_, 14 + round_, 0, (65,), (b"A",), None, 0.0)
-        yield wire.Drafted(1, round_, 14, (65,), (0.5,), 0.0)
-        yield wire.Verify(1, round_, 14, (1, 2))
-    yield wire.Open(1, (1, 2), SAMPLING, False)
-    yield wire.Commit(1, 14, (1,), 20)
-    yield wire.Draft(1, 1, 14, (1,), SAMPLING, 20, 260)
+        yield wire.Done(1, Verdict(0, (65,), round_, 14 + round_, (b"A",), (1.0,)))
+        yield wire.Done(1, Proposal(round_, 14, (Drafted(65, 0.5),), 0.0))
+        yield wire.Do(1, Verify(round_, 14, (1, 2)))
+    yield wire.Do(1, Prefill((1, 2), SAMPLING, False))
+    yield wire.Do(1, Commit(14, (1,), 20))
+    yield wire.Do(1, OpenDraft(1, 14, (1,), SAMPLING, 260, (256,), 20))
     yield wire.Close(1)
     yield wire.Welcome()
     yield wire.Refused("invalid_config", "go away")
@@ -552,7 +556,7 @@ async def test_nonsense_on_the_wire_disturbs_nobody(pipeline: Pipelines, oracle:
         asked = [asyncio.ensure_future(client.tokenize(f"text {n}")) for n in range(40)]
         async with dealer(address) as one:
             for message in impostures():
-                one.send(wire.encode(message))
+                one.send(encode(message))
                 await asyncio.sleep(0)
             await asyncio.sleep(0.05)
         for n, tokens in enumerate(await asyncio.gather(*asked)):
@@ -568,15 +572,15 @@ async def test_a_peer_that_sends_only_nonsense_is_no_longer_listened_to(
     pipeline: Pipelines,
 ) -> None:
     async with pipeline() as up, dealer(f"ipc://{up.runtime}/outrider/test.sock") as one:
-        one.send(wire.encode(wire.Health(1)))
+        one.send(encode(wire.Health(1)))
         assert await asyncio.to_thread(one.poll, 1000)
         one.recv()
         for _ in range(20):
             one.send(b"nonsense")
-        one.send(wire.encode(wire.Health(2)))
+        one.send(encode(wire.Health(2)))
         await asyncio.sleep(0.2)
         while await asyncio.to_thread(one.poll, 100):
-            assert isinstance(wire.decode(one.recv()), wire.Ping)
+            assert isinstance(decode(one.recv()), wire.Ping)
         async with up.connect() as client:
             assert (await client.health())["status"] == "ok"
 
@@ -593,18 +597,17 @@ class Byzantine:
         self.behave, self.sent, self.asked = behave, 0, 0
         self.chance = random.Random(11)
         self.length = 0  # the text that it knows of
-        self.draft: wire.Draft | None = None
+        self.request = 0  # none is open
         self.lineage = 0
         self.joined = asyncio.get_running_loop().create_future()
         info = ToyEngine().info
-        fingerprint = wire.Fingerprint(**asdict(info.vocabulary))
         said: dict[str, Any] = {
             "protocol": wire.PROTOCOL,
             "version": outrider.__version__,
             "role": "draft",
             "incarnation": self.chance.getrandbits(60),
             "model": "byzantine",
-            "fingerprint": fingerprint,
+            "vocabulary": info.vocabulary,
             "context": info.context,
             "slots": info.slots,
             "device": "toy",
@@ -644,11 +647,10 @@ class Byzantine:
             case wire.Who():
                 self.say(self.hello)
                 return
-            case wire.Draft():
-                self.draft, self.lineage = message, message.lineage
-                self.length = len(message.tokens)
-            case wire.Commit():
-                self.length = message.base + len(message.tokens)
+            case wire.Do(request, OpenDraft(lineage, _, tokens)):
+                self.request, self.lineage, self.length = request, lineage, len(tokens)
+            case wire.Do(_, Commit(base, tokens)):
+                self.length = base + len(tokens)
             case _:
                 return
         self.asked += 1
@@ -658,16 +660,15 @@ class Byzantine:
 
     def drafted(
         self, tokens: tuple[int, ...], *, lineage: int | None = None, position: int | None = None
-    ) -> wire.Drafted:
-        assert self.draft is not None
-        return wire.Drafted(
-            self.draft.request,
-            self.lineage if lineage is None else lineage,
-            self.length if position is None else position,
-            tokens,
-            (0.9,) * len(tokens),
-            0.0001,
+    ) -> wire.Done:
+        assert self.request
+        proposal = Proposal(
+            lineage=self.lineage if lineage is None else lineage,
+            position=self.length if position is None else position,
+            drafted=tuple(Drafted(token, 0.9) for token in tokens),
+            elapsed_s=0.0001,
         )
+        return wire.Done(self.request, proposal)
 
 
 def out_of_range(worker: Byzantine, _: wire.Message) -> Answers:
@@ -700,9 +701,11 @@ def empty_drafts(worker: Byzantine, _: wire.Message) -> Answers:
     return [worker.drafted(())] * 3
 
 
-def missing_confidences(worker: Byzantine, _: wire.Message) -> Answers:
-    assert worker.draft is not None
-    return [wire.Drafted(worker.draft.request, worker.lineage, worker.length, (101,), (), 0.0)]
+def pauses(worker: Byzantine, _: wire.Message) -> Answers:
+    """It has no idea, again and again."""
+    done = worker.drafted(()).done
+    assert isinstance(done, Proposal)
+    return [wire.Done(worker.request, done.changed(paused=True))] * 3
 
 
 def wrong_tokens(worker: Byzantine, _: wire.Message) -> Answers:
@@ -715,25 +718,24 @@ def end_tokens(worker: Byzantine, _: wire.Message) -> Answers:
 
 
 def other_requests(worker: Byzantine, _: wire.Message) -> Answers:
-    assert worker.draft is not None
-    numbers = (0, worker.draft.request + 1, 2**63 - 1)
-    return [wire.Drafted(n, worker.lineage, worker.length, (101,), (0.9,), 0.0) for n in numbers]
+    numbers = (0, worker.request + 1, 2**63 - 1)
+    return [worker.drafted((101,)).changed(request=number) for number in numbers]
 
 
 def failures(worker: Byzantine, _: wire.Message) -> Answers:
-    assert worker.draft is not None
-    return [wire.Failed(worker.draft.request, "internal_error", "no")]
+    return [wire.Failed(worker.request, "internal_error", "no")]
 
 
 def verdicts(worker: Byzantine, _: wire.Message) -> Answers:
     """What only a target may say."""
-    assert worker.draft is not None
-    request, place = worker.draft.request, worker.length
-    return [wire.Verdict(request, n, place, 0, (101,), (b"e",), None, 0.0) for n in range(3)]
+    at = worker.length
+    verdicts = [Verdict(0, (101,), n, at, (b"e",), (1.0,)) for n in range(3)]
+    return [wire.Done(worker.request, verdict) for verdict in verdicts]
 
 
 def endless_times(worker: Byzantine, _: wire.Message) -> Answers:
-    return [wire.Drafted(worker.drafted(()).request, 1, worker.length, (101,), (1.0,), 1e6)]
+    proposal = Proposal(1, worker.length, (Drafted(101, 1.0),), 1e6)
+    return [wire.Done(worker.request, proposal)]
 
 
 def anything(worker: Byzantine, _: wire.Message) -> Answers:
@@ -768,7 +770,7 @@ def without_draft(module_cli: Cli, served: Served) -> Iterator[Served]:
         lineages_to_come,
         nothing_at_all,
         empty_drafts,
-        missing_confidences,
+        pauses,
         wrong_tokens,
         end_tokens,
         other_requests,
@@ -839,7 +841,7 @@ async def test_a_hello_of_another_protocol_may_have_other_fields(without_draft: 
     async with dealer(without_draft.ipc) as one:
         one.send(msgpack.packb(hello))
         assert await asyncio.to_thread(one.poll, 1000), "no answer"
-        answer = wire.decode(one.recv())
+        answer = decode(one.recv())
         assert isinstance(answer, wire.Refused)
         assert f"protocol {wire.PROTOCOL + 1}" in answer.reason
 
@@ -850,7 +852,7 @@ async def test_a_worker_without_a_coordinator_says_so(runtime: Path) -> None:
     with pytest.raises(ConnectionFailed, match=f"no coordinator answers at {nobody}"):
         await workers.serve(
             DraftWorker,
-            lambda progress: ToyEngine(),
+            lambda progress: ModelDrafter(ToyEngine()),
             workers.Connection(nobody, timeout_s=0.3),
             lambda state, *_: states.append(state),
         )

@@ -230,7 +230,7 @@ def drawn(seed: int, kind: str) -> World:
 WANTED = {
     *("death", "hang", "lie", "lost with stock", "joined with stock", "draft full", "deadline"),
     *("hit", "late hit", "late miss", "agreement", "corrected", "bonus", "plain", "truncated"),
-    *("waited for a pass", "several at once", "rejected draft"),
+    *("waited for a pass", "several at once"),
     *(f"dropped: {reason}" for reason in ("correction", "miss", "stale", "stop")),
 }
 # only the priced rule lets a draft pause by its floors, or rest without hearing of the text

@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from outrider.core.sampling import Scores, Token
+from outrider.core.sampling import Scores
+from outrider.core.values import TokenId
+from outrider.engines.calibration import calibrate
 from outrider.engines.toy import ToyEngine
-from outrider_services.pipeline.worker import calibrate
 
 
 class Disturbed(ToyEngine):
@@ -15,7 +16,7 @@ class Disturbed(ToyEngine):
 
     slow = 5
 
-    def extend(self, slot: int, tokens: Sequence[Token], rows: int) -> Scores:
+    def extend(self, slot: int, tokens: Sequence[TokenId], rows: int) -> Scores:
         if rows == 1 and self.slow:
             self.slow -= 1
             time.sleep(0.015)

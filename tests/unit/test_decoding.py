@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from outrider.core import decoding
-from outrider.core.decoding import Verdict, verify
-from outrider.core.sampling import Token
+from outrider.core.decoding import verify
+from outrider.core.values import TokenId, Verdict
 
 quiet = settings(derandomize=True, database=None, deadline=None)
 tokens = st.lists(st.integers(0, 3), max_size=6)
@@ -32,7 +32,7 @@ tokens = st.lists(st.integers(0, 3), max_size=6)
         pytest.param([0], [1], Verdict(0, (1,)), id="a-wrongly-drafted-end-does-not-end"),
     ],
 )
-def test_a_verdict(drafted: list[Token], choices: list[Token], expected: Verdict) -> None:
+def test_a_verdict(drafted: list[TokenId], choices: list[TokenId], expected: Verdict) -> None:
     assert verify(drafted, choices, ends={0}) == expected
 
 
@@ -45,10 +45,10 @@ def test_without_end_tokens_none_ends() -> None:
     [([1, 2, 3], 4), ([1, 9, 3], 2), ([9], 1), ([], 1), ([1, 2, 3, 0, 5], 4)],
     ids=["whole-block", "second-wrong", "first-wrong", "empty", "end-accepted"],
 )
-def test_choices_are_read_only_as_far_as_they_count(drafted: list[Token], read: int) -> None:
-    seen: list[Token] = []
+def test_choices_are_read_only_as_far_as_they_count(drafted: list[TokenId], read: int) -> None:
+    seen: list[TokenId] = []
 
-    def choices() -> Iterator[Token]:
+    def choices() -> Iterator[TokenId]:
         for choice in [1, 2, 3, 0, 5]:
             seen.append(choice)
             yield choice
@@ -65,7 +65,7 @@ def test_a_missing_choice_is_an_error() -> None:
 @quiet
 @given(tokens, st.lists(st.integers(0, 3), min_size=7, max_size=7))
 def test_the_committed_tokens_are_always_a_prefix_of_the_targets_choices(
-    drafted: list[Token], choices: list[Token]
+    drafted: list[TokenId], choices: list[TokenId]
 ) -> None:
     verdict = verify(drafted, choices, ends={0})
     assert list(verdict.tokens) == choices[: len(verdict.tokens)]

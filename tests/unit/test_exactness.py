@@ -21,14 +21,15 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from outrider.core.decoding import verify
-from outrider.core.sampling import Noise, Sampling, Token, choose, gumbel
+from outrider.core.sampling import Noise, Sampling, choose, gumbel
+from outrider.core.values import TokenId
 
 # --- exactly: finite noise ------------------------------------------------------------------------
 
 CELLS = 6  # laws are sixths over three tokens, so that a grid of six values of noise is exact
 Law: TypeAlias = tuple[int, ...]
-Model: TypeAlias = dict[tuple[Token, ...], Law]  # the law of the next token, by prefix
-Rule: TypeAlias = Callable[[Model, Model, tuple[int, int], int], tuple[Token, ...]]
+Model: TypeAlias = dict[tuple[TokenId, ...], Law]  # the law of the next token, by prefix
+Rule: TypeAlias = Callable[[Model, Model, tuple[int, int], int], tuple[TokenId, ...]]
 
 quickly = settings(
     derandomize=True,
@@ -38,7 +39,7 @@ quickly = settings(
     phases=[Phase.generate],  # controls fail on purpose: no need to shrink
 )
 
-PREFIXES: list[tuple[Token, ...]] = [(), (0,), (1,), (2,)]
+PREFIXES: list[tuple[TokenId, ...]] = [(), (0,), (1,), (2,)]
 laws = st.lists(st.integers(0, CELLS), min_size=2, max_size=2).map(
     lambda cuts: (min(cuts), max(cuts) - min(cuts), CELLS - max(cuts))
 )
@@ -47,21 +48,21 @@ models = st.tuples(*[laws] * len(PREFIXES)).map(
 )
 
 
-def pick(law: Law, noise: int) -> Token:
+def pick(law: Law, noise: int) -> TokenId:
     """The coupled choice of the grid: inverse CDF, the same noise for draft and target."""
     return next(token for token, upto in enumerate(accumulate(law)) if noise < upto)
 
 
-def plain(draft: Model, target: Model, noise: tuple[int, int], fresh: int) -> tuple[Token, ...]:
+def plain(draft: Model, target: Model, noise: tuple[int, int], fresh: int) -> tuple[TokenId, ...]:
     first = pick(target[()], noise[0])
     return first, pick(target[(first,)], noise[1])
 
 
-def coupled(draft: Model, target: Model, noise: tuple[int, int], fresh: int) -> tuple[Token, ...]:
+def coupled(draft: Model, target: Model, noise: tuple[int, int], fresh: int) -> tuple[TokenId, ...]:
     """A round with one drafted token, and if it takes another, one without."""
     drafted = pick(draft[()], noise[0])
 
-    def choices() -> Iterator[Token]:
+    def choices() -> Iterator[TokenId]:
         yield pick(target[()], noise[0])
         yield pick(target[(drafted,)], noise[1])
 
@@ -73,7 +74,7 @@ def coupled(draft: Model, target: Model, noise: tuple[int, int], fresh: int) -> 
 
 def redraws_after_rejection(
     draft: Model, target: Model, noise: tuple[int, int], fresh: int
-) -> tuple[Token, ...]:
+) -> tuple[TokenId, ...]:
     drafted = pick(draft[()], noise[0])
     first = drafted if drafted == pick(target[()], noise[0]) else pick(target[()], fresh)
     return first, pick(target[(first,)], noise[1])
@@ -81,7 +82,7 @@ def redraws_after_rejection(
 
 def keys_noise_by_round(
     draft: Model, target: Model, noise: tuple[int, int], fresh: int
-) -> tuple[Token, ...]:
+) -> tuple[TokenId, ...]:
     drafted = pick(draft[()], noise[0])
     first = pick(target[()], noise[0])
     by_round = noise[0] if drafted == first else noise[1]
@@ -90,7 +91,7 @@ def keys_noise_by_round(
 
 def keeps_likely_drafts(
     draft: Model, target: Model, noise: tuple[int, int], fresh: int
-) -> tuple[Token, ...]:
+) -> tuple[TokenId, ...]:
     drafted = pick(draft[()], noise[0])
     likely = target[()][drafted] * 3 >= CELLS
     first = drafted if likely else pick(target[()], noise[0])
@@ -99,12 +100,12 @@ def keeps_likely_drafts(
 
 def reads_rows_of_another_prefix(
     draft: Model, target: Model, noise: tuple[int, int], fresh: int
-) -> tuple[Token, ...]:
+) -> tuple[TokenId, ...]:
     drafted = pick(draft[()], noise[0])
     return pick(target[()], noise[0]), pick(target[(drafted,)], noise[1])
 
 
-def law_of(rule: Rule, draft: Model, target: Model) -> dict[tuple[Token, ...], Fraction]:
+def law_of(rule: Rule, draft: Model, target: Model) -> dict[tuple[TokenId, ...], Fraction]:
     grid = range(CELLS)
     kept = Counter(
         rule(draft, target, (first, second), fresh)
@@ -113,7 +114,7 @@ def law_of(rule: Rule, draft: Model, target: Model) -> dict[tuple[Token, ...], F
     return {tokens: Fraction(count, kept.total()) for tokens, count in kept.items()}
 
 
-def own_law(target: Model) -> dict[tuple[Token, ...], Fraction]:
+def own_law(target: Model) -> dict[tuple[TokenId, ...], Fraction]:
     joint = {
         (first, second): Fraction(target[()][first] * target[(first,)][second], CELLS**2)
         for first, second in product(range(3), repeat=2)
@@ -178,7 +179,7 @@ CRITICAL = 23.5  # chi-square with 4 degrees of freedom exceeds it once in 10,00
 SIGMAS = 4
 
 
-def committed(draft_seed: int, noise: Callable[..., Noise] = gumbel) -> tuple[list[Token], float]:
+def committed(draft_seed: int, noise: Callable[..., Noise] = gumbel) -> tuple[list[TokenId], float]:
     """The first committed token of one-token rounds at `DRAWS` positions, and the acceptance."""
     kept, accepted = [], 0
     ids = np.arange(TARGET.size, dtype=np.uint64)
@@ -198,7 +199,7 @@ def committed(draft_seed: int, noise: Callable[..., Noise] = gumbel) -> tuple[li
     return kept, accepted / DRAWS
 
 
-def chi_square(tokens: list[Token]) -> float:
+def chi_square(tokens: list[TokenId]) -> float:
     expected = TARGET * len(tokens)
     counts = np.bincount(tokens, minlength=TARGET.size)
     return float(((counts - expected) ** 2 / expected).sum())

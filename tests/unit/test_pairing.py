@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from outrider.core.engine import Vocabulary
 from outrider.errors import IncompatiblePair
-from outrider.wire.messages import Fingerprint
 from outrider_services.pipeline.vocabularies import BATCH, FIRST_COMPARED, PADDING, check_pair
 
 SIZE = 2 * BATCH + 10  # three batches of texts
-TARGET = Fingerprint("bpe", SIZE, 1, 2, True, False, (2, 7), "d1")
+TARGET = Vocabulary("bpe", SIZE, 1, 2, True, False, (2, 7), "d1")
 
 
 class Texts:
@@ -24,9 +24,9 @@ class Texts:
         return tuple(self.different.get(n, f"t{n}") for n in range(start, start + count))
 
 
-def like_target(**changes: object) -> Fingerprint:
+def like_target(**changes: object) -> Vocabulary:
     values = {name: getattr(TARGET, name) for name in TARGET.__struct_fields__}
-    return Fingerprint(**{**values, **changes})
+    return Vocabulary(**{**values, **changes})
 
 
 async def test_equal_fingerprints_pass_without_a_question() -> None:
@@ -49,7 +49,7 @@ async def test_equal_fingerprints_pass_without_a_question() -> None:
         ),
     ],
 )
-async def test_a_pair_that_fits(draft: Fingerprint, different: dict[int, str]) -> None:
+async def test_a_pair_that_fits(draft: Vocabulary, different: dict[int, str]) -> None:
     await check_pair(TARGET, draft, Texts(), Texts(different))
 
 
@@ -69,7 +69,7 @@ async def test_a_pair_that_fits(draft: Fingerprint, different: dict[int, str]) -
         pytest.param(like_target(eos=7), "generation ends", id="eos"),
     ],
 )
-async def test_a_pair_that_does_not_fit(draft: Fingerprint, words: str) -> None:
+async def test_a_pair_that_does_not_fit(draft: Vocabulary, words: str) -> None:
     with pytest.raises(IncompatiblePair, match=words) as caught:
         await check_pair(TARGET, draft, Texts(), Texts())
     assert caught.value.token_id is None

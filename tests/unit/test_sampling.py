@@ -19,13 +19,13 @@ from outrider.core.sampling import (
     Noise,
     Sampling,
     Scores,
-    Token,
     choose,
     gumbel,
     logprob,
     mix,
     propose,
 )
+from outrider.core.values import TokenId
 from outrider.errors import BadRequest
 
 quiet = settings(derandomize=True, database=None, deadline=None)
@@ -49,7 +49,7 @@ def bell(size: int, seed: int, spread: float, leaders: int = 0) -> Scores:
 # --- the full computation, told plainly -----------------------------------------------------------
 
 
-def penalised(row: Scores, given: Sampling, history: Sequence[Token]) -> Scores:
+def penalised(row: Scores, given: Sampling, history: Sequence[TokenId]) -> Scores:
     """As `common_sampler` and `llama_sampler_penalties_apply` do it, one id at a time."""
     row = row.copy()
     for token, bias in given.logit_bias:
@@ -67,7 +67,7 @@ def penalised(row: Scores, given: Sampling, history: Sequence[Token]) -> Scores:
     return row
 
 
-def kept_ids(row: Scores, given: Sampling) -> list[Token]:
+def kept_ids(row: Scores, given: Sampling) -> list[TokenId]:
     """The ids that survive: sort once, then let each filter shorten the list."""
     ranked = sorted(range(row.size), key=lambda token: (-row[token], token))
     top = row[ranked[0]]
@@ -83,8 +83,8 @@ def kept_ids(row: Scores, given: Sampling) -> list[Token]:
 
 
 def full_choice(
-    row: Scores, given: Sampling, history: Sequence[Token], position: int
-) -> tuple[Token, Noise]:
+    row: Scores, given: Sampling, history: Sequence[TokenId], position: int
+) -> tuple[TokenId, Noise]:
     """The choice with noise for every surviving id, and the distribution it was drawn from."""
     row = penalised(row, given, history)
     top = float(row.max())
@@ -99,7 +99,7 @@ def full_choice(
     return int(ids[winner]), law
 
 
-def check(row: Scores, given: Sampling, history: Sequence[Token] = (), position: int = 0) -> None:
+def check(row: Scores, given: Sampling, history: Sequence[TokenId] = (), position: int = 0) -> None:
     before = row.copy()
     chosen = choose(row, given, history, position)
     expected, _ = full_choice(row, given, history, position)
@@ -134,7 +134,7 @@ GOLDEN = [  # seed, position, id, noise: written down once; a change breaks ever
 
 
 @pytest.mark.parametrize(("seed", "position", "token", "noise"), GOLDEN)
-def test_the_noise_never_changes(seed: int, position: int, token: Token, noise: float) -> None:
+def test_the_noise_never_changes(seed: int, position: int, token: TokenId, noise: float) -> None:
     assert gumbel(seed, position, np.array([token], np.uint64))[0] == pytest.approx(
         noise, rel=1e-12
     )
@@ -142,7 +142,7 @@ def test_the_noise_never_changes(seed: int, position: int, token: Token, noise: 
 
 @pytest.mark.parametrize(("seed", "position", "token", "noise"), GOLDEN)
 def test_the_noise_is_that_of_plain_integers(
-    seed: int, position: int, token: Token, noise: float
+    seed: int, position: int, token: TokenId, noise: float
 ) -> None:
     def plain_mix(x: int) -> int:
         x = (x + 0x9E3779B97F4A7C15) % 2**64
@@ -201,7 +201,7 @@ def test_small_rows_with_ties_are_filtered_as_told(
 @quiet
 @given(few_scores, penalties, st.lists(st.integers(0, 14), max_size=80), positions)
 def test_penalties_and_biases_are_applied_as_told(
-    values: list[float], given: Sampling, history: list[Token], position: int
+    values: list[float], given: Sampling, history: list[TokenId], position: int
 ) -> None:
     check(scores(*values), given, history, position)
 
@@ -221,7 +221,7 @@ def test_large_rows_are_chosen_from_as_by_the_full_computation(
     check(bell(size, row_seed, spread, leaders), given, position=position)
 
 
-def noisiest_wins(rule: Callable[[Scores, Sampling, int], Token]) -> None:
+def noisiest_wins(rule: Callable[[Scores, Sampling, int], TokenId]) -> None:
     """`rule` against the full computation where far outsiders do win now and then."""
     row = bell(20_000, 1, 2.0, 30)
     ids = np.arange(row.size, dtype=np.uint64)
@@ -254,7 +254,7 @@ def test_control_running_the_leaders_alone_is_caught(monkeypatch: pytest.MonkeyP
 def test_an_outsider_at_the_very_bound_still_wins(monkeypatch: pytest.MonkeyPatch) -> None:
     """Highest noise against the lowest makes up for 40.34 nats, not for 40.35."""
 
-    def noise_for(winner: Token) -> Callable[[object, np.ndarray], Noise]:
+    def noise_for(winner: TokenId) -> Callable[[object, np.ndarray], Noise]:
         return lambda _, ids: np.where(ids == winner, HIGHEST_NOISE, LOWEST_NOISE)
 
     row = np.full(6000, -1000.0, np.float32)

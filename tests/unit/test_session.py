@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import pytest
 
 from outrider.core import decoding
-from outrider.core.draft_record import PATIENCE_S
+from outrider.core.draft_record import PATIENCE_S, DraftState
 from outrider.core.events import (
     Cancel,
     CloseDraft,
@@ -32,7 +32,7 @@ from outrider.core.events import (
 )
 from outrider.core.rules import FixedRule, Rule
 from outrider.core.sampling import FAR
-from outrider.core.session import OFFENCES, UNTOLD, DraftState, Phase, Session
+from outrider.core.session import OFFENCES, UNTOLD, Phase, Session
 from outrider.core.stats import Stats
 from outrider.core.values import (
     Drafted,
@@ -431,9 +431,9 @@ def play(
     """
     session = ride.session
     for _ in range(passes):
-        if session.phase is Phase.OVER:
+        if ride.is_over:
             return
-        while session.draft.rides and session.phase is not Phase.OVER:
+        while session.draft.rides and not ride.is_over:
             position = len(session.tokens) + len(session.stock)
             if position >= session.draft.until or (ride.stock and ride.stock[-1] in TASK.ends):
                 break

@@ -13,14 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from outrider.core.engine import Cancelled, Engine
-from outrider.core.sampling import Sampling, Scores, Token, choose, propose
+from outrider.core.sampling import Sampling, Scores, choose, propose
+from outrider.core.values import TokenId
 from outrider.engines.toy import CONTROLS, END, SMALLEST, ToyCosts, ToyEngine, ToySettings
 
 quiet = settings(derandomize=True, database=None, deadline=None)
 PROMPT = list(b"The future of AI is ")
 
 
-def generate(engine: ToyEngine, count: int, given: Sampling, slot: int = 0) -> list[Token]:
+def generate(engine: ToyEngine, count: int, given: Sampling, slot: int = 0) -> list[TokenId]:
     tokens = list(PROMPT)
     row = engine.extend(slot, tokens, 1)[0]
     for _ in range(count):
@@ -29,7 +30,7 @@ def generate(engine: ToyEngine, count: int, given: Sampling, slot: int = 0) -> l
     return tokens[len(PROMPT) :]
 
 
-def row_after(engine: ToyEngine, tokens: list[Token], slot: int = 0) -> Scores:
+def row_after(engine: ToyEngine, tokens: list[TokenId], slot: int = 0) -> Scores:
     engine.rewind(slot, 0)
     row: Scores = engine.extend(slot, tokens, 1)[0]
     return row
@@ -68,7 +69,7 @@ def test_two_engines_say_the_same_and_another_seed_something_else() -> None:
 @quiet
 @given(st.lists(st.integers(0, SMALLEST - 1), min_size=2, max_size=12), st.data())
 def test_rows_depend_on_the_prefix_and_not_on_how_it_came(
-    tokens: list[Token], data: object
+    tokens: list[TokenId], data: object
 ) -> None:
     assert isinstance(data, st.DataObject)
     cut = data.draw(st.integers(1, len(tokens) - 1))
@@ -162,7 +163,7 @@ def test_length_counts_and_rewind_forgets() -> None:
     ids=["slot", "slot<0", "empty", "chunk", "rows", "rows<0", "token", "token<0", "context"],
 )
 def test_what_is_out_of_range_is_refused_before_anything_changes(
-    slot: int, tokens: list[Token], rows: int
+    slot: int, tokens: list[TokenId], rows: int
 ) -> None:
     engine = ToyEngine(ToySettings(context=10, chunk=8))
     engine.extend(1, [1] * 8, 1)

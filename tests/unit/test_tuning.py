@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from outrider.core import planner
+from outrider.core import price
 from outrider.core.estimates import Costs
 from outrider.engines.llama import quantise
 from outrider.errors import ConfigError, ModelNotFound, ModelUnusable, RequestTimeout, WorkerLost
@@ -101,13 +101,13 @@ def variant(quant: str, rate: float, draft_s: float = 0.02) -> Variant:
 def test_a_forecast_never_falls_below_the_target_alone() -> None:
     costs = Costs(CURVE, 0.5, 0.0)
     for pipelined in (False, True):
-        assert planner.forecast(costs, 0.0, pipelined) == pytest.approx(1 / CURVE[0])
-        assert planner.forecast(replace(costs, draft_s=0.001), 1.0, pipelined) > 2 / CURVE[0]
+        assert price.forecast(costs, 0.0, pipelined) == pytest.approx(1 / CURVE[0])
+        assert price.forecast(replace(costs, draft_s=0.001), 1.0, pipelined) > 2 / CURVE[0]
 
 
 def test_a_draft_that_costs_the_target_nothing_is_worth_more_than_one_in_turn() -> None:
     costs = Costs(CURVE, 0.02, 0.0)
-    assert planner.forecast(costs, 0.8, True) > planner.forecast(costs, 0.8, False)
+    assert price.forecast(costs, 0.8, True) > price.forecast(costs, 0.8, False)
 
 
 def test_as_given_stays_unless_another_is_clearly_faster() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import struct
 from collections.abc import Callable
@@ -14,9 +15,14 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from msgspec import inspect
 
+from outrider.core.events import Commit, Prefill
+from outrider.core.sampling import Sampling
+from outrider.core.stats import Stats
+from outrider.core.values import Proposal, Verdict
 from outrider.errors import BadRequest, ProtocolError
 from outrider.wire import messages as wire
-from outrider.wire.messages import FRAME_LIMIT, Message, decode, encode
+from outrider.wire.codec import check, decode, encode
+from outrider.wire.messages import FRAME_LIMIT, Message
 
 quiet = settings(derandomize=True, database=None, deadline=None, max_examples=50)
 KINDS: tuple[type[Message], ...] = get_args(Message)
@@ -69,7 +75,7 @@ def some(kind: inspect.Type) -> st.SearchStrategy[Any]:
 def ours(message: Message) -> Message:
     """A greeting of another protocol is read differently: see below."""
     if isinstance(message, wire.Hello):
-        return msgspec.structs.replace(message, protocol=wire.PROTOCOL)
+        return message.changed(protocol=wire.PROTOCOL)
     return message
 
 
@@ -96,19 +102,19 @@ def test_no_two_messages_share_a_tag_and_all_are_frozen() -> None:
 
 
 def test_a_frame_is_one_array_that_begins_with_its_tag() -> None:
-    frame = encode(wire.Commit(7, 3, (1, 2), 9))
-    assert msgpack.unpackb(frame) == ["commit", 7, 3, [1, 2], 9, []]
+    frame = encode(wire.Do(7, Commit(3, (1, 2), 9)))
+    assert msgpack.unpackb(frame) == ["do", 7, ["commit", 3, [1, 2], 9, []]]
 
 
 @pytest.mark.parametrize(
     "pieces", [(b"\xf0\x9f", b"\x9a\x80"), (b"\xff\x00",), (b"",)], ids=["half", "any", "empty"]
 )
 def test_pieces_are_bytes_and_need_not_be_text(pieces: tuple[bytes, ...]) -> None:
-    verdict = wire.Verdict(1, 1, 1, 0, (1,) * len(pieces), pieces, None, 0.0)
+    verdict = wire.Done(1, Verdict(0, (1,) * len(pieces), 1, 1, pieces))
     assert decode(encode(verdict)) == verdict
 
 
-@pytest.mark.parametrize("protocol", [0, 2, 99])
+@pytest.mark.parametrize("protocol", [0, 1, 99])
 @pytest.mark.parametrize("rest", [[], [5], [[], {}, None, b"", "x", 1.5] * 3], ids=len)
 def test_of_another_protocols_greeting_only_the_beginning_counts(
     protocol: int, rest: list[object]
@@ -137,8 +143,23 @@ def nested(levels: int, opening: bytes, inside: bytes = b"\xc0") -> bytes:
     return opening * levels + inside
 
 
-DRAFTED = ("drafted", 1, 2, 3, [4], [0.5], 0.1)
-VERDICT = ("verdict", 1, 2, 3, 0, [4], [b"x"], None, 0.1)
+PROPOSAL = ["proposal", 2, 3, [[4, 0.5]], 0.1, 0.0, False]
+VERDICT = ["verdict", 0, [4], 2, 3, [b"x"], [1.5], None, 0.1, 0.0]
+DRAFTED = ("done", 1, PROPOSAL)
+VERIFIED = ("done", 1, VERDICT)
+
+
+def with_value(value: object, *path: int) -> bytes:
+    """The frame `DRAFTED` with another value at the end of this path of indices."""
+    fields = copy.deepcopy(list(DRAFTED))
+    inner: Any = fields
+    for at in path[:-1]:
+        inner = inner[at]
+    inner[path[-1]] = value
+    return frame(*fields)
+
+
+REPORT = msgspec.to_builtins(Stats().report())
 
 BAD = [
     pytest.param(b"", id="nothing"),
@@ -148,7 +169,7 @@ BAD = [
     pytest.param(msgpack.packb("who"), id="a-bare-tag"),
     pytest.param(msgpack.packb(5), id="a-number"),
     pytest.param(frame("unheard-of"), id="an-unknown-tag"),
-    pytest.param(frame("Drafted", *DRAFTED[1:]), id="a-tag-in-other-case"),
+    pytest.param(frame("Done", *DRAFTED[1:]), id="a-tag-in-other-case"),
     pytest.param(frame(b"who"), id="a-tag-in-bytes"),
     pytest.param(frame(["who"]), id="a-tag-in-an-array"),
     pytest.param(frame(*DRAFTED)[:-1], id="cut-short"),
@@ -156,10 +177,14 @@ BAD = [
     pytest.param(frame(*DRAFTED) * 2, id="two-messages"),
     pytest.param(frame(*DRAFTED[:-1]), id="a-field-missing"),
     pytest.param(frame(*DRAFTED, 0), id="a-field-too-many"),
+    pytest.param(frame("done", 1, PROPOSAL[:-4]), id="a-field-missing-further-in"),
+    pytest.param(frame("done", 1, [*PROPOSAL, 0]), id="a-field-too-many-further-in"),
+    pytest.param(frame("done", 1, ["verify", 1, 1, []]), id="an-order-for-a-report"),
+    pytest.param(frame("do", 1, PROPOSAL), id="a-report-for-an-order"),
     pytest.param(frame("who", None), id="a-field-where-there-is-none"),
     pytest.param(b"\x91\xa3\xff\xfe\xfd", id="a-tag-that-is-not-utf-8"),
     pytest.param(frame("tokenize", 1, b"text", True), id="bytes-for-text"),
-    pytest.param(frame(*VERDICT[:6], ["eA=="], *VERDICT[7:]), id="text-for-bytes"),
+    pytest.param(frame("done", 1, [*VERDICT[:5], ["eA=="], *VERDICT[6:]]), id="text-for-bytes"),
     pytest.param(frame("hello", 2, "9.9"), id="a-foreign-greeting-without-a-role"),
     pytest.param(frame("hello", 2, "9.9", "boss"), id="a-foreign-greeting-of-no-role"),
     pytest.param(frame("hello", 2, 9.9, "draft"), id="a-foreign-greeting-without-a-version"),
@@ -167,10 +192,10 @@ BAD = [
     pytest.param(frame("hello", True, "9.9", "draft"), id="a-greeting-whose-protocol-is-a-truth"),
     pytest.param(frame("beat", 1, 1), id="a-number-for-a-truth"),
     pytest.param(frame("hello", *[0] * 11), id="numbers-for-everything"),
-    pytest.param(frame("finished", 1, "bored", {}, None), id="a-reason-that-is-none"),
-    pytest.param(frame("finished", 1, "stop", {"x": True}, None), id="a-truth-in-the-statistics"),
-    pytest.param(frame("finished", 1, "stop", {"x": []}, None), id="an-array-in-the-statistics"),
-    pytest.param(frame("finished", 1, "stop", {5: 1}, None), id="a-key-that-is-a-number"),
+    pytest.param(frame("finished", 1, "bored", REPORT, None), id="a-reason-that-is-none"),
+    pytest.param(frame("finished", 1, "stop", [True, *REPORT[1:]], None), id="a-truth-for-a-count"),
+    pytest.param(frame("finished", 1, "stop", [[], *REPORT[1:]], None), id="an-array-for-a-count"),
+    pytest.param(frame("finished", 1, "stop", REPORT[:-3], None), id="statistics-cut-short"),
     pytest.param(frame("labels", 1, 0, 0), id="a-count-of-0"),
     pytest.param(frame("labels", 1, 0, 4097), id="a-count-that-is-too-high"),
     pytest.param(frame("healthreport", 1, {"x": msgpack.ExtType(5, b"x")}), id="an-extension-type"),
@@ -193,7 +218,7 @@ BAD = [
         frame("healthreport", 1, {"x": [0] * ((1 << 18) + 1)}), id="an-array-too-long-further-in"
     ),
     pytest.param(frame("detokenize", 1, [0] * ((1 << 18) + 1)), id="an-array-too-long"),
-    pytest.param(frame("verify", 1, 1, 1, [0] * 1025), id="a-block-too-long"),
+    pytest.param(frame("do", 1, ["verify", 1, 1, [0] * 1025]), id="a-block-too-long"),
     pytest.param(frame("refused", "v" * 257, ""), id="a-word-too-long"),
     pytest.param(frame("tokenize", 1, "\u00e9" * (FRAME_LIMIT // 2), True), id="a-frame-too-long"),
 ]
@@ -205,42 +230,54 @@ def test_what_is_not_a_message_is_a_protocol_error(data: bytes) -> None:
 
 
 def test_the_good_frames_that_the_bad_ones_vary_are_good() -> None:
-    assert isinstance(decode(frame(*DRAFTED)), wire.Drafted)
-    assert isinstance(decode(frame(*VERDICT)), wire.Verdict)
+    for good, kind in ((DRAFTED, Proposal), (VERIFIED, Verdict)):
+        message = decode(frame(*good))
+        assert isinstance(message, wire.Done)
+        assert isinstance(message.done, kind)
+    assert isinstance(decode(frame("finished", 1, "stop", REPORT, None)), wire.Finished)
 
 
 @pytest.mark.parametrize(
-    ("at", "value"),
+    ("path", "value"),
     [
-        *((1, value) for value in (-1, 2**63, 2**64 - 1)),
-        *((at, value) for at in (2, 3) for value in HUGE),
+        *(((1,), value) for value in (-1, 2**63, 2**64 - 1)),
+        *((path, value) for path in ((2, 1), (2, 2)) for value in HUGE),
         *(
-            (at, value)
-            for at in (1, 2, 3)
+            (path, value)
+            for path in ((1,), (2, 1), (2, 2))
             for value in (True, False, 1.0, "1", b"1", None, [1], math.nan, math.inf)
         ),
     ],
     ids=repr,
 )
-def test_an_integer_field_takes_integers_of_its_range_only(at: int, value: object) -> None:
-    refused(frame(*DRAFTED[:at], value, *DRAFTED[at + 1 :]))
+def test_an_integer_field_takes_integers_of_its_range_only(
+    path: tuple[int, ...], value: object
+) -> None:
+    refused(with_value(value, *path))
 
 
 @pytest.mark.parametrize("value", [*HUGE, True, 1.0, "1", None, math.nan], ids=repr)
 def test_a_token_is_a_small_integer(value: object) -> None:
-    refused(frame(*DRAFTED[:4], [value], *DRAFTED[5:]))
+    refused(with_value(value, 2, 3, 0, 0))
 
 
 @pytest.mark.parametrize(
     "value", [math.nan, math.inf, -math.inf, -0.1, 1.1, 2, True, "0.5", None], ids=repr
 )
 def test_a_confidence_is_a_probability(value: object) -> None:
-    refused(frame(*DRAFTED[:5], [value], DRAFTED[6]))
+    refused(with_value(value, 2, 3, 0, 1))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -1.0, 1e7, True, "1", None], ids=repr)
 def test_a_duration_is_finite_and_not_negative(value: object) -> None:
-    refused(frame(*DRAFTED[:6], value))
+    refused(with_value(value, 2, 4))
+
+
+@pytest.mark.parametrize("value", [-1.0, 100.5, math.nan, "1", None, True], ids=repr)
+def test_a_setting_out_of_range_is_no_message(value: object) -> None:
+    order = msgspec.to_builtins(Prefill((1, 2), Sampling(), False))
+    assert isinstance(decode(frame("do", 1, order)), wire.Do)
+    refused(frame("do", 1, [*order[:2], [value, *order[2][1:]], *order[3:]]))
 
 
 def test_the_longest_frame_is_taken_and_a_byte_more_is_not() -> None:
@@ -324,14 +361,14 @@ def test_a_damaged_frame_raises_nothing_else(
 
 # --- what a peer would not take is not sent -------------------------------------------------------
 
-SETTINGS = wire.Sampling(0.5, 1, 0.9, 0.1, 1.1, 64, 0.2, 0.3, ((1, 2.0),), 7)
+SETTINGS = Sampling(0.5, 1, 0.9, 0.1, 1.1, 64, 0.2, 0.3, ((1, 2.0),), 7)
 SUBMIT = wire.Submit(1, "a", None, SETTINGS, 5, (), False, False, None, None, False)
 
 
 @settings(quiet, max_examples=100)
 @given(st.one_of(*messages.values()))
 def test_a_message_within_its_bounds_passes_the_check(message: Message) -> None:
-    wire.check(message)
+    check(message)
 
 
 @pytest.mark.parametrize(
@@ -351,20 +388,20 @@ def test_a_message_within_its_bounds_passes_the_check(message: Message) -> None:
     ],
 )
 def test_the_senders_mistake_is_named(changes: dict[str, Any], param: str | None) -> None:
-    wire.check(SUBMIT)
+    check(SUBMIT)
     with pytest.raises(BadRequest) as caught:
-        wire.check(msgspec.structs.replace(SUBMIT, **changes))
+        check(SUBMIT.changed(**changes))
     assert caught.value.param == param
 
 
-# --- small helpers --------------------------------------------------------------------------------
+# --- values ---------------------------------------------------------------------------------------
 
 
-def test_a_renumbered_question_is_the_same_question() -> None:
-    assert wire.renumbered(wire.Tokenize(5, "a", True), 9) == wire.Tokenize(9, "a", True)
+def test_a_changed_value_is_otherwise_the_same() -> None:
+    assert wire.Tokenize(5, "a", True).changed(call=9) == wire.Tokenize(9, "a", True)
+    assert SETTINGS.changed(seed=8).changed(seed=7) == SETTINGS
 
 
-def test_settings_with_another_bias_are_otherwise_the_same() -> None:
-    biased = wire.with_bias(SETTINGS, ((3, -1.0),))
-    assert biased.logit_bias == ((3, -1.0),)
-    assert wire.with_bias(biased, SETTINGS.logit_bias) == SETTINGS
+def test_the_core_checks_settings_by_the_bounds_of_the_wire() -> None:
+    with pytest.raises(BadRequest, match="temperature must be a number from 0 to 100"):
+        Sampling(temperature=101)

@@ -188,4 +188,3 @@ class DraftWorker(Worker[Drafter]):
             ride.is_new = False
         self.model.cut(ride.slot, read)
         return self.model.propose(ride.slot, text)
-

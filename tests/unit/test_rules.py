@@ -1,4 +1,4 @@
-"""`Policy`: how many drafted tokens to verify now, when to wait, how far the draft may run."""
+"""The rules: how many drafted tokens to verify now, when to wait, how far the draft may run."""
 
 from __future__ import annotations
 
@@ -9,24 +9,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.bench import bench_coordinator
 
-from outrider.core import planner
+from outrider.core import price, stopping
 from outrider.core.estimates import CostModel
-from outrider.core.rules import DOUBT, PROBES, Experience, Guard, Mode, Pilot, Policy
+from outrider.core.experience import DOUBT, PROBES, Experience, Guard
+from outrider.core.rules import FixedRule, PricedRule
+from outrider.core.values import Mode, Verify
 from outrider.wire import messages as wire
 
 quiet = settings(derandomize=True, database=None, deadline=None, max_examples=500)
 MODES: list[Mode] = ["plain", "sync", "pipelined"]
 
-PLAIN, SYNC, PIPELINED = Policy("plain", 4), Policy("sync", 4), Policy("pipelined", 4)
-PATIENT = Policy("pipelined", 4, n_min=2)
-CHOOSY = Policy("pipelined", 4, n_min=4, p_min=0.5)
+PLAIN, SYNC, PIPELINED = FixedRule("plain", 4), FixedRule("sync", 4), FixedRule("pipelined", 4)
+PATIENT = FixedRule("pipelined", 4, n_min=2)
+CHOOSY = FixedRule("pipelined", 4, n_min=4, p_min=0.5)
 
 
 @pytest.mark.parametrize(
-    ("policy", "confidences", "limit", "more", "expected"),
+    ("rule", "confidences", "limit", "more", "expected"),
     [
         pytest.param(PLAIN, [1, 1], 9, True, 0, id="plain-never-verifies-a-draft"),
-        pytest.param(Policy("sync", 0), [1], 9, True, 0, id="nor-does-a-draft-of-length-0"),
+        pytest.param(FixedRule("sync", 0), [1], 9, True, 0, id="nor-does-a-draft-of-length-0"),
         pytest.param(SYNC, [], 9, True, None, id="sync-waits-for-its-block"),
         pytest.param(SYNC, [1] * 3, 9, True, None, id="and-for-the-last-of-it"),
         pytest.param(SYNC, [1] * 4, 9, True, 4, id="then-it-verifies"),
@@ -49,30 +51,30 @@ CHOOSY = Policy("pipelined", 4, n_min=4, p_min=0.5)
     ],
 )
 def test_what_is_decided(
-    policy: Policy, confidences: list[float], limit: int, more: bool, expected: int | None
+    rule: FixedRule, confidences: list[float], limit: int, more: bool, expected: int | None
 ) -> None:
-    assert policy.decide(confidences, limit, 0.0 if more else None) == expected
+    assert rule.decide(confidences, limit, 0.0 if more else None) == expected
 
 
 @pytest.mark.parametrize(
-    ("policy", "drafts", "at_start", "lead"),
+    ("rule", "drafts", "at_start", "lead"),
     [
         pytest.param(PLAIN, False, 10, 10, id="plain-has-no-draft"),
-        pytest.param(Policy("pipelined", 0), False, 2, 2, id="a-block-of-0-needs-none"),
+        pytest.param(FixedRule("pipelined", 0), False, 2, 2, id="a-block-of-0-needs-none"),
         pytest.param(SYNC, True, 0, 4, id="sync-drafts-one-block-and-none-during-prefill"),
         pytest.param(PIPELINED, True, 10, 10, id="two-blocks-and-the-bonus-between"),
     ],
 )
-def test_how_far_the_draft_may_run(policy: Policy, drafts: bool, at_start: int, lead: int) -> None:
-    assert (policy.drafts, policy.lead(busy=True), policy.lead(busy=False)) == (
+def test_how_far_the_draft_may_run(rule: FixedRule, drafts: bool, at_start: int, lead: int) -> None:
+    assert (rule.drafts, rule.lead(busy=True), rule.lead(busy=False)) == (
         drafts,
         at_start,
         lead,
     )
 
 
-policies = st.builds(
-    lambda mode, n_max, n_min, p_min: Policy(mode, n_max, min(n_min, n_max), p_min),
+rules = st.builds(
+    lambda mode, n_max, n_min, p_min: FixedRule(mode, n_max, min(n_min, n_max), p_min),
     st.sampled_from(MODES),
     st.integers(0, 6),
     st.integers(0, 6),
@@ -82,28 +84,28 @@ stocks = st.lists(st.floats(0, 1), max_size=14)
 
 
 @quiet
-@given(policies, stocks, st.integers(0, 9))
+@given(rules, stocks, st.integers(0, 9))
 def test_when_no_more_is_coming_it_never_waits(
-    policy: Policy, confidences: list[float], limit: int
+    rule: FixedRule, confidences: list[float], limit: int
 ) -> None:
-    assert policy.decide(confidences, limit, None) is not None
+    assert rule.decide(confidences, limit, None) is not None
 
 
 @quiet
-@given(policies, stocks, st.integers(0, 9), st.booleans())
+@given(rules, stocks, st.integers(0, 9), st.booleans())
 def test_a_block_is_in_stock_fits_and_is_sure_enough(
-    policy: Policy, confidences: list[float], limit: int, more: bool
+    rule: FixedRule, confidences: list[float], limit: int, more: bool
 ) -> None:
-    block = policy.decide(confidences, limit, 0.0 if more else None)
+    block = rule.decide(confidences, limit, 0.0 if more else None)
     if block is not None:
-        assert 0 <= block <= min(len(confidences), limit, policy.n_max)
-        assert all(confidence >= policy.p_min for confidence in confidences[:block])
+        assert 0 <= block <= min(len(confidences), limit, rule.n_max)
+        assert all(confidence >= rule.p_min for confidence in confidences[:block])
 
 
 @quiet
-@given(policies, st.integers(0, 9))
-def test_with_its_whole_lead_in_stock_it_never_waits(policy: Policy, limit: int) -> None:
-    assert policy.decide([1.0] * min(policy.lead(busy=False), limit), limit, 0.0) is not None
+@given(rules, st.integers(0, 9))
+def test_with_its_whole_lead_in_stock_it_never_waits(rule: FixedRule, limit: int) -> None:
+    assert rule.decide([1.0] * min(rule.lead(busy=False), limit), limit, 0.0) is not None
 
 
 def test_the_guard_lets_a_draft_rest_that_loses_time_and_tries_it_again() -> None:
@@ -165,13 +167,13 @@ def test_a_rest_ends_with_its_request_unless_the_draft_gains_nowhere() -> None:
 
 def test_the_next_request_begins_where_the_last_one_ended() -> None:
     experience = Experience(CostModel([0.1 + 0.02 * n for n in range(16)], 0.03))
-    first = Pilot("sync", 64, experience)
+    first = PricedRule("sync", 64, experience)
     assert first.decide([], 90, 0.03) is None  # it may pay, for all that is known
     for _ in range(60):
         first.drafted(0.03, [0.1], 0.002)
         first.observe(False, 0.1)
-    assert Pilot("sync", 64, Experience(experience.costs)).decide([], 90, 0.03) is None
-    later = Pilot("sync", 64, experience)
+    assert PricedRule("sync", 64, Experience(experience.costs)).decide([], 90, 0.03) is None
+    later = PricedRule("sync", 64, experience)
     waits = [later.decide([], 90, 0.03) is None for _ in range(100)]
     assert 1 <= sum(waits) <= 4  # tried again, less and less often
 
@@ -183,7 +185,7 @@ def test_a_request_begins_with_an_attempt_unless_too_many_have_failed() -> None:
         experience.spread.observe([0.1])  # by all that was seen, no draft pays
     attempts = []
     for _ in range(6):
-        request = Pilot("sync", 64, experience)
+        request = PricedRule("sync", 64, experience)
         waits = [request.decide([], 90, 0.03) is None for _ in range(30)]
         attempts.append(waits[0])
     assert attempts[:2] == [True, True]
@@ -197,7 +199,7 @@ def test_a_draft_that_goes_on_failing_may_not_read_long_prompts_for_it() -> None
         for _ in range(300):
             experience.spread.observe([0.1])
         for _ in range(40):
-            request = Pilot("sync", 64, experience)
+            request = PricedRule("sync", 64, experience)
             tried = False
             for _ in range(100):
                 if request.decide([], 90, 0.03) is not None:
@@ -215,41 +217,41 @@ def test_a_draft_that_goes_on_failing_may_not_read_long_prompts_for_it() -> None
 
 def test_resting_needs_no_draft() -> None:
     experience = Experience(CostModel([0.1] * 16, 0.01))
-    pilot = Pilot("sync", 64, experience)
-    assert pilot.drafts
-    pilot.committed(1, 10.0)
-    assert not pilot.drafts
-    assert (pilot.lead(busy=False), pilot.decide([0.99], 9, 0.01)) == (0, 0)
-    assert Pilot("sync", 64, experience).drafts, "it may do better on the next text"
+    rule = PricedRule("sync", 64, experience)
+    assert rule.drafts
+    rule.committed(1, 10.0)
+    assert not rule.drafts
+    assert (rule.lead(busy=False), rule.decide([0.99], 9, 0.01)) == (0, 0)
+    assert PricedRule("sync", 64, experience).drafts, "it may do better on the next text"
 
 
 def test_the_guard_reckons_in_plain_steps_that_were_seen() -> None:
     """Passes over more rows that have become slow excuse no loss."""
     experience = Experience(CostModel([0.1] * 16, 0.01, link_s=1e-3))
-    pilot = Pilot("sync", 64, experience)
+    rule = PricedRule("sync", 64, experience)
     for _ in range(60):
-        pilot.verified(4, 0.2, 0.201)
+        rule.verified(4, 0.2, 0.201)
     assert experience.costs.costs.verify_s[0] > 0.11
     assert experience.step_s == pytest.approx(0.101)
     for _ in range(60):
-        pilot.verified(1, 0.119, 0.12)
+        rule.verified(1, 0.119, 0.12)
     assert experience.step_s == pytest.approx(0.12, rel=0.01)
-    pilot.verified(1, 50.0, 50.0)
+    rule.verified(1, 50.0, 50.0)
     assert experience.step_s < 0.15
 
 
 def test_a_draft_that_seemed_too_slow_at_load_is_tried_and_found_to_be_fast() -> None:
     """What a draft costs is seen only by drafting: nothing else can correct it."""
     costs = CostModel((0.002,) * 8, draft_s=0.0032)
-    pilot = Pilot("sync", 1, Experience(costs))
+    rule = PricedRule("sync", 1, Experience(costs))
     wanted = []
     for _ in range(300):
-        wanted.append(pilot.decide([], 1, 0.0) is None)
+        wanted.append(rule.decide([], 1, 0.0) is None)
         if wanted[-1]:
-            pilot.drafted(0.0002, [0.99], 0.0001)
-            pilot.observe(True, 0.99)
-        pilot.committed(1 + wanted[-1], 0.0024)
-        pilot.settle()
+            rule.drafted(0.0002, [0.99], 0.0001)
+            rule.observe(True, 0.99)
+        rule.committed(1 + wanted[-1], 0.0024)
+        rule.settle()
     assert not any(wanted[:32]), "it could not pay by what was measured at load"
     assert all(wanted[200:])
 
@@ -259,37 +261,39 @@ def test_no_decision_has_to_wait_for_a_solution(mode: Literal["sync", "pipelined
     """What was learnt counts once it is settled, while the target is busy."""
 
     def solved() -> int:
-        solvers = (planner.solve, planner.solve_in_turn, planner._prospect, planner._leftovers)
+        solvers = (price.solve, stopping.solve, price._prospect, price._leftovers)
         return sum(solver.cache_info().misses for solver in solvers)
 
-    pilot = Pilot(mode, 64, Experience(CostModel([0.1 + 0.0123 * n for n in range(16)], 0.0321)))
+    rule = PricedRule(
+        mode, 64, Experience(CostModel([0.1 + 0.0123 * n for n in range(16)], 0.0321))
+    )
     before = solved()
     for _ in range(40):
-        pilot.drafted(0.05, [0.3], 0.01)
-        pilot.observe(False, 0.3)
-        pilot.verified(3, 0.2, 0.21)
-        pilot.decide([0.9, 0.4], 90, 0.03)
-    assert pilot.lead(busy=False) > 0
-    assert bool(pilot.floors) == (mode == "sync")
+        rule.drafted(0.05, [0.3], 0.01)
+        rule.observe(False, 0.3)
+        rule.verified(3, 0.2, 0.21)
+        rule.decide([0.9, 0.4], 90, 0.03)
+    assert rule.lead(busy=False) > 0
+    assert bool(rule.floors) == (mode == "sync")
     assert solved() == before
-    pilot.settle()
+    rule.settle()
     assert solved() > before
 
 
 def test_however_long_the_block_the_draft_may_fill_a_whole_stock_behind_it() -> None:
-    pilot = Pilot("pipelined", 64, Experience(CostModel([0.1] * 16, 0.004)))
-    block = pilot.decide([0.99] * planner.DEEPEST, 200, 0.004)
+    rule = PricedRule("pipelined", 64, Experience(CostModel([0.1] * 16, 0.004)))
+    block = rule.decide([0.99] * price.DEEPEST, 200, 0.004)
     assert block is not None
-    assert block > planner.DEEPEST / 2
-    assert pilot.lead(busy=True) - (block + 1) >= planner.DEEPEST == pilot.lead(busy=False)
+    assert block > price.DEEPEST / 2
+    assert rule.lead(busy=True) - (block + 1) >= price.DEEPEST == rule.lead(busy=False)
 
 
 def test_a_whole_block_is_waited_for_longer_the_more_there_is_to_read() -> None:
     costs = CostModel([0.1] * 16, 0.01)
-    sync, pipelined = (Pilot(mode, 64, Experience(costs)) for mode in ("sync", "pipelined"))
+    sync, pipelined = (PricedRule(mode, 64, Experience(costs)) for mode in ("sync", "pipelined"))
     assert sync.block_s(0) == pytest.approx(0.15)
     assert sync.block_s(100) == pytest.approx(0.65)
-    assert pipelined.block_s(100) == Policy("sync").block_s(100) == 0
+    assert pipelined.block_s(100) == FixedRule("sync").block_s(100) == 0
 
 
 async def test_the_coordinator_settles_after_each_block_is_on_its_way(
@@ -297,19 +301,19 @@ async def test_the_coordinator_settles_after_each_block_is_on_its_way(
 ) -> None:
     """Otherwise a request would know for ever what was known when it began."""
     seen: list[str] = []
-    send, settle = bench_coordinator.Fakes.send, Pilot.settle
+    send, settle = bench_coordinator.Fakes.send, PricedRule.settle
 
     def sent(self: bench_coordinator.Fakes, peer: bytes, message: wire.Message) -> None:
         send(self, peer, message)
-        if isinstance(message, wire.Verify):
+        if isinstance(message, wire.Do) and isinstance(message.order, Verify):
             seen.append("verify")
 
-    def settled(self: Pilot) -> None:
+    def settled(self: PricedRule) -> None:
         settle(self)
         seen.append("settle")
 
     monkeypatch.setattr(bench_coordinator.Fakes, "send", sent)
-    monkeypatch.setattr(Pilot, "settle", settled)
+    monkeypatch.setattr(PricedRule, "settle", settled)
     await bench_coordinator.measure()
     assert seen[0] == "settle"  # when the request begins
     assert seen[1:] == ["verify", "settle"] * (len(seen) // 2)

@@ -7,8 +7,8 @@ import time
 import numpy as np
 import pytest
 
-from outrider.core import planner
-from outrider.core.estimates import Acceptance, CostModel, Costs, Spread
+from outrider.core import price, stopping
+from outrider.core.estimates import LONGEST, Acceptance, CostModel, Costs, Spread
 
 FLAT = Costs((0.1,) * 16, 0.01, 0.0)
 DEAR = Costs(tuple(0.1 * rows for rows in range(1, 17)), 0.01, 0.0)  # a row costs as much as a pass
@@ -17,52 +17,52 @@ SURE = np.full(8, 0.99)
 
 
 def test_where_a_row_costs_as_much_as_a_pass_nothing_is_gained() -> None:
-    rate, _ = planner.solve(DEAR, 0.9)
+    rate, _ = price.solve(DEAR, 0.9)
     assert rate == pytest.approx(1 / 0.1, rel=0.1)
 
 
 @pytest.mark.parametrize("acceptance", [0.4, 0.6, 0.8])
 def test_even_free_drafts_stay_below_the_limit_of_their_acceptance(acceptance: float) -> None:
     """Tokens per pass are at most 1 / (1 - acceptance), however fast the draft."""
-    rate, _ = planner.solve(Costs((0.1,) * 16, 1e-4, 0.0), acceptance)
+    rate, _ = price.solve(Costs((0.1,) * 16, 1e-4, 0.0), acceptance)
     assert 1.0 < rate * 0.1 < 1 / (1 - acceptance)
 
 
 def test_a_better_draft_is_worth_more() -> None:
-    rates = [planner.solve(FLAT, acceptance)[0] for acceptance in (0.3, 0.5, 0.7, 0.9)]
+    rates = [price.solve(FLAT, acceptance)[0] for acceptance in (0.3, 0.5, 0.7, 0.9)]
     assert rates == sorted(rates)
     assert rates[0] < rates[-1]
 
 
 def test_more_stock_is_never_worth_less() -> None:
-    _, value = planner.solve(FLAT, 0.8)
+    _, value = price.solve(FLAT, 0.8)
     assert value[0] == 0
     assert (np.diff(value) >= -1e-9).all()
 
 
 def test_sure_tokens_are_verified_and_hopeless_ones_are_not() -> None:
-    assert planner.plan(SLOPED, 0.8, SURE, 100, None) in (7, 8)  # a bonus may tell of the last
-    assert planner.plan(SLOPED, 0.3, np.full(8, 0.01), 100, None) == 0
-    assert planner.plan(SLOPED, 0.8, SURE, 3, None) == 3
+    assert price.plan(SLOPED, 0.8, SURE, 100, None) in (7, 8)  # a bonus may tell of the last
+    assert price.plan(SLOPED, 0.3, np.full(8, 0.01), 100, None) == 0
+    assert price.plan(SLOPED, 0.8, SURE, 3, None) == 3
 
 
 def test_a_block_ends_before_the_token_that_is_doubtful() -> None:
     likely = np.array([0.99, 0.99, 0.99, 0.05, 0.99, 0.99])
-    assert planner.plan(SLOPED, 0.8, likely, 100, None) == 3
-    assert planner.plan(FLAT, 0.8, likely, 100, None) == 6  # unless further rows cost nothing
+    assert price.plan(SLOPED, 0.8, likely, 100, None) == 3
+    assert price.plan(FLAT, 0.8, likely, 100, None) == 6  # unless further rows cost nothing
 
 
 def test_it_waits_for_a_draft_that_is_about_to_come_and_not_for_one_that_is_far() -> None:
-    assert planner.plan(FLAT, 0.9, np.empty(0), 100, 0.001) is None
-    assert planner.plan(FLAT, 0.9, np.empty(0), 100, 1.0) == 0
-    assert planner.plan(FLAT, 0.9, np.empty(0), 100, None) == 0
+    assert price.plan(FLAT, 0.9, np.empty(0), 100, 0.001) is None
+    assert price.plan(FLAT, 0.9, np.empty(0), 100, 1.0) == 0
+    assert price.plan(FLAT, 0.9, np.empty(0), 100, None) == 0
 
 
 @pytest.mark.parametrize("likely", [[], [0.9], [0.95, 0.6], [0.9, 0.9, 0.3, 0.9]])
 def test_what_one_more_token_is_worth_is_what_it_is_worth_once_there(likely: list[float]) -> None:
     """`later` takes the place of a second appraisal, of the stock with a usual token behind it."""
-    _, _, later = planner.appraise(SLOPED, 0.8, np.array(likely), 100)
-    _, then, _ = planner.appraise(SLOPED, 0.8, np.array([*likely, 0.8]), 100)
+    _, _, later = price.appraise(SLOPED, 0.8, np.array(likely), 100)
+    _, then, _ = price.appraise(SLOPED, 0.8, np.array([*likely, 0.8]), 100)
     assert later == pytest.approx(then, abs=1e-6)
 
 
@@ -73,8 +73,8 @@ def spread_of(acceptance: float) -> tuple[float, ...]:
 
 
 def in_turn(costs: Costs, acceptance: float, likely: list[float], limit: int = 100) -> int | None:
-    turn = planner.solve_in_turn(costs, spread_of(acceptance))
-    return planner.plan_in_turn(costs, turn, np.array(likely), limit)
+    turn = stopping.solve(costs, spread_of(acceptance))
+    return stopping.plan(costs, turn, np.array(likely), limit)
 
 
 def test_in_turns_bad_drafts_and_slow_ones_are_left_alone() -> None:
@@ -98,18 +98,18 @@ def test_in_turns_drafting_ends_where_the_next_token_is_not_worth_its_time() -> 
 def test_the_rate_in_turns_is_what_a_known_chain_gives() -> None:
     """Drafts that are certain: the longest block, each token for its drafting and its row."""
     costs = Costs((0.1,) * 16, 0.01, 0.0)
-    rate = planner.solve_in_turn(costs, spread_of(0.999)).rate
-    expected = sum(0.995**n for n in range(planner.LONGEST + 1))
-    assert rate == pytest.approx(expected / (0.1 + planner.LONGEST * 0.01), rel=0.02)
+    rate = stopping.solve(costs, spread_of(0.999)).rate
+    expected = sum(0.995**n for n in range(LONGEST + 1))
+    assert rate == pytest.approx(expected / (0.1 + LONGEST * 0.01), rel=0.02)
 
 
 def test_a_decision_takes_less_than_a_millisecond() -> None:
-    likely = np.full(planner.FARTHEST, 0.9)
-    planner.plan(FLAT, 0.8, likely, 100, 0.01)
+    likely = np.full(price.FARTHEST, 0.9)
+    price.plan(FLAT, 0.8, likely, 100, 0.01)
     seconds = []
     for _ in range(30):
         began = time.perf_counter()
-        planner.plan(FLAT, 0.8, likely, 100, 0.01)
+        price.plan(FLAT, 0.8, likely, 100, 0.01)
         seconds.append(time.perf_counter() - began)
     assert np.median(seconds) < 2e-3  # 0.5 ms where it was measured; a busy machine is no failure
 
