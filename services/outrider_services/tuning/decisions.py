@@ -21,7 +21,7 @@ import platformdirs
 
 from outrider.errors import ModelUnusable
 from outrider_services import options, processor
-from outrider_services.models import fetching
+from outrider_services.models import fetching, library
 from outrider_services.options import Settings
 
 LOCK_S = 300.0
@@ -34,8 +34,9 @@ class Variant:
     quant: str  # "off": the file as given
     bytes: int
     draft_s: float  # one drafted token
-    acceptance: float
+    acceptance: float  # the share of its tokens that the target chooses itself, over all texts
     rate: float  # tokens per second to expect
+    accepted: dict[str, float]  # that share on each text, by the text's name
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +47,8 @@ class Trial:
     draft_cores: str
     pipelined: bool
     plain_rate: float  # tokens per second of the target alone
-    variants: tuple[Variant, ...]
+    variants: tuple[Variant, ...]  # the first is the draft as given
+    curve_s: tuple[float, ...]  # of a pass of the target over 1, 2, 3 … rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +106,7 @@ def key(settings: Settings) -> str:
         *(identity(str(one.model)) for one in (target, draft)),
         *([one.threads, usable(one.cores), one.ngl] for one in (target, draft)),
         [pipeline.mode, pipeline.exact],
+        identity(str(kernels)) if (kernels := library.kernels()) else [],
         processor.kind(),
         [_version(name) for name in ("outrider", "llama-cpp-python")],
     ]
@@ -142,7 +145,13 @@ def save(name: str, decision: Decision) -> None:
 def from_json(found: dict[str, Any]) -> Decision:
     """Raises ValueError, TypeError or LookupError for anything else than a decision."""
     trials = tuple(
-        Trial(**{**trial, "variants": tuple(Variant(**one) for one in trial["variants"])})
+        Trial(
+            **{
+                **trial,
+                "variants": tuple(Variant(**one) for one in trial["variants"]),
+                "curve_s": tuple(map(float, trial["curve_s"])),
+            }
+        )
         for trial in found["trials"]
     )
     decision = Decision(**{**found, "trials": trials})

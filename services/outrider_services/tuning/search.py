@@ -1,7 +1,7 @@
 """Which draft is fastest here: the file as given, or one re-quantised for this processor.
 
-The text never depends on the draft, so speed alone decides: the planner's forecast from what each
-variant costs and how often it agrees with the target. Found once and kept, see `variants`.
+The text never depends on the draft, so speed alone decides: the forecast from what each variant
+costs and how often it agrees with the target. Found once and kept, see `decisions`.
 """
 
 from __future__ import annotations
@@ -10,26 +10,24 @@ import functools
 import time
 import tomllib
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 
-from outrider.core import planner
-from outrider.core.estimates import Costs
 from outrider.core.sampling import Token
 from outrider.errors import ConfigError, ModelNotFound, OutriderError, RequestTimeout
 from outrider_services.models import catalogue
 from outrider_services.models.gguf import read_header
-from outrider_services.options import Draft, Settings, Target
+from outrider_services.options import QUANTS, Draft, Settings, Target
 from outrider_services.pipeline.places import share_cores
-from outrider_services.tuning import decisions, probe
+from outrider_services.tuning import advice, decisions, forecasts, probe
 from outrider_services.tuning.decisions import Decision, Trial, Variant
 from outrider_services.tuning.probe import Findings, Job
 
 USUAL_S = 15  # what the quick form takes, about
 LIMIT_S = 60.0  # after which it is given up
 THOROUGH_LIMIT_S = 900.0
-LINK_S = 5e-4  # messages of a pass
 WORTH = 1.02  # a re-quantised draft must be so much faster than the one as given
 WORTH_MOVING = 1.05  # and separate cores than shared ones
 FEW_ROWS, ALL_ROWS = (1, 2, 4, 8), (1, 2, 3, 4, 6, 8, 12, 16)
@@ -45,12 +43,13 @@ Ask = Callable[[Job, float], Findings]
 
 
 def prepared(settings: Settings, tell: Tell, ask: Ask = probe.ask) -> Settings:
-    """The settings with the draft that `draft.quant` means. `auto` never fails."""
-    if not tunable(settings) or settings.draft.quant == "off":
-        return settings
-    if settings.draft.quant != "auto":
+    """The settings with the draft that `draft.quant` means; `tell` is called with lines to show.
+
+    Raises OutriderError where a type was asked for that cannot be made; `auto` never fails.
+    """
+    if tunable(settings) and settings.draft.quant in QUANTS:
         return with_draft(settings, settings.draft.quant, ask)
-    if settings.target.place != "spawn":
+    if not automatic(settings):
         return settings
     try:
         return _automatic(settings, tell, ask)
@@ -67,6 +66,18 @@ def tunable(settings: Settings) -> bool:
     return pipeline.backend == "llama" and speculates and here
 
 
+def automatic(settings: Settings) -> bool:
+    """Whether the choice of the draft's type is left to what was measured."""
+    return tunable(settings) and settings.draft.quant == "auto" and settings.target.place == "spawn"
+
+
+def kept(settings: Settings) -> Decision | None:
+    """The decision that `prepared` would keep to without measuring anything, if there is one."""
+    with suppress(OutriderError, OSError):
+        return decisions.load(decisions.key(settings)) if automatic(settings) else None
+    return None
+
+
 def _automatic(settings: Settings, tell: Tell, ask: Ask) -> Settings:
     name = decisions.key(settings)
     decision = decisions.load(name)
@@ -76,7 +87,7 @@ def _automatic(settings: Settings, tell: Tell, ask: Ask) -> Settings:
             decision = decisions.load(name)  # another process may have just been at it
             if decision is None:
                 decision = _decide_quickly(settings, name, ask)
-        tell(described(decision))
+        tell(advice.described(decision))
     if decision is None:
         return settings
     settings = with_draft(settings, decision.quant, ask)
@@ -124,38 +135,6 @@ def on_cores(settings: Settings, target_cores: str, draft_cores: str) -> Setting
     )
 
 
-def described(decision: Decision) -> str:
-    """The choice in one sentence."""
-    if not decision.trials:
-        return "Draft: used as given."
-    trial = decision.trials[0]
-    given = trial.variants[0]
-    best = next(one for one in trial.variants if one.quant == decision.quant)
-    gain = f"expect {best.rate / trial.plain_rate:.1f}x the target alone"
-    if best is given:
-        return f"Draft: used as given, no other type is faster here; {gain}."
-    return (
-        f"Draft: re-quantised to {best.quant}, {1000 * best.draft_s:.1f} ms a token instead of "
-        f"{1000 * given.draft_s:.1f}; {gain}, instead of {given.rate / trial.plain_rate:.1f}x."
-    )
-
-
-def headline(trial: Trial) -> str:
-    """How a placement shares the cores."""
-    where = "on the same cores"
-    if trial.target_cores or trial.draft_cores:
-        where = f"target on {trial.target_cores or 'all'}, draft on {trial.draft_cores or 'all'}"
-    how = "at the same time" if trial.pipelined else "in turn"
-    return f"{where}, {how}; the target alone: {trial.plain_rate:.1f} tokens/s"
-
-
-def is_chosen(decision: Decision, trial: Trial) -> bool:
-    moved = bool(decision.target_cores)
-    cores = (decision.target_cores, decision.draft_cores)
-    first = decision.trials[:1] == (trial,)
-    return (trial.target_cores, trial.draft_cores) == cores if moved else first
-
-
 # ---- deciding -----------------------------------------------------------------------------------
 
 
@@ -200,10 +179,19 @@ def splits(settings: Settings) -> list[tuple[str, str]]:
 
 
 @functools.cache
-def texts() -> tuple[tuple[str, str], ...]:
-    """Prompts and answers to try a draft on."""
+def texts() -> dict[str, tuple[str, str]]:
+    """Prompts and answers to try a draft on, by their names."""
     file = resources.files("outrider_services.tuning") / "texts.toml"
-    return tuple((t["prompt"], t["answer"]) for t in tomllib.loads(file.read_text("utf-8"))["text"])
+    found = tomllib.loads(file.read_text("utf-8"))["text"]
+    return {text["name"]: (text["prompt"], text["answer"]) for text in found}
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """The share of a draft's tokens that the target chooses itself."""
+
+    overall: float
+    by_text: dict[str, float]
 
 
 @dataclass
@@ -217,7 +205,7 @@ class Tuner:
     made: list[Path] = field(default_factory=list)
     sequences: tuple[tuple[tuple[Token, ...], int], ...] = ()  # the texts, in the target's tokens
     expected: tuple[Token, ...] = ()  # what the target says in their answers
-    acceptances: dict[str, float] = field(default_factory=dict)
+    agreements: dict[str, Agreement] = field(default_factory=dict)  # by type: cores change none
     began: float = field(default_factory=time.monotonic)
 
     def decide(self) -> Decision:
@@ -247,12 +235,14 @@ class Tuner:
         for quant in ("off", *candidates(str(settings.draft.model), self.thorough)):
             if not self.thorough and hopeless(quant, found, target.curve_s, pipelined):
                 continue
-            draft_s, acceptance = self._draft(settings, quant)
-            rate = planner.forecast(Costs(target.curve_s, draft_s, LINK_S), acceptance, pipelined)
+            draft_s = self._draft(settings, quant)
+            agreed = self.agreements[quant]
+            rate = forecasts.rate(target.curve_s, draft_s, agreed.by_text.values(), pipelined)
             size = self._path(quant).stat().st_size
-            found.append(Variant(quant, size, draft_s, acceptance, rate))
+            found.append(Variant(quant, size, draft_s, agreed.overall, rate, agreed.by_text))
         cores = (settings.target.cores, settings.draft.cores)
-        return Trial(*cores, pipelined, 1 / (target.curve_s[0] + LINK_S), tuple(found))
+        plain_rate = forecasts.plain_rate(target.curve_s)
+        return Trial(*cores, pipelined, plain_rate, tuple(found), target.curve_s)
 
     def _target(self, settings: Settings) -> Findings:
         target = settings.target
@@ -264,13 +254,13 @@ class Tuner:
             settings.pipeline.exact,
             rows=ALL_ROWS if self.thorough else FEW_ROWS,
             repeats=2 if self.thorough else 1,
-            texts=() if self.sequences else texts(),
+            texts=() if self.sequences else tuple(texts().values()),
             chooses=not is_default(self.settings),  # the answers are what the default target chose
         )
         return self._ask(job)
 
-    def _draft(self, settings: Settings, quant: str) -> tuple[float, float]:
-        """Seconds of a drafted token, and the share of tokens on which target and draft agree."""
+    def _draft(self, settings: Settings, quant: str) -> float:
+        """Seconds of a drafted token; how often it agrees with the target is kept, too."""
         draft, path = settings.draft, self._path(quant)
         job = Job(
             str(path),
@@ -281,22 +271,34 @@ class Tuner:
             drafts=True,
             rows=(1,),
             repeats=9 if self.thorough else 3,
-            sequences=() if quant in self.acceptances else self.sequences,
+            sequences=() if quant in self.agreements else self.sequences,
         )
         if not path.exists():
             job = replace(job, source=str(draft.model), kind=quant)
             self.made.append(path)
         found = self._ask(job)
-        if quant not in self.acceptances:
-            pairs = list(zip(found.choices, self.expected, strict=True))
-            self.acceptances[quant] = sum(one == other for one, other in pairs) / len(pairs)
-        return found.curve_s[0], self.acceptances[quant]
+        if quant not in self.agreements:
+            counts = [answer for _, answer in self.sequences]
+            self.agreements[quant] = compare(found.choices, self.expected, counts)
+        return found.curve_s[0]
 
     def _ask(self, job: Job) -> Findings:
         return self.ask(job, self.limit_s - (time.monotonic() - self.began))
 
     def _path(self, quant: str) -> Path:
         return decisions.variant_path(str(self.settings.draft.model), quant)
+
+
+def compare(
+    drafted: Sequence[Token], expected: Sequence[Token], counts: Sequence[int]
+) -> Agreement:
+    """Where draft and target agree in the answers, of which each has so many of the tokens."""
+    same = [one == other for one, other in zip(drafted, expected, strict=True)]
+    by_text, start = {}, 0
+    for name, count in zip(texts(), counts, strict=True):
+        by_text[name] = sum(same[start : start + count]) / count
+        start += count
+    return Agreement(sum(same) / len(same), by_text)
 
 
 def hopeless(
@@ -309,9 +311,7 @@ def hopeless(
     if quant != "q8_0" or len(found) < 2:
         return False
     given, small = found
-    hoped = planner.forecast(
-        Costs(curve_s, 1.25 * small.draft_s, LINK_S), given.acceptance, pipelined
-    )
+    hoped = forecasts.rate(curve_s, 1.25 * small.draft_s, given.accepted.values(), pipelined)
     return hoped <= small.rate
 
 
