@@ -111,13 +111,13 @@ def test_a_device_of_its_own_is_named_only_where_it_would_help() -> None:
 def test_another_compiler_is_named_only_where_it_was_faster(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    flags = {"flags": "fpu avx2"}
-    monkeypatch.setattr(processor, "fields", lambda: flags)
+    instructions = {"fpu", "avx2"}
+    monkeypatch.setattr(processor, "instructions", lambda: instructions)
     assert "clang" not in advice.described(USELESS)
     monkeypatch.setattr(library, "built_by_gcc", lambda: True)
     assert "built by gcc here" in advice.described(USELESS)
     assert "clang" not in advice.described(PAYING)
-    flags["flags"] += " amx_int8"
+    instructions.add("amx_int8")
     assert "clang" not in advice.described(USELESS)
 
 

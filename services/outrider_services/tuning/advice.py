@@ -99,7 +99,7 @@ def apart(trial: Trial, best: Variant) -> str:
 
 def compiler() -> str:
     """What another build of llama.cpp did elsewhere, where this one is such as was slow there."""
-    instructions = processor.fields().get("flags", "").split()
+    instructions = processor.instructions()
     if "avx2" not in instructions or "amx_int8" in instructions or not library.built_by_gcc():
         return ""
     return (
