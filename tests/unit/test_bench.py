@@ -96,16 +96,18 @@ def test_what_cannot_be_measured_is_told_first(changes: dict[str, Any], what: st
         plans.read_plan(parsed(**changes))
 
 
-def test_every_arm_answers_once_in_each_turn_and_each_turn_another_begins() -> None:
+def test_every_arm_answers_once_in_each_repetition_and_each_time_another_begins() -> None:
     arms = ["plain", "sync", "auto"]
     asked = [Prompt("code", 0, "a"), Prompt("code", 1, "b"), Prompt("chat", 0, "c")]
     order = list(runner.schedule(arms, asked, 2))
-    turns = [order[at : at + 3] for at in range(0, len(order), 3)]
-    assert all(len({(prompt, repetition) for prompt, repetition, _ in turn}) == 1 for turn in turns)
-    assert all(sorted(arm for _, _, arm in turn) == sorted(arms) for turn in turns)
-    assert [turn[0][2] for turn in turns] == [*arms, *arms]
+    groups = [order[at : at + 3] for at in range(0, len(order), 3)]
+    assert all(
+        len({(prompt, repetition) for prompt, repetition, _ in group}) == 1 for group in groups
+    )
+    assert all(sorted(arm for _, _, arm in group) == sorted(arms) for group in groups)
+    assert [group[0][2] for group in groups] == [*arms, *arms]
     assert Counter(prompt.text for prompt, _, _ in order) == {"a": 6, "b": 6, "c": 6}
-    assert [turn[0][0].category for turn in turns] == ["code"] * 4 + ["chat"] * 2
+    assert [group[0][0].category for group in groups] == ["code"] * 4 + ["chat"] * 2
 
 
 @pytest.mark.parametrize(
@@ -192,7 +194,7 @@ def results(**speeds: list[float]) -> Results:
 FOUND = results(plain=[10, 20, 10], auto=[15, 40, 10], llama_server=[12, 20, 10])
 
 
-def test_a_ratio_is_of_one_turn_and_the_median_of_them_counts() -> None:
+def test_a_ratio_is_of_one_repetition_and_the_median_of_them_counts() -> None:
     auto = next(one for one in FOUND.summaries() if one.arm == "auto")
     assert (auto.ratio, auto.low, auto.high) == (1.5, 1.0, 2.0)
     assert auto.tokens_per_s == 15

@@ -11,14 +11,12 @@ from typing import Any
 
 import pytest
 
-from outrider.core import planner
-from outrider.core.estimates import Costs
 from outrider.engines.llama import quantise
 from outrider.errors import ConfigError, ModelNotFound, ModelUnusable, RequestTimeout, WorkerLost
 from outrider_services import options, processor
 from outrider_services.models import catalogue, library
 from outrider_services.options import Settings
-from outrider_services.tuning import advice, decisions, probe, search
+from outrider_services.tuning import advice, decisions, forecasts, probe, search
 from outrider_services.tuning.decisions import Decision, Trial, Variant
 from outrider_services.tuning.probe import Findings, Job
 from outrider_services.tuning.search import Tuner
@@ -100,15 +98,23 @@ def variant(quant: str, rate: float, draft_s: float = 0.02) -> Variant:
 
 
 def test_a_forecast_never_falls_below_the_target_alone() -> None:
-    costs = Costs(CURVE, 0.5, 0.0)
+    alone = forecasts.plain_rate(CURVE)
     for pipelined in (False, True):
-        assert planner.forecast(costs, 0.0, pipelined) == pytest.approx(1 / CURVE[0])
-        assert planner.forecast(replace(costs, draft_s=0.001), 1.0, pipelined) > 2 / CURVE[0]
+        assert forecasts.rate(CURVE, 0.5, [0.0, 0.0], pipelined) == pytest.approx(alone)
+        assert forecasts.rate(CURVE, 0.001, [1.0, 1.0], pipelined) > 2 * alone
 
 
 def test_a_draft_that_costs_the_target_nothing_is_worth_more_than_one_in_turn() -> None:
-    costs = Costs(CURVE, 0.02, 0.0)
-    assert planner.forecast(costs, 0.8, True) > planner.forecast(costs, 0.8, False)
+    assert forecasts.rate(CURVE, 0.02, [0.8], True) > forecasts.rate(CURVE, 0.02, [0.8], False)
+
+
+def test_a_text_on_which_nothing_is_gained_does_not_hide_what_is_gained_on_another() -> None:
+    """Where it does not pay the draft is left alone, so the average acceptance tells too little."""
+    steep = tuple(0.05 * (1 + 0.5 * more) for more in range(8))
+    alone, average = forecasts.plain_rate(steep), forecasts.rate(steep, 0.005, [0.5], False)
+    both = forecasts.rate(steep, 0.005, [0.95, 0.05], False)
+    assert average == pytest.approx(alone)
+    assert both > 1.1 * alone
 
 
 def test_as_given_stays_unless_another_is_clearly_faster() -> None:

@@ -1,7 +1,7 @@
 """What tuning keeps in the cache: re-quantised drafts, and which one was chosen for what.
 
-A decision holds for one pair of files on one kind of processor with one share of its cores: when
-any of that changes, so does its key, and it is not found any more.
+A decision holds for one pair of files and one build of llama.cpp, on one kind of processor with the
+same share of its cores. When any of that changes, so does its key, and it is not found any more.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from outrider_services import options, processor
 from outrider_services.models import fetching, library
 from outrider_services.options import Settings
 
-LOCK_S = 300.0
+LOCK_S = 300.0  # how long to wait for another process that tunes
 
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """A draft, and what it did on the cores of one placement."""
+    """A draft of one type, and what was measured of it in one trial."""
 
     quant: str  # "off": the file as given
     bytes: int
@@ -41,11 +41,11 @@ class Variant:
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """One way to share the cores, and every variant there."""
+    """One way to share the cores, and what was measured of each draft there."""
 
     target_cores: str
     draft_cores: str
-    pipelined: bool
+    pipelined: bool  # whether draft and target compute at the same time, on cores of their own
     plain_rate: float  # tokens per second of the target alone
     variants: tuple[Variant, ...]  # the first is the draft as given
     curve_s: tuple[float, ...]  # of a pass of the target over 1, 2, 3 … rows
@@ -53,23 +53,27 @@ class Trial:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    quant: str
+    """What was chosen, and all that was measured to choose it."""
+
+    quant: str  # "off": the file as given
     target_cores: str = ""  # empty: as the settings say
     draft_cores: str = ""
     trials: tuple[Trial, ...] = ()
 
 
 def folder(name: str) -> Path:
+    """Where `drafts` or `tuned` lie."""
     return platformdirs.user_cache_path("outrider") / name
 
 
 def identity(path: str) -> list[str | int]:
+    """What changes whenever the file does, without reading it. Raises OSError."""
     status = os.stat(path)
     return [os.path.realpath(path), status.st_size, status.st_mtime_ns]
 
 
 def variant_path(source: str, quant: str) -> Path:
-    """Where the draft in `source` lies, re-quantised so."""
+    """Where the draft in `source` lies, once it is re-quantised to this type. Raises OSError."""
     if quant == "off":
         return Path(source)
     digest = hashlib.sha256(json.dumps(identity(source)).encode()).hexdigest()
@@ -78,7 +82,10 @@ def variant_path(source: str, quant: str) -> Path:
 
 @contextmanager
 def locked() -> Iterator[None]:
-    """Alone with the drafts; what a killed process left unfinished is removed."""
+    """Hold off other processes that tune, and remove what killed ones left unfinished.
+
+    Raises ModelUnusable if the folder cannot be written.
+    """
     drafts = folder("drafts")
     with ExitStack() as stack:
         try:
@@ -100,7 +107,7 @@ def remove_unfinished() -> None:
 
 
 def key(settings: Settings) -> str:
-    """Of everything that a decision depends on. Raises OSError if a model file is not there."""
+    """A name made of all that a decision depends on. Raises OSError without the model files."""
     target, draft, pipeline = settings.target, settings.draft, settings.pipeline
     what = [
         *(identity(str(one.model)) for one in (target, draft)),
@@ -114,6 +121,7 @@ def key(settings: Settings) -> str:
 
 
 def usable(cores: str) -> list[int]:
+    """The cores in the list; all that we may use if it is empty. Raises ConfigError."""
     return sorted(options.cores(cores) or os.sched_getaffinity(0))
 
 
@@ -125,13 +133,14 @@ def _version(package: str) -> str:
 
 
 def load(name: str) -> Decision | None:
-    """The decision under this key; one that cannot be read is none."""
+    """The decision under this key; None if there is none that can be read."""
     with suppress(OSError, ValueError, TypeError, LookupError):
         return from_json(json.loads(_file(name).read_text("utf-8")))
     return None
 
 
 def save(name: str, decision: Decision) -> None:
+    """Keep the decision under this key. Raises OSError."""
     path = _file(name)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(f".{secrets.token_hex(4)}")
@@ -143,7 +152,7 @@ def save(name: str, decision: Decision) -> None:
 
 
 def from_json(found: dict[str, Any]) -> Decision:
-    """Raises ValueError, TypeError or LookupError for anything else than a decision."""
+    """The decision in `found`. Raises ValueError, TypeError or LookupError if it is none."""
     trials = tuple(
         Trial(
             **{

@@ -1,4 +1,4 @@
-"""Which draft is fastest here: the file as given, or one re-quantised for this processor.
+"""Which draft is fastest here: the file as given, or one that is re-quantised for this processor.
 
 The text never depends on the draft, so speed alone decides: the forecast from what each variant
 costs and how often it agrees with the target. Found once and kept, see `decisions`.
@@ -25,13 +25,13 @@ from outrider_services.tuning import advice, decisions, forecasts, probe
 from outrider_services.tuning.decisions import Decision, Trial, Variant
 from outrider_services.tuning.probe import Findings, Job
 
-USUAL_S = 15  # what the quick form takes, about
+USUAL_S = 15  # about what the quick search takes, before a first run
 LIMIT_S = 60.0  # after which it is given up
-THOROUGH_LIMIT_S = 900.0
-WORTH = 1.02  # a re-quantised draft must be so much faster than the one as given
-WORTH_MOVING = 1.05  # and separate cores than shared ones
-FEW_ROWS, ALL_ROWS = (1, 2, 4, 8), (1, 2, 3, 4, 6, 8, 12, 16)
-# llama_ftype of files with two or three bits to a weight: every type here would be larger
+THOROUGH_LIMIT_S = 900.0  # the same for `outrider tune`
+WORTH = 1.02  # a re-quantised draft must be so many times as fast as the one as given
+WORTH_MOVING = 1.05  # separate cores must be so many times as fast as shared ones
+FEW_ROWS, ALL_ROWS = (1, 2, 4, 8), (1, 2, 3, 4, 6, 8, 12, 16)  # of the target's passes
+# llama_ftype of files with two or three bits to a weight: each of our types would be larger
 SMALL = frozenset({10, 11, 12, 13, 19, 20, 21, 22, 23, 24, 26, 27, 28, 29, 31, 36, 37})
 FOUR_BITS = frozenset({2, 3})  # Q4_0, Q4_1
 
@@ -59,7 +59,7 @@ def prepared(settings: Settings, tell: Tell, ask: Ask = probe.ask) -> Settings:
 
 
 def tunable(settings: Settings) -> bool:
-    """Whether a draft worker of a model of its own is to be started here."""
+    """Whether a draft worker with a model file is to be started here."""
     draft, pipeline = settings.draft, settings.pipeline
     speculates = pipeline.mode != "plain" and draft.n_max != 0
     here = draft.model is not None and draft.place == "spawn"
@@ -84,7 +84,7 @@ def _automatic(settings: Settings, tell: Tell, ask: Ask) -> Settings:
     if decision is None and is_default(settings):
         tell(f"Preparing a draft for this processor, once (about {USUAL_S} s) ...")
         with decisions.locked():
-            decision = decisions.load(name)  # another process may have just been at it
+            decision = decisions.load(name)  # another process may just have made it
             if decision is None:
                 decision = _decide_quickly(settings, name, ask)
         tell(advice.described(decision))
@@ -105,7 +105,7 @@ def _decide_quickly(settings: Settings, name: str, ask: Ask) -> Decision:
 
 
 def is_default(settings: Settings) -> bool:
-    """Whether it is the pair that the texts' answers are of."""
+    """Whether the models are the default pair, whose target gave the answers in texts.toml."""
     try:
         pair = catalogue.default_pair(fetch=False)
     except ModelNotFound:
@@ -114,7 +114,10 @@ def is_default(settings: Settings) -> bool:
 
 
 def with_draft(settings: Settings, quant: str, ask: Ask = probe.ask) -> Settings:
-    """The settings with the draft re-quantised so, which is made if it is not there."""
+    """The settings with the draft re-quantised to this type. The file is made if it is not there.
+
+    Raises OutriderError.
+    """
     source = str(settings.draft.model)
     path = decisions.variant_path(source, quant)
     if not path.exists():
@@ -125,7 +128,7 @@ def with_draft(settings: Settings, quant: str, ask: Ask = probe.ask) -> Settings
 
 
 def on_cores(settings: Settings, target_cores: str, draft_cores: str) -> Settings:
-    """The settings with these cores, if any are said."""
+    """The settings with these cores; unchanged if either is empty."""
     if not (target_cores and draft_cores):
         return settings
     return replace(
@@ -152,23 +155,23 @@ def tune(settings: Settings, ask: Ask = probe.ask) -> Decision:
 
 
 def choose(found: Sequence[Variant]) -> Variant:
-    """The fastest; the first, which is as given, unless another is clearly so."""
+    """The fastest; but the first, which is the draft as given, unless another is clearly faster."""
     best = max(found, key=lambda one: one.rate)
     return best if best.rate > WORTH * found[0].rate else found[0]
 
 
 def candidates(source: str, thorough: bool) -> list[str]:
-    """The types that may be faster than the file as given."""
+    """The types that may be faster than the file `source` is."""
     file_type = read_header(Path(source)).values.get("general.file_type")
     if file_type in SMALL:
         return []
     if file_type in FOUR_BITS:
-        return ["q4_0"]  # its output matrix may still be finer
+        return ["q4_0"]  # the file's output matrix may still have more bits
     return ["q4_0", "q4_1", "q8_0"] if thorough else ["q4_0", "q8_0"]
 
 
 def splits(settings: Settings) -> list[tuple[str, str]]:
-    """Cores for target and draft, where the user left both to us."""
+    """Ways to give target and draft cores of their own; none if the user has said which to use."""
     target, draft = settings.target, settings.draft
     untouched = (target.threads, draft.threads) == (Target().threads, Draft().threads)
     if settings.pipeline.mode != "auto" or target.cores or draft.cores or not untouched:
@@ -196,15 +199,16 @@ class Agreement:
 
 @dataclass
 class Tuner:
-    """One search. The files that it makes and does not choose are deleted, however it ends."""
+    """One search. However it ends, it deletes the files that it has made and not chosen."""
 
     settings: Settings
     ask: Ask
     limit_s: float
     thorough: bool = False
-    made: list[Path] = field(default_factory=list)
-    sequences: tuple[tuple[tuple[Token, ...], int], ...] = ()  # the texts, in the target's tokens
-    expected: tuple[Token, ...] = ()  # what the target says in their answers
+    made: list[Path] = field(default_factory=list)  # re-quantised drafts
+    # the texts in the target's tokens, and how many of them are the answer
+    sequences: tuple[tuple[tuple[Token, ...], int], ...] = ()
+    expected: tuple[Token, ...] = ()  # the target's own tokens in their answers
     agreements: dict[str, Agreement] = field(default_factory=dict)  # by type: cores change none
     began: float = field(default_factory=time.monotonic)
 
@@ -222,7 +226,7 @@ class Tuner:
                 path.unlink(missing_ok=True)
 
     def _trial(self, settings: Settings) -> Trial:
-        """Every variant with the cores of `settings`."""
+        """Measure every draft with the cores of `settings`."""
         mode = settings.pipeline.mode
         pipelined = mode == "pipelined" or (mode == "auto" and not share_cores(settings))
         target = self._target(settings)
@@ -306,7 +310,7 @@ def hopeless(
 ) -> bool:
     """Whether q8_0 could not beat q4_0 even if it agreed as often as the draft as given.
 
-    It reads nearly twice as many bytes; that makes its tokens dearer by at least a quarter.
+    It reads nearly twice as many bytes, which makes its tokens dearer by at least a quarter.
     """
     if quant != "q8_0" or len(found) < 2:
         return False
@@ -316,7 +320,7 @@ def hopeless(
 
 
 def settle(trials: Sequence[Trial]) -> Decision:
-    """The best variant of the first placement, unless another placement is clearly faster."""
+    """The best draft of the first trial, unless one of another trial is clearly faster."""
     best, chosen = trials[0], choose(trials[0].variants)
     for trial in trials[1:]:
         other = choose(trial.variants)
