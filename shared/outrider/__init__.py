@@ -8,16 +8,10 @@ async with outrider.connect() as client:
 
 __version__ = "0.1.0"
 
-from outrider.client import (
-    AsyncClient,
-    Client,
-    Completion,
-    Fragment,
-    Stream,
-    Token,
-    connect,
-)
+from typing import TYPE_CHECKING
+
 from outrider.core.stats import Report
+from outrider.core.values import Drafted, Fragment, Span, Token
 from outrider.errors import (
     BadRequest,
     ConfigError,
@@ -34,6 +28,9 @@ from outrider.errors import (
     WorkerLost,
 )
 
+if TYPE_CHECKING:
+    from outrider.client import AsyncClient, Client, Completion, Stream, connect
+
 __all__ = [
     "AsyncClient",
     "BadRequest",
@@ -41,6 +38,7 @@ __all__ = [
     "Completion",
     "ConfigError",
     "ConnectionFailed",
+    "Drafted",
     "Fragment",
     "IncompatiblePair",
     "InternalError",
@@ -51,9 +49,19 @@ __all__ = [
     "ProtocolError",
     "Report",
     "RequestTimeout",
+    "Span",
     "Stream",
     "Token",
     "UnknownRequest",
     "WorkerLost",
     "connect",
 ]
+
+
+def __getattr__(name: str) -> object:
+    """The client's names, on first use: the core can be had without sockets (PEP 562)."""
+    from outrider import client
+
+    if name in __all__:
+        return getattr(client, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

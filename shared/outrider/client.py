@@ -9,12 +9,13 @@ import threading
 import time
 from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal, TypeVar
 
 from outrider.core.sampling import Sampling
 from outrider.core.stats import Report
+from outrider.core.values import Fragment, Span, Token
 from outrider.errors import (
     ConnectionFailed,
     InternalError,
@@ -23,37 +24,13 @@ from outrider.errors import (
     from_code,
 )
 from outrider.wire import messages as wire
+from outrider.wire.codec import check
 from outrider.wire.transport import Link, PeerGone, address_of
 
 T = TypeVar("T")
 FinishReason = Literal["stop", "length", "cancelled"]
 SILENCE_S = 5.0  # the coordinator pings every second: silent for so long, it is gone
 ANSWER_S = 15.0
-# "target" or "draft", start and end in seconds, rows; then round and base of the pass, or lineage
-# and position of the draft, and the tokens that were chosen or drafted from there on
-Lane = tuple[str, float, float, int, int, int, tuple[int, ...]]
-
-
-@dataclass(frozen=True, slots=True)
-class Token:
-    id: int
-    text: str  # of these bytes alone: a part of a character shows as "\\ufffd"
-    position: int
-    kind: Literal["drafted", "corrected", "bonus", "plain"]
-    logprob: float | None
-
-
-@dataclass(frozen=True, slots=True)
-class Fragment:
-    """One committed block. `text` is whole characters, so it may lag behind `tokens`.
-
-    `drafted` is the block that was verified to get it: (id, confidence of the draft) each.
-    """
-
-    text: str
-    tokens: tuple[Token, ...]
-    round: int
-    drafted: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +61,7 @@ class Completion:
     tokens: tuple[Token, ...]
     prompt_token_ids: tuple[int, ...]
     stats: Report
-    trace: tuple[Lane, ...] | None
+    trace: tuple[Span, ...] | None
 
     @property
     def text(self) -> str:
@@ -99,7 +76,7 @@ class Stream:
         self.prompt_token_ids: tuple[int, ...] = ()
         self.fragments: list[Fragment] = []
         self.stats: Report | None = None  # live; None until the first fragment
-        self.trace: tuple[Lane, ...] | None = None
+        self.trace: tuple[Span, ...] | None = None
         self.finish_reason: FinishReason | None = None
         self._client, self._call = client, call
         self._error: OutriderError | None = None
@@ -116,23 +93,17 @@ class Stream:
             match message:
                 case wire.Started():
                     self.model, self.prompt_token_ids = message.model, message.prompt_tokens
-                case wire.Fragment():
-                    return self._take(message)
-                case wire.Finished():
-                    self.finish_reason = message.reason
-                    self.stats, self.trace = _report(message.stats), message.trace
-                case wire.Failed(_, code, reason):
+                case wire.Progress(_, fragment, stats):
+                    self.fragments.append(fragment)
+                    self.stats = stats
+                    return fragment
+                case wire.Finished(_, reason, stats, trace):
+                    self.finish_reason, self.stats, self.trace = reason, stats, trace
+                case wire.Failed(_, code, words):
                     self._client._forget(self._call)
-                    self._error = from_code(code, reason)
+                    self._error = from_code(code, words)
         self._client._forget(self._call)
         raise StopAsyncIteration
-
-    def _take(self, message: wire.Fragment) -> Fragment:
-        tokens = tuple(Token(t.id, t.text, t.position, t.kind, t.logprob) for t in message.tokens)
-        fragment = Fragment(message.text, tokens, message.round, message.drafted)
-        self.fragments.append(fragment)
-        self.stats = _report(message.stats)
-        return fragment
 
     async def cancel(self) -> None:
         """Stop generating; iteration ends normally. Does nothing when called again or too late."""
@@ -260,7 +231,7 @@ class AsyncClient:
             messages=None
             if messages is None
             else tuple((m["role"], m["content"]) for m in messages),
-            sampling=wire.Sampling(**asdict(sampling)),
+            sampling=sampling,
             n_predict=max_tokens,
             stop=(stop,) if isinstance(stop, str) else tuple(stop),
             ignore_eos=ignore_eos,
@@ -335,7 +306,7 @@ class AsyncClient:
     def _send(self, message: wire.Message) -> None:
         if self._link is None:
             raise InternalError("use the client inside `async with`")
-        wire.check(message)
+        check(message)
         try:
             self._link.send(message)
         except PeerGone:
@@ -455,7 +426,3 @@ class SyncStream:
 
     def __exit__(self, *_: object) -> None:
         self._client._wait(self._stream.__aexit__())
-
-
-def _report(table: Mapping[str, Any]) -> Report:
-    return Report(**{field.name: table.get(field.name) for field in fields(Report)})  # type: ignore[arg-type]

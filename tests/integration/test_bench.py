@@ -249,7 +249,7 @@ def test_recorded_traces_can_be_replayed(cli: Cli, tmp_path: Path) -> None:
         assert set(trace["off_path_confidence"]) == wrong
         assert 0 < trace["prompt_tokens"] <= len(trace["prompt"].encode())
         world = World((0.1,) * 65, 0.01)
-        assert Replay(trace, world.pilot("pipelined"), world).speedup() > 1.5
+        assert Replay(trace, world.rule("pipelined"), world).speedup() > 1.5
     beyond = str(tmp_path / "missing" / "traces.json")
     refused = cli("bench", *QUICK, *SHORT, "--record", beyond)
     assert refused.returncode == 3

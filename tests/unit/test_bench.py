@@ -15,7 +15,7 @@ from unittest import mock
 
 import pytest
 
-from outrider.client import Lane
+from outrider.core.values import Span
 from outrider.errors import ConfigError
 from outrider_services import options
 from outrider_services.bench import peers, plots, prompts, runner
@@ -310,14 +310,14 @@ def test_a_peer_that_is_not_built_names_what_builds_it(tmp_path: Path) -> None:
 # --- pictures -------------------------------------------------------------------------------------
 
 # the draft's second token is wrong: the third was verified with it, the fourth never; then a hit
-TRACE: list[Lane] = [
-    ("target", 0.0, 0.1, 1, 0, 10, (5,)),
-    ("draft", 0.1, 0.2, 2, 1, 11, (6, 9)),
-    ("draft", 0.2, 0.3, 1, 1, 13, (8,)),
-    ("draft", 0.3, 0.4, 1, 1, 14, (8,)),
-    ("target", 0.3, 0.5, 4, 1, 11, (6, 7)),
-    ("draft", 0.5, 0.6, 1, 2, 13, (4,)),
-    ("target", 0.5, 0.7, 1, 2, 13, (4,)),
+TRACE: list[Span] = [
+    Span("target", 0.0, 0.1, 1, 0, 10, (5,)),
+    Span("draft", 0.1, 0.2, 2, 1, 11, (6, 9)),
+    Span("draft", 0.2, 0.3, 1, 1, 13, (8,)),
+    Span("draft", 0.3, 0.4, 1, 1, 14, (8,)),
+    Span("target", 0.3, 0.5, 4, 1, 11, (6, 7)),
+    Span("draft", 0.5, 0.6, 1, 2, 13, (4,)),
+    Span("target", 0.5, 0.7, 1, 2, 13, (4,)),
 ]
 
 

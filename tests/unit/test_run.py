@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import io
 from argparse import Namespace
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from outrider.core.stats import Report, Stats
+from outrider.core.values import Span
 from outrider.errors import BadRequest, ConfigError
 from outrider_services.commands import run
 from outrider_services.commands.printing import chrome_trace, measured, statistics, write_trace
@@ -74,7 +74,7 @@ def test_a_bias_is_a_token_and_what_is_added(text: str, bias: tuple[int, float])
 
 
 def report(**values: Any) -> Report:
-    return replace(Stats("pipelined").report(), **values)
+    return Stats("pipelined").report().changed(**values)
 
 
 def test_the_block_tells_each_figure_and_what_is_unknown() -> None:
@@ -112,8 +112,8 @@ def test_a_measured_speed_up_replaces_the_estimate() -> None:
 
 
 def test_a_trace_has_a_lane_for_each_worker_from_time_zero_in_microseconds(tmp_path: Path) -> None:
-    target = ("target", 5.0, 5.1, 4, 1, 11, (6, 7))
-    draft = ("draft", 5.05, 5.07, 1, 1, 11, (6,))
+    target = Span("target", 5.0, 5.1, 4, 1, 11, (6, 7))
+    draft = Span("draft", 5.05, 5.07, 1, 1, 11, (6,))
     events = chrome_trace((target, draft))["traceEvents"]
     assert [event["args"] for event in events[:2]] == [
         {"name": "target compute"},

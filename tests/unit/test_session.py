@@ -11,27 +11,40 @@ from typing import Any, ClassVar
 import pytest
 
 from outrider.core import decoding
-from outrider.core.rules import Mode, Policy
-from outrider.core.sampling import Token
-from outrider.core.session import (
-    OFFENCES,
-    PATIENCE_S,
-    UNTOLD,
+from outrider.core.draft_record import PATIENCE_S
+from outrider.core.events import (
+    Cancel,
     CloseDraft,
     Command,
     Commit,
-    Drafted,
-    Emit,
+    DraftLost,
+    DraftReady,
+    Event,
+    Failure,
     Fault,
     Finish,
     OpenDraft,
     Prefill,
-    RoundResult,
-    Session,
+    Settle,
+    Start,
     Task,
-    Verify,
+    Timer,
 )
+from outrider.core.rules import FixedRule, Rule
+from outrider.core.sampling import FAR
+from outrider.core.session import OFFENCES, UNTOLD, DraftState, Phase, Session
 from outrider.core.stats import Stats
+from outrider.core.values import (
+    Drafted,
+    Fragment,
+    Mode,
+    Proposal,
+    TokenId,
+    Verdict,
+    Verify,
+    ids_of,
+)
+from outrider.errors import WorkerLost
 
 PROMPT = (90, 91, 92)
 BASE = len(PROMPT)
@@ -40,68 +53,97 @@ VOCABULARY = 100
 STEP_S = 0.01  # of virtual time between two events
 
 TASK = Task(PROMPT, None, (), frozenset({END}), 1000, VOCABULARY)
+PREFILL = Prefill(PROMPT, TASK.sampling, False)
+
+
+def opened(lineage: int, base: int, tokens: tuple[TokenId, ...], until: int) -> OpenDraft:
+    return OpenDraft(lineage, base, tokens, TASK.sampling, VOCABULARY, (END,), until)
 
 
 class Ride:
     """A session, its clock and all that it has commanded."""
 
-    def __init__(self, task: Task = TASK, policy: Policy | None = None, draft: bool = True) -> None:
-        self.session = Session(task, policy or Policy("pipelined", 4), Stats())
+    def __init__(self, task: Task = TASK, rule: Rule | None = None, draft: bool = True) -> None:
+        self.session = Session(task, rule or FixedRule("pipelined", 4), Stats())
         self.now = 0.0
         self.commands: list[Command] = []
         self.last: list[Command] = []
-        self._heard(self.session.start(0.0, draft))
+        self.happens(Start(draft))
 
-    def _heard(self, commands: list[Command]) -> list[Command]:
+    def happens(self, event: Event) -> list[Command]:
+        """What the event leads to, apart from settling."""
+        commands = self.session.handle(event, self.now)
+        settles = [command for command in commands if isinstance(command, Settle)]
+        passes = any(isinstance(command, Verify) for command in commands)
+        assert settles == ([Settle()] if passes else []), "settled when the target is not busy"
+        assert not settles or commands[-1] == Settle()
         self.now += STEP_S
-        self.last = commands
-        self.commands += commands
-        return commands
+        self.last = [command for command in commands if not isinstance(command, Settle)]
+        self.commands += self.last
+        return self.last
 
-    def verdict(self, *tokens: Token, accepted: int = 0, **changes: Any) -> list[Command]:
+    def verdict(self, *tokens: TokenId, accepted: int = 0, **changes: Any) -> list[Command]:
         session = self.session
-        pieces = tuple(bytes((ord("a") + token % 26,)) if token else b"" for token in tokens)
-        base = len(session.tokens)
-        result = RoundResult(session.round, base, accepted, tokens, pieces, None, STEP_S)
-        return self._heard(session.on_verdict(replace(result, **changes), self.now))
+        verdict = Verdict(
+            accepted=accepted,
+            tokens=tokens,
+            round=session.round,
+            base=len(session.tokens),
+            pieces=tuple(bytes((ord("a") + token % 26,)) if token else b"" for token in tokens),
+            margins=(9.0,) * len(tokens),
+            elapsed_s=STEP_S,
+        )
+        return self.happens(verdict.changed(**changes))
 
     def drafted(
         self,
-        *tokens: Token,
+        *tokens: TokenId,
         position: int | None = None,
         lineage: int | None = None,
         confidence: float = 0.9,
+        **changes: Any,
     ) -> list[Command]:
         session = self.session
-        position = len(session.tokens) + len(session.stock) if position is None else position
-        lineage = session.lineage if lineage is None else lineage
-        drafted = [Drafted(token, confidence) for token in tokens]
-        return self._heard(session.on_drafted(lineage, position, drafted, STEP_S, self.now))
+        proposal = Proposal(
+            lineage=session.stock.lineage if lineage is None else lineage,
+            position=len(session.tokens) + len(session.stock) if position is None else position,
+            drafted=tuple(Drafted(token, confidence) for token in tokens),
+            elapsed_s=STEP_S,
+        )
+        return self.happens(proposal.changed(**changes))
 
     def timer(self) -> list[Command]:
         deadline = self.session.deadline
         assert deadline is not None
         self.now = max(self.now, deadline)
-        return self._heard(self.session.on_timer(self.now))
+        return self.happens(Timer())
 
     def lost(self) -> list[Command]:
-        return self._heard(self.session.on_draft_lost(self.now))
+        return self.happens(DraftLost())
 
     def ready(self) -> list[Command]:
-        return self._heard(self.session.on_draft_ready())
+        return self.happens(DraftReady())
 
     def cancel(self) -> list[Command]:
-        return self._heard(self.session.on_cancel())
+        return self.happens(Cancel())
+
+    @property
+    def rides(self) -> bool:
+        return self.session.draft.rides
+
+    @property
+    def is_over(self) -> bool:
+        return self.session.phase is Phase.OVER
 
     # ---- what has come of it --------------------------------------------------------------------
 
     @property
-    def answer(self) -> list[Token]:
+    def answer(self) -> list[TokenId]:
         return self.session.tokens[BASE:]
 
     @property
-    def stock(self) -> list[Token]:
-        return [drafted.token for drafted in self.session.stock]
+    def stock(self) -> list[TokenId]:
+        return list(ids_of(self.session.stock.drafted))
 
     @property
     def discarded(self) -> dict[str, int]:
@@ -109,14 +151,14 @@ class Ride:
 
     @property
     def text(self) -> str:
-        return "".join(command.text for command in self.commands if isinstance(command, Emit))
+        return "".join(command.text for command in self.commands if isinstance(command, Fragment))
 
     @property
     def kinds(self) -> list[str]:
         return [
             token.kind
             for command in self.commands
-            if isinstance(command, Emit)
+            if isinstance(command, Fragment)
             for token in command.tokens
         ]
 
@@ -134,14 +176,14 @@ class Ride:
         assert +Counter(stats.own) == kinds - Counter(drafted=kinds["drafted"])
 
 
-def verifying(*block: Token, policy: Policy | None = None, task: Task = TASK) -> Ride:
+def verifying(*block: TokenId, rule: Rule | None = None, task: Task = TASK) -> Ride:
     """A ride with `block` at the target, which is all that has been drafted."""
-    ride = Ride(task, policy or Policy("pipelined", max(1, len(block))))
+    ride = Ride(task, rule or FixedRule("pipelined", max(1, len(block))))
     ride.verdict(1)  # answered by a plain pass, as nothing has been drafted
     for token in (2, *block) if block else ():
         ride.drafted(token)
     ride.verdict(2)  # a hit, if anything was drafted: the block behind it is next
-    assert ride.session.verifying == len(block)
+    assert (ride.session.phase, ride.session.block) == (Phase.VERIFYING, len(block))
     return ride
 
 
@@ -150,37 +192,39 @@ def verifying(*block: Token, policy: Policy | None = None, task: Task = TASK) ->
 
 def test_it_starts_with_prefill_and_the_draft_prefills_the_same() -> None:
     ride = Ride()
-    assert ride.last == [Prefill(), OpenDraft(1, BASE, PROMPT, BASE + 10)]
+    assert ride.last == [PREFILL, opened(1, BASE, PROMPT, BASE + 10)]
 
 
 def test_a_synchronous_draft_does_not_draft_during_prefill() -> None:
-    ride = Ride(policy=Policy("sync", 4))
+    ride = Ride(rule=FixedRule("sync", 4))
     assert ride.one(OpenDraft).until == BASE
     ride.verdict(1)
     assert ride.one(Commit).until == BASE + 1 + 4
 
 
-@pytest.mark.parametrize("policy", [Policy("plain"), Policy("sync", 0), Policy("pipelined", 0)])
-def test_a_plain_request_opens_no_draft(policy: Policy) -> None:
-    ride = Ride(policy=policy)
-    assert ride.last == [Prefill()]
+@pytest.mark.parametrize(
+    "rule", [FixedRule("plain"), FixedRule("sync", 0), FixedRule("pipelined", 0)]
+)
+def test_a_plain_request_opens_no_draft(rule: Rule) -> None:
+    ride = Ride(rule=rule)
+    assert ride.last == [PREFILL]
     assert ride.ready() == []
 
 
 def test_without_a_draft_worker_it_is_plain_until_one_comes() -> None:
     ride = Ride(draft=False)
-    assert ride.last == [Prefill()]
+    assert ride.last == [PREFILL]
     assert ride.verdict(1)[0] == Verify(1, BASE + 1, ())
-    assert ride.ready() == [OpenDraft(1, BASE + 1, (*PROMPT, 1), BASE + 1 + 10)]
+    assert ride.ready() == [opened(1, BASE + 1, (*PROMPT, 1), BASE + 1 + 10)]
     assert ride.ready() == []
 
 
 def test_the_first_token_comes_from_prefill_and_does_not_wait_for_the_draft() -> None:
-    ride = Ride(policy=Policy("sync", 4))
+    ride = Ride(rule=FixedRule("sync", 4))
     ride.verdict(1)
     assert ride.answer == [1]
     assert ride.kinds == ["plain"]
-    assert ride.one(Emit).text == "b"
+    assert ride.one(Fragment).text == "b"
 
 
 # --- the commit of n + 1 tokens -------------------------------------------------------------------
@@ -198,7 +242,7 @@ def test_the_first_token_comes_from_prefill_and_does_not_wait_for_the_draft() ->
     ],
 )
 def test_n_accepted_tokens_commit_one_more(
-    block: tuple[Token, ...], accepted: int, tokens: tuple[Token, ...], kinds: list[str]
+    block: tuple[TokenId, ...], accepted: int, tokens: tuple[TokenId, ...], kinds: list[str]
 ) -> None:
     ride = verifying(*block)
     stats = ride.session.stats
@@ -206,12 +250,12 @@ def test_n_accepted_tokens_commit_one_more(
     ride.verdict(*tokens, accepted=accepted)
     assert ride.answer == [1, 2, *tokens]
     assert ride.kinds == ["plain", "plain", *kinds]
-    emit = ride.one(Emit)
-    assert [(token.id, token.position) for token in emit.tokens] == list(
+    fragment = ride.one(Fragment)
+    assert [(token.id, token.position) for token in fragment.tokens] == list(
         zip(tokens, range(BASE + 2, BASE + 9), strict=False)
     )
-    assert tuple(drafted.token for drafted in emit.drafted) == block
-    assert ride.one(Commit) == Commit(BASE + 2, tokens, ride.session._until)
+    assert ids_of(fragment.drafted) == block
+    assert ride.one(Commit) == Commit(BASE + 2, tokens, ride.session.draft.until)
     after = stats.verified, stats.accepted, stats.rounds
     counted = tuple(b - a for a, b in zip(before, after, strict=True))
     assert counted == (len(block), accepted, bool(block))
@@ -230,16 +274,16 @@ def test_only_plain_steps_say_what_a_plain_step_takes() -> None:
 def test_logprobs_go_with_their_tokens() -> None:
     ride = verifying(5)
     ride.verdict(5, 7, accepted=1, logprobs=(-0.5, -1.5))
-    assert [token.logprob for token in ride.one(Emit).tokens] == [-0.5, -1.5]
+    assert [token.logprob for token in ride.one(Fragment).tokens] == [-0.5, -1.5]
 
 
 def test_the_workers_are_told_before_the_client() -> None:
     ride = verifying(5)
-    assert list(map(type, ride.verdict(5, 7, accepted=1))) == [Verify, Commit, Emit]
+    assert list(map(type, ride.verdict(5, 7, accepted=1))) == [Verify, Commit, Fragment]
 
 
 def test_a_pass_takes_what_was_drafted_in_order_and_no_more_than_a_block() -> None:
-    ride = Ride(policy=Policy("pipelined", 2))
+    ride = Ride(rule=FixedRule("pipelined", 2))
     ride.verdict(1)
     for token in (2, 3, 4, 5):
         ride.drafted(token)
@@ -252,7 +296,7 @@ def test_there_is_never_more_than_one_pass_under_way() -> None:
     assert ride.drafted(1) == []
     assert ride.drafted(2) == []
     assert ride.lost() == []
-    assert ride.session.verifying == 0
+    assert (ride.session.phase, ride.session.block) == (Phase.VERIFYING, 0)
 
 
 # --- lineages -------------------------------------------------------------------------------------
@@ -264,12 +308,12 @@ def test_after_a_hit_the_lineage_goes_on() -> None:
     for token in (2, 3, 4):
         ride.drafted(token)
     ride.verdict(2)
-    assert (ride.session.lineage, ride.session.stats.hits) == (1, 1)
+    assert (ride.session.stock.lineage, ride.session.stats.hits) == (1, 1)
     assert ride.one(Verify).drafted == (3, 4)
     ride.drafted(5)
     ride.drafted(6)
     ride.verdict(3, 4, 5, accepted=2)
-    assert (ride.session.lineage, ride.session.stats.hits) == (1, 2)
+    assert (ride.session.stock.lineage, ride.session.stats.hits) == (1, 2)
     assert ride.stock == [6]
 
 
@@ -278,7 +322,7 @@ def test_a_correction_voids_all_that_was_drafted_behind_it() -> None:
     ride.drafted(5)
     ride.drafted(6)
     ride.verdict(3, 9, accepted=1)
-    assert (ride.session.lineage, ride.stock) == (2, [])
+    assert (ride.session.stock.lineage, ride.stock) == (2, [])
     assert ride.discarded == {"correction": 2}
 
 
@@ -287,7 +331,7 @@ def test_a_bonus_that_misses_voids_what_was_drafted_in_the_meantime() -> None:
     ride.drafted(5)
     ride.drafted(6)
     ride.verdict(3, 9, accepted=1)
-    assert (ride.session.lineage, ride.stock) == (2, [])
+    assert (ride.session.stock.lineage, ride.stock) == (2, [])
     assert ride.discarded == {"miss": 2}
 
 
@@ -307,7 +351,7 @@ def test_what_a_broken_lineage_still_sends_is_counted_and_dropped() -> None:
     ("tokens", "accepted"), [((9,), 0), ((3, 9), 1)], ids=["correction", "miss"]
 )
 def test_a_new_lineage_begins_where_the_old_one_broke(
-    tokens: tuple[Token, ...], accepted: int
+    tokens: tuple[TokenId, ...], accepted: int
 ) -> None:
     ride = verifying(3)
     for token in (4, 5, 6):  # further than where it breaks
@@ -323,7 +367,7 @@ def test_a_late_token_that_agrees_is_a_hit_and_keeps_the_lineage() -> None:
     ride.verdict(2)
     ride.drafted(1, position=BASE)
     ride.drafted(2, 3, position=BASE + 1)
-    assert (ride.session.lineage, ride.session.stats.hits) == (1, 2)
+    assert (ride.session.stock.lineage, ride.session.stats.hits) == (1, 2)
     assert ride.stock == [3]
 
 
@@ -332,7 +376,7 @@ def test_a_late_token_that_differs_ends_its_lineage() -> None:
     ride.verdict(1)
     ride.verdict(2)
     ride.drafted(1, 7, 8, position=BASE)  # 7 where 2 is, and 8 behind it
-    assert (ride.session.lineage, ride.session.stats.hits, ride.stock) == (2, 1, [])
+    assert (ride.session.stock.lineage, ride.session.stats.hits, ride.stock) == (2, 1, [])
     assert ride.discarded == {"miss": 2}
     ride.drafted(9, lineage=1, position=BASE + 3)
     assert ride.discarded == {"miss": 2, "stale": 1}
@@ -348,7 +392,7 @@ def test_several_lineages_may_end_one_after_the_other_on_their_way() -> None:
     ride.drafted(7, lineage=1, position=BASE)
     ride.drafted(7, lineage=2, position=BASE + 1)
     ride.drafted(7, lineage=3, position=BASE + 2)
-    assert ride.session.lineage == 4
+    assert ride.session.stock.lineage == 4
     ride.drafted(4, lineage=4, position=BASE + 3)
     assert ride.stock == [4]
 
@@ -358,28 +402,28 @@ def test_a_draft_that_was_told_tokens_goes_on_behind_them() -> None:
     ride.verdict(1)
     ride.verdict(2)
     ride.drafted(3, position=BASE + 2)  # its stream had neither 1 nor 2: both were appended
-    assert (ride.session.lineage, ride.stock) == (1, [3])
+    assert (ride.session.stock.lineage, ride.stock) == (1, [3])
 
 
 def test_a_rejected_block_that_was_all_there_was_still_ends_the_lineage() -> None:
     ride = verifying(3)
     ride.verdict(9)
-    assert ride.session.lineage == 2
+    assert ride.session.stock.lineage == 2
 
 
 def test_a_bonus_behind_which_nothing_was_drafted_yet_ends_none() -> None:
     ride = verifying(3)
     ride.verdict(3, 9, accepted=1)
-    assert ride.session.lineage == 1
+    assert ride.session.stock.lineage == 1
     ride.drafted(8, position=BASE + 3)  # on its way when the bonus was committed
-    assert ride.session.lineage == 2
+    assert ride.session.stock.lineage == 2
 
 
 # --- where an answer ends -------------------------------------------------------------------------
 
 
 def play(
-    ride: Ride, truth: Callable[[int], Token], guess: Callable[[int], Token], passes: int = 500
+    ride: Ride, truth: Callable[[int], TokenId], guess: Callable[[int], TokenId], passes: int = 500
 ) -> None:
     """Let a target that knows the text and a draft that guesses it run until the request ends.
 
@@ -387,11 +431,11 @@ def play(
     """
     session = ride.session
     for _ in range(passes):
-        if session.over:
+        if session.phase is Phase.OVER:
             return
-        while session.riding and not session.over:
+        while session.draft.rides and session.phase is not Phase.OVER:
             position = len(session.tokens) + len(session.stock)
-            if position >= session._until or (ride.stock and ride.stock[-1] in TASK.ends):
+            if position >= session.draft.until or (ride.stock and ride.stock[-1] in TASK.ends):
                 break
             ride.drafted(guess(position))
         verify = next(c for c in reversed(ride.commands) if isinstance(c, Verify | Prefill))
@@ -403,11 +447,11 @@ def play(
     raise AssertionError(f"not over after {passes} passes")
 
 
-def text_of(position: int) -> Token:
+def text_of(position: int) -> TokenId:
     return 1 + position * 7 % 50
 
 
-GUESSES: dict[str, Callable[[int], Token]] = {
+GUESSES: dict[str, Callable[[int], TokenId]] = {
     "perfect": text_of,
     "always-wrong": lambda position: text_of(position) + 1,
     "every-third-wrong": lambda position: text_of(position) + (position % 3 == 0),
@@ -420,7 +464,7 @@ GUESSES: dict[str, Callable[[int], Token]] = {
 def test_the_answer_has_exactly_as_many_tokens_as_asked_for(
     n_predict: int, mode: Mode, guess: str
 ) -> None:
-    ride = Ride(replace(TASK, n_predict=n_predict), Policy(mode, 5))
+    ride = Ride(replace(TASK, n_predict=n_predict), FixedRule(mode, 5))
     play(ride, text_of, GUESSES[guess])
     assert ride.answer == [text_of(BASE + n) for n in range(n_predict)]
     assert ride.one(Finish) == Finish("length")
@@ -432,7 +476,7 @@ def test_the_answer_has_exactly_as_many_tokens_as_asked_for(
 @pytest.mark.parametrize("room", [1, 2, 17])
 @pytest.mark.parametrize("n_predict", [None, 500])
 def test_a_full_context_ends_the_answer(n_predict: int | None, room: int, guess: str) -> None:
-    ride = Ride(replace(TASK, n_predict=n_predict, context=BASE + room), Policy("pipelined", 5))
+    ride = Ride(replace(TASK, n_predict=n_predict, context=BASE + room), FixedRule("pipelined", 5))
     play(ride, text_of, GUESSES[guess])
     assert len(ride.session.tokens) == BASE + room
     assert ride.one(Finish) == Finish("length")
@@ -441,7 +485,7 @@ def test_a_full_context_ends_the_answer(n_predict: int | None, room: int, guess:
 
 @pytest.mark.parametrize("mode", ["sync", "pipelined"])
 def test_neither_worker_is_asked_beyond_the_end_of_the_answer(mode: Mode) -> None:
-    ride = Ride(replace(TASK, n_predict=9), Policy(mode, 5))
+    ride = Ride(replace(TASK, n_predict=9), FixedRule(mode, 5))
     play(ride, text_of, text_of)
     last = BASE + 9 - 1  # where the answer's last token stands, always the target's own
     for command in ride.commands:
@@ -462,7 +506,7 @@ def test_an_end_token_ends_the_answer_and_has_no_text() -> None:
     ride = verifying()
     ride.verdict(END, pieces=(b"<end>",))
     assert (ride.answer, ride.text) == ([1, 2, END], "bc")
-    assert list(map(type, ride.last)) == [Emit, CloseDraft, Finish]
+    assert list(map(type, ride.last)) == [Fragment, CloseDraft, Finish]
     assert ride.one(Finish) == Finish("stop")
     ride.check_counts()
 
@@ -477,7 +521,7 @@ def test_an_end_token_ends_the_answer_and_has_no_text() -> None:
     ],
 )
 def test_an_end_token_in_a_block(
-    block: tuple[Token, ...], tokens: tuple[Token, ...], accepted: int, truncated: int
+    block: tuple[TokenId, ...], tokens: tuple[TokenId, ...], accepted: int, truncated: int
 ) -> None:
     ride = verifying(*block)
     ride.verdict(*tokens, accepted=accepted)
@@ -488,7 +532,7 @@ def test_an_end_token_in_a_block(
 
 
 def test_behind_a_drafted_end_token_no_more_is_waited_for() -> None:
-    ride = Ride(policy=Policy("sync", 4))
+    ride = Ride(rule=FixedRule("sync", 4))
     ride.verdict(1)
     assert ride.drafted(5) == []
     assert ride.drafted(END) == [Verify(1, BASE + 1, (5, END))]
@@ -525,10 +569,10 @@ def test_a_stop_string_that_straddles_rounds_is_not_shown() -> None:
     shown = []
     for piece in (b"one S", b"T", b"O"):
         ride.verdict(1, pieces=(piece,))
-        shown.append(ride.one(Emit).text)
+        shown.append(ride.one(Fragment).text)
     assert shown == ["one ", "", ""]
     ride.verdict(1, pieces=(b"P and more",))
-    assert (ride.one(Emit).text, ride.one(Finish)) == ("", Finish("stop"))
+    assert (ride.one(Fragment).text, ride.one(Finish)) == ("", Finish("stop"))
     assert ride.text == "one "
 
 
@@ -542,7 +586,7 @@ def test_what_only_began_like_a_stop_string_is_shown_after_all() -> None:
 @pytest.mark.parametrize(
     ("n_predict", "last"), [(2, 1), (9, END)], ids=["at-the-length", "at-an-end-token"]
 )
-def test_what_was_held_back_is_released_at_the_end(n_predict: int, last: Token) -> None:
+def test_what_was_held_back_is_released_at_the_end(n_predict: int, last: TokenId) -> None:
     ride = Ride(replace(TASK, stop=("STOP",), n_predict=n_predict))
     ride.verdict(1, pieces=(b"ST",))
     ride.verdict(last, pieces=(b"",))
@@ -556,16 +600,16 @@ def test_nothing_is_shown_behind_a_stop_string_not_even_half_a_character() -> No
 
 
 def test_a_character_over_several_tokens_comes_whole() -> None:
-    ride = verifying(5, 6, 7, policy=Policy("pipelined", 3))
+    ride = verifying(5, 6, 7, rule=FixedRule("pipelined", 3))
     ride.verdict(5, 6, 7, 8, accepted=3, pieces=(b"\xf0", b"\x9f\x9a", b"\x80\xe4\xb8", b"\xad"))
-    assert ride.one(Emit).text == "🚀中"
+    assert ride.one(Fragment).text == "🚀中"
 
 
 # --- a draft that breaks the rules ----------------------------------------------------------------
 
 
 def garbage(
-    *tokens: Token, ahead: int = 0, lineage: int = 0, confidence: float = 0.9
+    *tokens: TokenId, ahead: int = 0, lineage: int = 0, confidence: float = 0.9
 ) -> dict[str, Any]:
     return {"tokens": tokens, "ahead": ahead, "lineage": lineage, "confidence": confidence}
 
@@ -591,7 +635,7 @@ def throw(ride: Ride, wrong: dict[str, Any]) -> list[Command]:
     return ride.drafted(
         *wrong["tokens"],
         position=len(session.tokens) + len(session.stock) + wrong["ahead"],
-        lineage=session.lineage + wrong["lineage"],
+        lineage=session.stock.lineage + wrong["lineage"],
         confidence=wrong["confidence"],
     )
 
@@ -600,13 +644,13 @@ def throw(ride: Ride, wrong: dict[str, Any]) -> list[Command]:
 def test_garbage_is_not_taken_and_the_third_piece_closes_the_draft(wrong: dict[str, Any]) -> None:
     ride = verifying(3)
     ride.drafted(4)  # its lead is four tokens, one of them verified: more than two are too many
-    before = ride.stock, ride.session.lineage, ride.session.stats.created
+    before = ride.stock, ride.session.stock.lineage, ride.session.stats.created
     for _ in range(OFFENCES - 1):
         assert throw(ride, wrong) == []
-        assert ride.session.riding
+        assert ride.rides
     assert throw(ride, wrong) == [CloseDraft()]
-    assert not ride.session.riding
-    assert (ride.stock, ride.session.lineage, ride.session.stats.created) == before
+    assert not ride.rides
+    assert (ride.stock, ride.session.stock.lineage, ride.session.stats.created) == before
     assert ride.ready() == []  # it is not given another chance
     assert throw(ride, wrong) == []
     ride.verdict(3, 4, accepted=1)
@@ -615,7 +659,7 @@ def test_garbage_is_not_taken_and_the_third_piece_closes_the_draft(wrong: dict[s
 
 
 def test_an_offence_while_the_target_waits_does_not_leave_it_waiting() -> None:
-    ride = Ride(policy=Policy("sync", 4))
+    ride = Ride(rule=FixedRule("sync", 4))
     ride.verdict(1)
     for _ in range(OFFENCES - 1):
         ride.drafted()
@@ -629,7 +673,7 @@ def test_old_lineages_are_no_offence_however_many() -> None:
     ride.verdict(9)
     for _ in range(2 * OFFENCES):
         ride.drafted(VOCABULARY + 1, lineage=1, position=10**6)
-    assert ride.session.riding
+    assert ride.rides
 
 
 def test_just_as_far_as_its_lead_a_draft_may_go() -> None:
@@ -645,19 +689,19 @@ def test_just_as_far_as_its_lead_a_draft_may_go() -> None:
 
 
 def test_what_a_lost_draft_has_drafted_is_still_verified() -> None:
-    ride = Ride(policy=Policy("pipelined", 2))
+    ride = Ride(rule=FixedRule("pipelined", 2))
     ride.verdict(1)
     for token in (2, 3, 4, 5, 6):
         ride.drafted(token)
     ride.lost()
-    assert ride.verdict(2) == [Verify(2, BASE + 2, (3, 4)), ride.one(Emit)]
+    assert ride.verdict(2) == [Verify(2, BASE + 2, (3, 4)), ride.one(Fragment)]
     assert ride.verdict(3, 4, 5, accepted=2)[0] == Verify(3, BASE + 5, (6,))
     assert ride.drafted(9) == []
     assert ride.stock == [6]
 
 
 def test_a_lost_draft_is_not_waited_for() -> None:
-    ride = Ride(policy=Policy("sync", 4))
+    ride = Ride(rule=FixedRule("sync", 4))
     ride.verdict(1)
     ride.drafted(2)
     assert ride.session.deadline is not None
@@ -667,21 +711,21 @@ def test_a_lost_draft_is_not_waited_for() -> None:
 
 
 def test_a_draft_that_comes_back_goes_on_behind_what_is_in_stock() -> None:
-    ride = Ride(policy=Policy("pipelined", 2))
+    ride = Ride(rule=FixedRule("pipelined", 2))
     ride.verdict(1)
     for token in (2, 3, 4, 5):
         ride.drafted(token)
     ride.verdict(2)  # 3 and 4 are at the target now, 5 is in stock
     ride.lost()
     stream = (*PROMPT, 1, 2, 3, 4, 5)
-    assert ride.ready() == [OpenDraft(2, BASE + 2, stream, BASE + 2 + 6)]
+    assert ride.ready() == [opened(2, BASE + 2, stream, BASE + 2 + 6)]
     ride.drafted(5, lineage=1, position=len(stream))
     assert ride.discarded == {"stale": 1}
     ride.drafted(6, lineage=2, position=len(stream))
     assert ride.stock == [3, 4, 5, 6]
     ride.verdict(3, 4, 5, accepted=2)
     assert ride.one(Commit).base == BASE + 2
-    assert (ride.session.lineage, ride.stock) == (2, [6])
+    assert (ride.session.stock.lineage, ride.stock) == (2, [6])
 
 
 def test_a_draft_that_came_back_may_not_repeat_what_is_in_stock() -> None:
@@ -699,21 +743,21 @@ def test_a_correction_of_the_old_stock_breaks_the_new_drafts_lineage_too() -> No
     ride.ready()
     ride.drafted(5)
     ride.verdict(9)
-    assert (ride.session.lineage, ride.stock) == (3, [])
+    assert (ride.session.stock.lineage, ride.stock) == (3, [])
 
 
 def test_a_draft_that_came_during_prefill_has_the_prompt_only() -> None:
-    ride = Ride(policy=Policy("sync", 4))
+    ride = Ride(rule=FixedRule("sync", 4))
     ride.lost()
-    assert ride.ready() == [OpenDraft(2, BASE, PROMPT, BASE)]
+    assert ride.ready() == [opened(2, BASE, PROMPT, BASE)]
 
 
 def test_a_late_draft_is_waited_for_until_the_deadline_and_not_again() -> None:
-    ride = Ride(policy=Policy("sync", 4))
+    ride = Ride(rule=FixedRule("sync", 4))
     ride.verdict(1)
     ride.drafted(2)
     assert ride.session.deadline is not None
-    assert ride.session.on_timer(ride.session.deadline - 1e-6) == []
+    assert ride.session.handle(Timer(), ride.session.deadline - 1e-6) == []
     stop = Commit(BASE + 1, (), until=BASE + 1)
     assert ride.timer() == [Verify(1, BASE + 1, (2,)), stop]
     assert ride.session.deadline is None
@@ -724,7 +768,7 @@ def test_a_late_draft_is_waited_for_until_the_deadline_and_not_again() -> None:
     assert ride.session.deadline is not None
 
 
-class Sleepy(Policy):
+class Sleepy(FixedRule):
     """Lets the draft rest until it is woken."""
 
     awake: ClassVar[bool] = False
@@ -744,7 +788,7 @@ class Absent(Sleepy):
 def test_an_idle_draft_hears_of_the_text_when_it_is_to_work(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    ride = Ride(policy=Sleepy("pipelined", 4))
+    ride = Ride(rule=Sleepy("pipelined", 4))
     for token in (1, 2, 3):
         ride.verdict(token)
     assert not [command for command in ride.commands if isinstance(command, Commit)]
@@ -756,7 +800,7 @@ def test_an_idle_draft_hears_of_the_text_when_it_is_to_work(
 
 
 def test_what_an_idle_draft_has_not_heard_is_bounded() -> None:
-    ride = Ride(policy=Sleepy("pipelined", 4))
+    ride = Ride(rule=Sleepy("pipelined", 4))
     for _ in range(3 * UNTOLD):
         ride.verdict(1)
     told = [command for command in ride.commands if isinstance(command, Commit)]
@@ -767,9 +811,9 @@ def test_what_an_idle_draft_has_not_heard_is_bounded() -> None:
 def test_a_draft_that_rests_from_the_start_is_opened_when_it_is_needed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    ride = Ride(policy=Absent("pipelined", 4))
+    ride = Ride(rule=Absent("pipelined", 4))
     ride.verdict(1)
-    assert not ride.session.riding
+    assert not ride.rides
     monkeypatch.setattr(Sleepy, "awake", True)
     ride.verdict(2)
     assert ride.one(OpenDraft).tokens == (*PROMPT, 1, 2)
@@ -778,7 +822,7 @@ def test_a_draft_that_rests_from_the_start_is_opened_when_it_is_needed(
 
 
 def test_each_drafted_token_puts_the_deadline_off() -> None:
-    ride = Ride(policy=Policy("sync", 4))
+    ride = Ride(rule=FixedRule("sync", 4))
     ride.verdict(1)
     first = ride.session.deadline
     ride.drafted(2)
@@ -790,12 +834,13 @@ def test_each_drafted_token_puts_the_deadline_off() -> None:
 
 @pytest.mark.parametrize("elapsed_s", [0.0, 1e-3, 0.01, 1.0, 1e6])
 def test_patience_has_its_bounds_however_slow_the_draft(elapsed_s: float) -> None:
-    ride = Ride(policy=Policy("sync", 40))
+    ride = Ride(rule=FixedRule("sync", 40))
     ride.verdict(1)
     for _ in range(30):
         at, session = ride.now, ride.session
         position = len(session.tokens) + len(session.stock)
-        session.on_drafted(session.lineage, position, [Drafted(5, 0.9)], elapsed_s, at)
+        drafted = (Drafted(5, 0.9),)
+        session.handle(Proposal(session.stock.lineage, position, drafted, elapsed_s), at)
         assert session.deadline is not None
         waited = session.deadline - at
         assert PATIENCE_S[0] - 1e-9 <= waited <= PATIENCE_S[1] + 1e-9
@@ -806,7 +851,7 @@ def test_patience_has_its_bounds_however_slow_the_draft(elapsed_s: float) -> Non
 def test_without_a_deadline_the_timer_does_nothing() -> None:
     ride = Ride()
     assert ride.session.deadline is None
-    assert ride.session.on_timer(1e9) == []
+    assert ride.session.handle(Timer(), 1e9) == []
 
 
 # --- cancelling -----------------------------------------------------------------------------------
@@ -824,19 +869,19 @@ def test_cancelling_ends_at_once_and_once_only() -> None:
 def test_what_was_held_back_is_shown_before_the_cancellation() -> None:
     ride = Ride(replace(TASK, stop=("STOP",)), draft=False)
     ride.verdict(1, pieces=(b"ST",))
-    assert ride.cancel() == [Emit(1, "ST", (), ()), Finish("cancelled")]
+    assert ride.cancel() == [Fragment(1, "ST", (), ()), Finish("cancelled")]
 
 
 def test_once_over_nothing_that_still_comes_has_an_effect() -> None:
     ride = verifying(3)
-    late = RoundResult(ride.session.round, BASE + 2, 1, (3, 4), (b"d", b"e"), None, 0.1)
+    late = Verdict(1, (3, 4), ride.session.round, BASE + 2, (b"d", b"e"), (9.0, 9.0))
     ride.cancel()
     created = ride.session.stats.created
-    assert ride.session.on_verdict(late, 9.0) == []
+    assert ride.happens(late) == []
     assert ride.drafted(5) == []
     assert ride.lost() == []
     assert ride.ready() == []
-    assert ride.session.on_timer(1e9) == []
+    assert ride.session.handle(Timer(), 1e9) == []
     assert (ride.answer, ride.session.stats.created) == ([1, 2], created)
 
 
@@ -850,16 +895,16 @@ def test_a_verdict_of_another_round_or_base_is_ignored(changes: dict[str, int]) 
     ride = verifying(3)
     assert ride.session.round == 2
     assert ride.verdict(3, 4, accepted=1, **changes) == []
-    assert (ride.answer, ride.session.verifying) == ([1, 2], 1)
+    assert (ride.answer, ride.session.phase) == ([1, 2], Phase.VERIFYING)
     assert ride.verdict(3, 4, accepted=1) != []
 
 
 def test_a_verdict_counts_once() -> None:
-    ride = Ride(policy=Policy("sync", 4))
-    verdict = RoundResult(0, BASE, 0, (1,), (b"b",), None, 0.1)
-    assert ride.session.on_verdict(verdict, 1.0) != []
-    assert ride.session.verifying is None  # it waits for the draft
-    assert ride.session.on_verdict(verdict, 1.0) == []
+    ride = Ride(rule=FixedRule("sync", 4))
+    verdict = Verdict(0, (1,), 0, BASE, (b"b",), (9.0,))
+    assert ride.happens(verdict) != []
+    assert ride.session.phase is Phase.WAITING  # for the draft
+    assert ride.happens(verdict) == []
     assert ride.answer == [1]
 
 
@@ -878,25 +923,26 @@ def test_a_verdict_counts_once() -> None:
         pytest.param((VOCABULARY,), {}, id="a-token-outside-the-vocabulary"),
         pytest.param((9,), {"pieces": ()}, id="a-token-without-text"),
         pytest.param((9,), {"pieces": (b"a", b"b")}, id="a-text-without-token"),
+        pytest.param((9,), {"margins": ()}, id="a-token-without-margin"),
         pytest.param((9,), {"logprobs": ()}, id="a-token-without-logprob"),
         pytest.param((9,), {"logprobs": (-1.0, -2.0)}, id="a-logprob-without-token"),
     ],
 )
 def test_an_impossible_verdict_fails_the_request(
-    tokens: tuple[Token, ...], changes: dict[str, Any]
+    tokens: tuple[TokenId, ...], changes: dict[str, Any]
 ) -> None:
     ride = verifying(3, 4)
     ride.verdict(*tokens, **changes)
     assert list(map(type, ride.last)) == [CloseDraft, Fault]
-    assert "target worker broke the protocol" in ride.one(Fault).message
-    assert (ride.answer, ride.session.over) == ([1, 2], True)
+    assert "target worker broke the protocol" in str(ride.one(Fault).error)
+    assert (ride.answer, ride.is_over) == ([1, 2], True)
     assert ride.verdict(9) == []
 
 
 def test_while_the_target_is_idle_no_verdict_counts() -> None:
-    ride = Ride(policy=Policy("sync", 4))
+    ride = Ride(rule=FixedRule("sync", 4))
     ride.verdict(1)
-    assert ride.session.verifying is None
+    assert ride.session.phase is Phase.WAITING
     assert ride.verdict(2) == []
     assert ride.answer == [1]
 
@@ -906,10 +952,11 @@ def test_while_the_target_is_idle_no_verdict_counts() -> None:
 
 def test_the_trace_has_every_pass_and_drafted_token_if_asked_for() -> None:
     ride = verifying(3, task=replace(TASK, trace=True))
-    assert [(lane, rows) for lane, _, _, rows, *_ in ride.session.trace] == [
+    trace = ride.session.trace
+    assert [(span.lane, span.rows) for span in trace] == [
         *(("target", 1), ("draft", 1), ("draft", 1), ("target", 1))
     ]
-    assert all(end - start == pytest.approx(STEP_S) for _, start, end, *_ in ride.session.trace)
+    assert all(span.end - span.start == pytest.approx(STEP_S) for span in trace)
     assert verifying(3).session.trace == []
 
 
@@ -920,10 +967,119 @@ def all_of(commands: Iterable[Command], kind: type[Command]) -> Sequence[Command
 @pytest.mark.parametrize("guess", GUESSES)
 @pytest.mark.parametrize("mode", ["plain", "sync", "pipelined"])
 def test_there_is_one_end_and_each_round_is_numbered(mode: Mode, guess: str) -> None:
-    ride = Ride(replace(TASK, n_predict=40), Policy(mode, 3))
+    ride = Ride(replace(TASK, n_predict=40), FixedRule(mode, 3))
     play(ride, text_of, GUESSES[guess])
     assert len(all_of(ride.commands, Finish)) == 1
     assert isinstance(ride.commands[-1], Finish)
     rounds = [command.round for command in ride.commands if isinstance(command, Verify)]
     assert rounds == list(range(1, len(rounds) + 1))
-    assert [c.round for c in ride.commands if isinstance(c, Emit)] == [0, *rounds]
+    assert [c.round for c in ride.commands if isinstance(c, Fragment)] == [0, *rounds]
+
+
+# --- several requests ----------------------------------------------------------------------------
+
+
+class Noted(FixedRule):
+    """Keeps what it is told of times."""
+
+    def __init__(self, mode: Mode, n_max: int) -> None:
+        super().__init__(mode, n_max)
+        self.round_trips: list[float] = []
+        self.spent: list[float] = []
+        self.turns: list[float | None] = []
+
+    def verified(self, rows: int, elapsed_s: float, round_trip_s: float) -> None:
+        self.round_trips.append(round_trip_s)
+
+    def committed(self, tokens: int, spent_s: float) -> None:
+        self.spent.append(spent_s)
+
+    def drafted(self, each_s: float, confidences: Sequence[float], turn_s: float | None) -> None:
+        self.turns.append(turn_s)
+
+
+def test_waiting_behind_other_requests_is_nobodys_cost() -> None:
+    rule = Noted("sync", 1)
+    ride = Ride(rule=rule)
+    ride.verdict(1)
+    ride.now += 5.0  # the draft worker drafted for others first
+    ride.drafted(2, waited_s=5.0)
+    assert rule.turns == [pytest.approx(0.0, abs=2 * STEP_S)]
+    ride.now += 7.0  # and so did the target
+    ride.verdict(2, 3, accepted=1, waited_s=7.0)
+    assert rule.round_trips == [pytest.approx(STEP_S)]
+    assert rule.spent == [pytest.approx(2 * STEP_S)]
+    ride.drafted(4)
+    ride.verdict(4, 5, accepted=1)
+    assert rule.spent[-1] == pytest.approx(2 * STEP_S), "what was waited counts once"
+
+
+def test_what_a_draft_waits_while_the_target_computes_costs_nothing_anyway() -> None:
+    rule = Noted("pipelined", 1)
+    ride = Ride(rule=rule)
+    ride.verdict(1)
+    ride.now += 3.0
+    ride.drafted(2, waited_s=3.0)  # during a plain step that took as long by itself
+    ride.verdict(2)
+    assert rule.spent == [pytest.approx(3.0 + 2 * STEP_S)]
+
+
+# --- near-ties -----------------------------------------------------------------------------------
+
+
+def test_close_choices_are_counted_up_to_the_end_of_the_answer() -> None:
+    ride = verifying(3, 4, task=replace(TASK, stop=("!",)))
+    ride.verdict(3, 4, 5, accepted=2, margins=(0.3, 2.0, 0.01), pieces=(b"a", b"!", b"b"))
+    report = ride.session.stats.report()
+    assert (report.near_ties, report.smallest_margin) == (1, 0.3)
+    assert [token.margin for token in ride.one(Fragment).tokens] == [0.3, 2.0]
+
+
+def test_an_answer_without_rivals_has_no_smallest_margin() -> None:
+    ride = Ride(replace(TASK, n_predict=1))
+    ride.verdict(1, margins=(FAR,))
+    report = ride.session.stats.report()
+    assert (report.near_ties, report.smallest_margin) == (0, None)
+
+
+# --- states --------------------------------------------------------------------------------------
+
+
+def test_a_lost_target_ends_the_request_with_its_error() -> None:
+    ride = verifying(3)
+    error = WorkerLost("it is gone", "target")
+    assert ride.happens(Failure(error)) == [CloseDraft(), Fault(error)]
+    assert ride.is_over
+    assert ride.happens(Failure(error)) == []
+
+
+def test_the_draft_is_always_in_one_of_its_states() -> None:
+    ride = Ride(rule=FixedRule("pipelined", 2, n_min=2), draft=False)
+    states = [ride.session.draft.state]
+    for happens in (
+        ride.ready,
+        lambda: ride.drafted(1, paused=True),
+        lambda: ride.verdict(1),  # a hit, and the stock is empty: the next token is waited for
+        ride.timer,
+        lambda: ride.drafted(2),
+        ride.lost,
+    ):
+        happens()
+        states.append(ride.session.draft.state)
+    assert states == [
+        DraftState.ABSENT,
+        DraftState.DRAFTING,
+        DraftState.PAUSED,
+        DraftState.DRAFTING,
+        DraftState.LATE,
+        DraftState.DRAFTING,
+        DraftState.ABSENT,
+    ]
+
+
+def test_a_draft_without_an_idea_says_so_and_is_not_waited_for() -> None:
+    ride = Ride(rule=FixedRule("sync", 4))
+    ride.verdict(1)
+    assert ride.session.deadline is not None
+    assert ride.drafted(paused=True)[0] == Verify(1, BASE + 1, ())
+    assert ride.session.draft.offences == 0

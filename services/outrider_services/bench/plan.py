@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from outrider.core.rules import LONGEST
+from outrider.core.rules import MOST_DRAFTED
 from outrider.errors import ConfigError
 from outrider_services.bench import peers, prompts
 from outrider_services.bench.results import PLAIN
@@ -85,8 +85,10 @@ def read_arm(name: str) -> Arm:
         raise ConfigError(f"there is no arm {name!r}{nearest(mode, (*MODES, *peers.PEERS))}")
     if not colon:
         return Arm(name, mode)
-    if mode == PLAIN or not length.isdecimal() or not 1 <= int(length) <= LONGEST:
-        raise ConfigError(f"an arm of one length is like sync:4, 1 to {LONGEST} long, not {name!r}")
+    if mode == PLAIN or not length.isdecimal() or not 1 <= int(length) <= MOST_DRAFTED:
+        raise ConfigError(
+            f"an arm of one length is like sync:4, 1 to {MOST_DRAFTED} long, not {name!r}"
+        )
     return Arm(name, mode, int(length))
 
 
@@ -96,8 +98,8 @@ def read_ranges(text: str) -> tuple[int, ...]:
     for part in filter(None, text.split(",")):
         first, dash, last = part.strip().partition("-")
         ends = (first, last if dash else first)
-        if not all(end.isdecimal() and 1 <= int(end) <= LONGEST for end in ends):
-            raise ConfigError(f"--peer-n-max is like 1-4,8, from 1 to {LONGEST}, not {text!r}")
+        if not all(end.isdecimal() and 1 <= int(end) <= MOST_DRAFTED for end in ends):
+            raise ConfigError(f"--peer-n-max is like 1-4,8, from 1 to {MOST_DRAFTED}, not {text!r}")
         found.update(range(int(ends[0]), int(ends[1]) + 1))
     if not found:
         raise ConfigError(f"--peer-n-max names no number: {text!r}")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from outrider.client import Lane
+from outrider.core.values import Span
 from outrider.errors import ConfigError
 from outrider_services.bench.results import PLAIN, Results, Summary, geometric_mean
 
@@ -103,7 +103,7 @@ class Block:
     fate: Fate | None
 
 
-def lanes(path: str, traces: Mapping[str, Sequence[Lane]], seconds: float) -> None:
+def lanes(path: str, traces: Mapping[str, Sequence[Span]], seconds: float) -> None:
     """Write a picture of the first `seconds` of each trace, by mode: when each worker computed, and
     what became of each drafted token. Raises ConfigError if the file cannot be written.
     """
@@ -148,28 +148,27 @@ def _draw(axes: Axes, shown: Sequence[Block], seconds: float) -> None:
     axes.tick_params(axis="y", length=0)
 
 
-def blocks(trace: Sequence[Lane]) -> list[Block]:
+def blocks(trace: Sequence[Span]) -> list[Block]:
     """What is drawn of a trace: target passes after prefill, and single drafted tokens."""
-    passes = [span for span in trace if span[0] == "target"]
+    passes = [span for span in trace if span.lane == "target"]
     if not passes:
         return []
-    zero = passes[0][2]
+    zero = passes[0].end
     found = [
-        Block("target", start - zero, end - zero, str(rows), None)
-        for _, start, end, rows, *_ in passes[1:]
+        Block("target", one.start - zero, one.end - zero, str(one.rows), None) for one in passes[1:]
     ]
     fates = list(fates_of(trace))
-    drafts = [span for span in trace if span[0] == "draft"]
-    for (_, start, end, rows, *_), of in zip(drafts, fates, strict=True):
-        each = (end - start) / max(1, rows)
+    drafts = [span for span in trace if span.lane == "draft"]
+    for span, of in zip(drafts, fates, strict=True):
+        each = (span.end - span.start) / max(1, span.rows)
         for at, fate in enumerate(of):
-            began = start + at * each - zero
+            began = span.start + at * each - zero
             if began + each > 0:  # some draft while the target still reads the prompt
                 found.append(Block("draft", max(0.0, began), began + each, "", fate))
     return found
 
 
-def fates_of(trace: Sequence[Lane]) -> Iterator[list[Fate]]:
+def fates_of(trace: Sequence[Span]) -> Iterator[list[Fate]]:
     """For each span of the draft's lane: what became of its tokens, one by one.
 
     In a lineage everything is right up to the first token that the text contradicts. From there on,
@@ -178,17 +177,19 @@ def fates_of(trace: Sequence[Lane]) -> Iterator[list[Fate]]:
     text: dict[int, int] = {}
     kept: dict[int, bool] = {}  # by position: whether the text has it because it was drafted
     seen: dict[int, int] = {}  # by position committed: where the block of that pass ended
-    for lane, _, _, rows, _, base, tokens in trace:
-        if lane == "target":
-            for at, token in enumerate(tokens):
-                text[base + at], seen[base + at] = token, base + rows - 1
-                kept[base + at] = at < len(tokens) - 1
+    for span in trace:
+        if span.lane == "target":
+            for at, token in enumerate(span.tokens):
+                where = span.base + at
+                text[where], seen[where] = token, span.base + span.rows - 1
+                kept[where] = at < len(span.tokens) - 1
     wrong: dict[int, int] = {}  # by lineage: the position of its first wrong token
-    for lane, _, _, _, lineage, position, tokens in trace:
-        if lane != "draft":
+    for span in trace:
+        if span.lane != "draft":
             continue
         of: list[Fate] = []
-        for where, token in enumerate(tokens, position):
+        lineage = span.number
+        for where, token in enumerate(span.tokens, span.base):
             if lineage not in wrong and text.get(where) != token:
                 wrong[lineage] = where
             if lineage not in wrong:

@@ -9,28 +9,32 @@ from __future__ import annotations
 
 import heapq
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from outrider.core.estimates import CostModel, usual_acceptance
-from outrider.core.rules import Experience, Pilot, Policy
-from outrider.core.sampling import Sampling
-from outrider.core.session import (
+from outrider.core.decoding import verify
+from outrider.core.estimates import CostModel
+from outrider.core.events import (
     Command,
     Commit,
-    Drafted,
+    Event,
     Finish,
     OpenDraft,
     Prefill,
-    RoundResult,
-    Session,
+    Settle,
+    Start,
     Task,
-    Verify,
+    Timer,
 )
+from outrider.core.experience import Experience
+from outrider.core.rules import PricedRule, Rule
+from outrider.core.session import Session
 from outrider.core.stats import Stats
-from outrider_services.pipeline.draft_worker import Stream
+from outrider.core.stream import Begun, Stream
+from outrider.core.values import Drafted, Proposal, TokenId, Verdict, Verify
 
 WRONG = 10**6
 
@@ -47,8 +51,8 @@ class World:
     def experience(self) -> Experience:
         return Experience(CostModel(self.verify_s, self.draft_s, 2 * self.link_s))
 
-    def pilot(self, mode: Any) -> Pilot:
-        return Pilot(mode, 64, self.experience())
+    def rule(self, mode: Any) -> PricedRule:
+        return PricedRule(mode, 64, self.experience())
 
 
 def curve(milliseconds: dict[int, float], rows: int = 65) -> tuple[float, ...]:
@@ -63,9 +67,9 @@ def curve(milliseconds: dict[int, float], rows: int = 65) -> tuple[float, ...]:
 @dataclass
 class Replay:
     trace: dict[str, Any]
-    policy: Policy | Pilot
+    rule: Rule
     world: World
-    events: list[tuple[float, int, str, Any]] = field(default_factory=list)
+    due: list[tuple[float, int, str, Any]] = field(default_factory=list)
     stream: Stream | None = None
     busy: int | None = None  # number of the token that the draft computes; None: idle
     unsent: list[Drafted] = field(default_factory=list)
@@ -77,13 +81,11 @@ class Replay:
         self.count = itertools.count()
         length = len(self.trace["match"])
         task = Task((0,), length, (), frozenset(), 10**6, 10**9)
-        self.session = Session(task, self.policy, Stats(self.policy.mode))
-        self.run(self.session.start(0.0, draft=True), 0.0)
+        self.session = Session(task, self.rule, Stats(self.rule.mode))
+        self.handle(Start(draft=True), 0.0)
         while not self.over:
-            now, _, kind, data = heapq.heappop(self.events)
-            self.run(getattr(self, kind)(data, now) or [], now)
-            if self.session.deadline is not None:
-                self.at(max(self.session.deadline, now), "timer", None)
+            now, _, kind, data = heapq.heappop(self.due)
+            getattr(self, kind)(data, now)
         stats = self.session.stats
         assert stats.last_commit is not None
         assert stats.prefilled is not None
@@ -91,73 +93,73 @@ class Replay:
         return alone_s / (stats.last_commit - stats.prefilled)
 
     def at(self, when: float, kind: str, data: Any) -> None:
-        heapq.heappush(self.events, (when, next(self.count), kind, data))
+        heapq.heappush(self.due, (when, next(self.count), kind, data))
 
-    def run(self, commands: list[Command], now: float) -> None:
+    def handle(self, event: Event, now: float) -> None:
+        """Give the session the event, and carry out its commands."""
+        for command in self.session.handle(event, now):
+            self.execute(command, now)
+        if self.session.deadline is not None:
+            self.at(max(self.session.deadline, now), "handle", Timer())
+
+    def execute(self, command: Command, now: float) -> None:
         link_s = self.world.link_s
-        for command in commands:
-            match command:
-                case Prefill():
-                    self.at(now, "verdict", Verify(0, 1, ()))
-                case Verify(_, _, drafted):
-                    self.at(now + 2 * link_s + self.pass_s(drafted), "verdict", command)
-                case OpenDraft() | Commit():
-                    self.at(now + link_s, "told", command)
-                case Finish():
-                    self.over = True
-        if any(isinstance(command, Verify) for command in commands):
-            self.policy.settle()
-
-    def pass_s(self, drafted: tuple[int, ...]) -> float:
-        return self.world.verify_s[len(drafted)]
+        match command:
+            case Prefill():
+                self.at(now, "verified", Verify(0, 1, ()))
+            case Verify(_, _, drafted):
+                pass_s = self.world.verify_s[len(drafted)]
+                self.at(now + 2 * link_s + pass_s, "verified", command)
+            case OpenDraft() | Commit():
+                self.at(now + link_s, "told", command)
+            case Settle():
+                self.session.settle()
+            case Finish():
+                self.over = True
 
     # ---- what happens ---------------------------------------------------------------------------
 
-    def verdict(self, block: Verify, now: float) -> list[Command]:
-        right = range(block.base, block.base + len(block.drafted))
-        pairs = zip(block.drafted, right, strict=True)
-        accepted = next((n for n, (a, b) in enumerate(pairs) if a != b), len(block.drafted))
-        tokens = tuple(range(block.base, block.base + accepted + 1))
-        pieces = (b"",) * len(tokens)
-        elapsed_s = self.pass_s(block.drafted)
-        result = RoundResult(block.round, block.base, accepted, tokens, pieces, None, elapsed_s)
-        return self.session.on_verdict(result, now)
+    def verified(self, order: Verify, now: float) -> None:
+        """The target has verified the block: what is right at a position is its number."""
+        right = range(order.base, order.base + len(order.drafted) + 1)
+        tokens = verify(order.drafted, right).tokens
+        verdict = Verdict(
+            accepted=len(tokens) - 1,
+            tokens=tokens,
+            round=order.round,
+            base=order.base,
+            pieces=(b"",) * len(tokens),
+            margins=(0.0,) * len(tokens),
+            elapsed_s=self.world.verify_s[len(order.drafted)],
+        )
+        self.handle(verdict, now)
 
-    def told(self, command: OpenDraft | Commit, now: float) -> None:
-        if isinstance(command, OpenDraft):
-            lineage, until, base = command.lineage, command.until, command.base
-            self.stream = Stream(0, list(command.tokens), Sampling(), lineage, until, WRONG, base)
-            self.stream.floors = command.floors
+    def told(self, order: OpenDraft | Commit, now: float) -> None:
+        if isinstance(order, OpenDraft):
+            self.stream = Stream.opened(order, 10**9)
         else:
             assert self.stream is not None
-            self.stream.until, self.stream.floors = command.until, command.floors
-            cut = self.stream.follow(command.base, command.tokens)
-            if (cut or self.stream.told_to_stop) and self.world.cuts:
+            cut = self.stream.commit(order, 10**9)
+            if (cut or self.stream.is_to_stop) and self.world.cuts:
                 self.busy = None
                 self.tell(now)
         self.draft(now)
 
     def draft(self, now: float) -> None:
         stream = self.stream
-        if not stream or self.busy is not None or stream.paused:
-            return
-        if len(stream.tokens) < stream.until:
+        if stream and self.busy is None and stream.has_work:
             self.busy = next(self.count)
-            begun = self.busy, stream.lineage, len(stream.tokens)
-            self.at(now + self.world.draft_s, "computed", begun)
+            self.at(now + self.world.draft_s, "computed", (self.busy, stream.begin()))
 
-    def computed(self, begun: tuple[int, int, int], now: float) -> None:
-        number, lineage, position = begun
+    def computed(self, what: tuple[int, Begun], now: float) -> None:
+        number, begun = what
         if number != self.busy or self.stream is None:
             return
         self.busy = None
-        if (lineage, position) == (self.stream.lineage, len(self.stream.tokens)):
-            token = self.recorded(self.stream.tokens)
-            self.stream.evaluated = len(self.stream.tokens)
-            self.stream.tokens.append(token.token)
-            self.stream.likely.append(usual_acceptance(token.confidence))
-            self.unsent.append(token)
-            self.unsent_at = lineage, position + 1 - len(self.unsent)
+        drafted = self.recorded(begun.tokens)
+        if self.stream.took(begun, len(begun.tokens), [drafted]):
+            self.unsent.append(drafted)
+            self.unsent_at = begun.lineage, len(begun.tokens) + 1 - len(self.unsent)
         self.draft(now)
         self.tell(now)
 
@@ -165,19 +167,18 @@ class Replay:
         """Say what was drafted: in turns all of it together, when the draft has to wait."""
         assert self.stream
         if self.unsent and (self.busy is None or not self.stream.floors):
-            said = *self.unsent_at, self.unsent, self.stream.paused
-            self.at(now + self.world.link_s, "drafted", said)
+            elapsed_s = len(self.unsent) * self.world.draft_s
+            proposal = Proposal(
+                lineage=self.unsent_at[0],
+                position=self.unsent_at[1],
+                drafted=tuple(self.unsent),
+                elapsed_s=elapsed_s,
+                paused=self.stream.is_paused,
+            )
+            self.at(now + self.world.link_s, "handle", proposal)
             self.unsent = []
 
-    def drafted(self, said: tuple[int, int, list[Drafted], bool], now: float) -> list[Command]:
-        lineage, position, drafted, paused = said
-        elapsed_s = len(drafted) * self.world.draft_s
-        return self.session.on_drafted(lineage, position, drafted, elapsed_s, now, paused)
-
-    def timer(self, _: None, now: float) -> list[Command]:
-        return self.session.on_timer(now)
-
-    def recorded(self, tokens: list[int]) -> Drafted:
+    def recorded(self, tokens: Sequence[TokenId]) -> Drafted:
         position = len(tokens)
         first_wrong = next((p for p, token in enumerate(tokens) if token != p), None)
         if first_wrong is not None:

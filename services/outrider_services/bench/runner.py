@@ -17,7 +17,8 @@ from contextlib import AsyncExitStack
 from datetime import datetime
 from pathlib import Path
 
-from outrider.client import AsyncClient, Completion, Lane, connect
+from outrider.client import AsyncClient, Completion, connect
+from outrider.core.values import Span
 from outrider.errors import ConfigError
 from outrider_services import processor
 from outrider_services.bench import peers
@@ -41,7 +42,7 @@ class Bench:
         self._client: AsyncClient | None = None
         self._best: dict[tuple[str, str], int] = {}  # by category and peer: the fastest length
         self._texts: dict[Prompt, str] = {}
-        self.lanes: dict[str, tuple[Lane, ...]] = {}
+        self.lanes: dict[str, tuple[Span, ...]] = {}
         self.results = Results(header(settings), tuple(arm.name for arm in plan.arms), plan.peers)
 
     async def run(self) -> None:

@@ -135,7 +135,7 @@ def ideal(settings: Settings, count: int) -> float:
     world = World(
         (toy.step_ms / 1000,) * ROWS, toy.draft_ms / 1000, link_s=max(1e-6, toy.link_ms / 1000)
     )
-    return Replay(trace, world.pilot("pipelined"), world).speedup()
+    return Replay(trace, world.rule("pipelined"), world).speedup()
 
 
 def show(cells: list[Cell]) -> None:

@@ -10,14 +10,13 @@ import asyncio
 import json
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from outrider.core.engine import Engine
-from outrider.core.sampling import Choice, Sampling, Token, propose
+from outrider.core.sampling import Sampling, propose
+from outrider.core.values import Drafted, TokenId
 from outrider.errors import BadRequest, ConfigError
-from outrider.wire import messages as wire
 from outrider_services.bench.prompts import Category
 from outrider_services.models.loading import load_engine
 from outrider_services.options import Settings
@@ -66,9 +65,7 @@ def require_fit(target: Engine, draft: Engine) -> None:
 
         return texts
 
-    ours, theirs = (
-        wire.Fingerprint(**asdict(engine.info.vocabulary)) for engine in (target, draft)
-    )
+    ours, theirs = target.info.vocabulary, draft.info.vocabulary
     asyncio.run(check_pair(ours, theirs, texts_of(target), texts_of(draft)))
 
 
@@ -87,7 +84,7 @@ def _save(path: str, found: dict[str, Any]) -> None:
         raise ConfigError(f"cannot write {path}: {exc.strerror}") from None
 
 
-def record(target: Engine, draft: Engine, prompt: Sequence[Token], count: int) -> dict[str, Any]:
+def record(target: Engine, draft: Engine, prompt: Sequence[TokenId], count: int) -> dict[str, Any]:
     """A trace of the greedy answer to `prompt`, of `count` tokens or up to the end token.
 
     `match` and `confidence` have an entry for each token of the answer: whether the draft chose it
@@ -115,7 +112,7 @@ def record(target: Engine, draft: Engine, prompt: Sequence[Token], count: int) -
     return {"match": match, "confidence": confidence, "off_path_confidence": off_path}
 
 
-def _goes_on(draft: Engine, text: list[Token], known: int) -> list[float]:
+def _goes_on(draft: Engine, text: list[TokenId], known: int) -> list[float]:
     """How sure the draft is of each of the next tokens, were all that it drafts right."""
     found = []
     for _ in range(OFF_PATH):
@@ -125,7 +122,7 @@ def _goes_on(draft: Engine, text: list[Token], known: int) -> list[float]:
     return found
 
 
-def _choice(engine: Engine, text: Sequence[Token], known: int | None = None) -> Choice:
+def _choice(engine: Engine, text: Sequence[TokenId], known: int | None = None) -> Drafted:
     """The likeliest token after `text`, among the ids below `known`.
 
     The KV cache of `engine` must hold a beginning of `text`; that is not evaluated again.

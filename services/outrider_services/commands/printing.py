@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from outrider.client import AsyncClient, Completion, Fragment, Lane
+from outrider.client import AsyncClient, Completion
 from outrider.core.stats import Report
+from outrider.core.values import Fragment, Span
 from outrider.errors import ConfigError
 from outrider_services.terminal import tell
 
@@ -33,7 +33,7 @@ class Printer:
     async def _fates(self, fragment: Fragment) -> list[str]:
         """Each drafted token of the round and what became of it."""
         lines, tokens, number = [], fragment.tokens, fragment.round
-        drafted = [(id_, await self._text(id_), p) for id_, p in fragment.drafted]
+        drafted = [(d.token, await self._text(d.token), d.confidence) for d in fragment.drafted]
         lines += [f"[DRAFT] {number}.{i} {d} {t} p={p:.2f}" for i, (d, t, p) in enumerate(drafted)]
         for i, (id_, text, _) in enumerate(drafted):
             if i >= len(tokens):
@@ -66,7 +66,7 @@ class Printer:
                 "finish_reason": result.choices[0].finish_reason,
                 "seed": report.seed,
                 "mode": report.mode,
-                "stats": asdict(report),
+                "stats": report.as_dict(),
             }
             sys.stdout.write(json.dumps(shown, ensure_ascii=False) + "\n")
         else:
@@ -80,9 +80,8 @@ def measured(report: Report, plain: Report) -> Report:
     """The report with the speed-up over the plain run that was just made."""
     if not (report.tokens_per_s and plain.tokens_per_s):
         return report
-    return replace(
-        report, speedup=report.tokens_per_s / plain.tokens_per_s, speedup_kind="measured"
-    )
+    speedup = report.tokens_per_s / plain.tokens_per_s
+    return report.changed(speedup=speedup, speedup_kind="measured")
 
 
 def statistics(r: Report) -> str:
@@ -115,16 +114,16 @@ def statistics(r: Report) -> str:
     )
 
 
-def write_trace(path: str, lanes: tuple[Lane, ...]) -> None:
+def write_trace(path: str, lanes: tuple[Span, ...]) -> None:
     try:
         Path(path).write_text(json.dumps(chrome_trace(lanes)))
     except OSError as exc:
         raise ConfigError(f"cannot write the trace to {path}: {exc.strerror}") from None
 
 
-def chrome_trace(lanes: tuple[Lane, ...]) -> dict[str, Any]:
+def chrome_trace(lanes: tuple[Span, ...]) -> dict[str, Any]:
     """Both lanes in the trace event format that Perfetto and chrome://tracing read."""
-    start = min((began for _, began, *_ in lanes), default=0.0)
+    start = min((span.start for span in lanes), default=0.0)
     threads = {"target": 1, "draft": 2}
     events: list[dict[str, Any]] = [
         {
@@ -139,13 +138,13 @@ def chrome_trace(lanes: tuple[Lane, ...]) -> dict[str, Any]:
     events += [
         {
             "ph": "X",
-            "name": f"{'verify' if lane == 'target' else 'draft'} {rows}",
+            "name": f"{'verify' if span.lane == 'target' else 'draft'} {span.rows}",
             "pid": 1,
-            "tid": threads[lane],
-            "ts": round((began - start) * 1e6, 1),
-            "dur": round((ended - began) * 1e6, 1),
-            "args": {"rows": rows},
+            "tid": threads[span.lane],
+            "ts": round((span.start - start) * 1e6, 1),
+            "dur": round((span.end - span.start) * 1e6, 1),
+            "args": {"rows": span.rows},
         }
-        for lane, began, ended, rows, *_ in lanes
+        for span in lanes
     ]
     return {"traceEvents": events, "displayTimeUnit": "ms"}

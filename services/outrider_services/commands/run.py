@@ -9,7 +9,7 @@ import shutil
 import signal
 import sys
 from contextlib import AsyncExitStack
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -120,7 +120,7 @@ def arguments(settings: Settings, parsed: Any) -> dict[str, Any]:
     if parsed.verbose not in ("true", "false"):
         raise ConfigError(f"--verbose must be true or false, not {parsed.verbose!r}")
     bias = dict(map(read_bias, sampling["logit_bias"]))
-    names = {field.name for field in fields(Sampling)} & sampling.keys()
+    names = sampling.keys() & set(Sampling.__struct_fields__)
     Sampling(**{name: sampling[name] for name in names} | {"logit_bias": tuple(bias.items())})
     return {
         **sampling,

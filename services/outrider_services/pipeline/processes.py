@@ -15,7 +15,9 @@ from typing import Any
 
 import uvloop
 
+from outrider.core.drafter import Drafter
 from outrider.core.engine import Engine
+from outrider.engines.drafter import ModelDrafter
 from outrider.errors import InternalError, OutriderError
 from outrider.wire.transport import Router, check_exposure, socket_path
 from outrider_services import options
@@ -44,12 +46,18 @@ def worker(role: str, settings: Settings, address: str, parent_fd: int | None) -
     simulated = settings.pipeline.backend == "toy"
     delay_s = settings.toy.link_ms / 1000 if simulated else 0.0
     connection = Connection(address, timeout_s=10.0, delay_s=delay_s)
-    make = TargetWorker if role == "target" else DraftWorker
 
     def load(progress: Callable[[float], None]) -> Engine:
         return load_engine(role, settings, progress)
 
-    _run(serve(make, load, connection, say), parent_fd, lambda: None)
+    def load_drafter(progress: Callable[[float], None]) -> Drafter:
+        return ModelDrafter(load(progress))
+
+    if role == "target":
+        serving = serve(TargetWorker, load, connection, say)
+    else:
+        serving = serve(DraftWorker, load_drafter, connection, say)
+    _run(serving, parent_fd, lambda: None)
 
 
 def say(state: str, *details: float | str) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import outrider
+from outrider.core.values import Role
 from outrider.errors import (
     IncompatiblePair,
     OutriderError,
@@ -50,19 +51,21 @@ class Roster:
     def __init__(
         self,
         tell: Tell,
-        on_joined: Callable[[wire.Role], None],
-        on_lost: Callable[[wire.Role, str], None],
+        on_joined: Callable[[Role], None],
+        on_lost: Callable[[Role, str], None],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.refusals: dict[str, str] = {}
         self._tell, self._on_joined, self._on_lost = tell, on_joined, on_lost
-        self._members: dict[wire.Role, Member] = {}
+        self._clock = clock
+        self._members: dict[Role, Member] = {}
         self._joining: dict[bytes, asyncio.Task[None]] = {}
         self._answers: dict[int, tuple[bytes, asyncio.Future[Any]]] = {}  # of whom, and to whom
         self._questions = 0
 
     # ---- who is there ---------------------------------------------------------------------------
 
-    def get(self, role: wire.Role) -> Member | None:
+    def get(self, role: Role) -> Member | None:
         return self._members.get(role)
 
     @property
@@ -77,11 +80,11 @@ class Roster:
         why = f": {refused}" if refused else "; it may be loading, or being restarted"
         raise WorkerLost(f"no target worker is connected{why}", "target")
 
-    def role_of(self, peer: bytes) -> wire.Role | None:
+    def role_of(self, peer: bytes) -> Role | None:
         """The role that `peer` speaks for. One that nobody knows is asked who it is."""
         for role, member in self._members.items():
             if member.peer == peer:
-                member.heard = time.monotonic()
+                member.heard = self._clock()
                 return role
         if peer not in self._joining:
             self._tell(peer, wire.Who())
@@ -101,6 +104,8 @@ class Roster:
                 f"(outrider {outrider.__version__})"
             )
             self._refuse(peer, hello.role, ProtocolError(reason))
+        elif hello.role == "target" and hello.vocabulary is None:
+            self._refuse(peer, hello.role, ProtocolError("a target without a vocabulary"))
         elif known and not again:
             reason = f"there is a {hello.role} worker already"
             self._tell(peer, wire.Refused("invalid_config", reason))
@@ -110,7 +115,7 @@ class Roster:
             self._joining[peer] = asyncio.ensure_future(self._join(peer, hello))
 
     async def _join(self, peer: bytes, hello: wire.Hello) -> None:
-        now = time.monotonic()
+        now = self._clock()
         member = Member(peer, hello, now, now)
         other = self._members.get("draft" if hello.role == "target" else "target")
         try:
@@ -130,7 +135,7 @@ class Roster:
                 peer, wire.Refused("invalid_config", f"there is a {hello.role} worker already")
             )
             return
-        member.heard = member.moved = time.monotonic()
+        member.heard = member.moved = self._clock()
         self._members[hello.role] = member
         self.refusals.pop(hello.role, None)
         self._tell(peer, wire.Welcome())
@@ -147,24 +152,25 @@ class Roster:
 
             return ask
 
-        fingerprints = target.hello.fingerprint, draft.hello.fingerprint
-        await check_pair(*fingerprints, texts(target), texts(draft))
+        ours, theirs = target.hello.vocabulary, draft.hello.vocabulary
+        if ours and theirs:  # else the draft takes whatever ids there are
+            await check_pair(ours, theirs, texts(target), texts(draft))
 
-    def _refuse(self, peer: bytes, role: wire.Role, error: OutriderError) -> None:
+    def _refuse(self, peer: bytes, role: Role, error: OutriderError) -> None:
         log.warning("%s worker refused: %s", role, error)
         self.refusals[role] = str(error)
         self._tell(peer, wire.Refused(error.code, str(error)))
 
     # ---- leaving --------------------------------------------------------------------------------
 
-    def on_beat(self, role: wire.Role, beat: wire.Beat) -> None:
+    def on_beat(self, role: Role, beat: wire.Beat) -> None:
         member = self._members[role]
         if beat.steps != member.steps or not beat.busy:
             member.steps, member.moved = beat.steps, member.heard
 
     def look(self) -> None:
         """Drop whoever has fallen silent or makes no progress; called a few times a second."""
-        now = time.monotonic()
+        now = self._clock()
         for role, member in list(self._members.items()):
             if now - member.heard > BEAT_LOST_S:
                 self.lose(role, f"the {role} worker has not been heard of for {BEAT_LOST_S:.0f} s")
@@ -180,7 +186,7 @@ class Roster:
             if member.peer == peer:
                 self.lose(role, f"the {role} worker is gone")
 
-    def lose(self, role: wire.Role, why: str) -> None:
+    def lose(self, role: Role, why: str) -> None:
         if member := self._members.pop(role, None):
             log.warning("%s", why)
             for peer, answer in self._answers.values():

@@ -12,10 +12,16 @@ from typing import ClassVar
 
 from outrider.core import decoding
 from outrider.core.engine import Cancelled, Engine, EngineFault
-from outrider.core.sampling import Sampling, Scores, Token, choose, logprob
+from outrider.core.events import Prefill
+from outrider.core.sampling import Sampling, Scores, decide, logprob
+from outrider.core.values import Role, TokenId, Verdict, Verify
+from outrider.engines.calibration import calibrate
 from outrider.errors import BadRequest, OutriderError, ProtocolError
 from outrider.wire import messages as wire
 from outrider_services.pipeline.worker import Curve, Worker, failure
+
+CHUNK = 128  # most tokens of one evaluation while prefilling: so long a cancellation may wait
+ROWS = (1, 2, 3, 4, 6, 8, 12, 16)  # of the passes that are measured at load
 
 
 @dataclass(slots=True)
@@ -23,33 +29,39 @@ class Sequence:
     """A request's text, and the block that waits to be verified behind it."""
 
     slot: int
-    tokens: list[Token]
+    tokens: list[TokenId]
     sampling: Sampling
     logprobs: bool
+    asked: float  # `computed_s` when it was queued last
     round: int = 0
-    drafted: tuple[Token, ...] | None = ()  # None: nothing to do
+    drafted: tuple[TokenId, ...] | None = ()  # None: nothing to do
     elapsed_s: float = 0.0
+    waited_s: float = 0.0
     faults: int = 0
-    open: bool = True
+    is_open: bool = True
 
 
-class TargetWorker(Worker):
-    calibrated_rows: ClassVar[tuple[int, ...]] = (1, 2, 3, 4, 6, 8, 12, 16)
-    role: ClassVar[wire.Role] = "target"
+class TargetWorker(Worker[Engine]):
+    role: ClassVar[Role] = "target"
 
-    def __init__(self, engine: Engine, owner: ThreadPoolExecutor, curve_s: Curve) -> None:
-        super().__init__(engine, owner, curve_s)
+    def __init__(self, model: Engine, owner: ThreadPoolExecutor, curve_s: Curve) -> None:
+        super().__init__(model, owner, curve_s)
+        self.chunk = min(CHUNK, model.info.chunk)
         self._sequences: dict[int, Sequence] = {}
         self._turns: deque[int] = deque()  # requests with something to compute, in turn
         self._running: int | None = None
         self._questions: set[asyncio.Task[None]] = set()
 
+    @staticmethod
+    def measured(model: Engine) -> Curve:
+        return calibrate(model, ROWS)
+
     def handle(self, message: wire.Message) -> None:
         match message:
-            case wire.Verify():
-                self._verify(message)
-            case wire.Open():
-                self._open(message)
+            case wire.Do(request, Verify() as order):
+                self._verify(request, order)
+            case wire.Do(request, Prefill() as order):
+                self._open(request, order)
             case wire.Close(request):
                 self._close(request)
             case wire.Tokenize() | wire.Detokenize() | wire.Render() | wire.Chat():
@@ -63,139 +75,142 @@ class TargetWorker(Worker):
 
     # ---- requests -------------------------------------------------------------------------------
 
-    def _open(self, message: wire.Open) -> None:
+    def _open(self, request: int, order: Prefill) -> None:
         try:
-            slot, sampling = self.admit(message.tokens, message.sampling)
+            slot = self.admit(order.tokens)
         except OutriderError as exc:
-            self.send(failure(message.request, exc))
+            self.send(failure(request, exc))
             return
-        self._sequences[message.request] = Sequence(
-            slot, list(message.tokens), sampling, message.logprobs
+        self._sequences[request] = Sequence(
+            slot, list(order.tokens), order.sampling, order.logprobs, self.computed_s
         )
-        self._queue(message.request)
+        self._turns.append(request)
+        self.wake()
 
-    def _verify(self, message: wire.Verify) -> None:
-        sequence = self._sequences.get(message.request)
+    def _verify(self, request: int, order: Verify) -> None:
+        sequence = self._sequences.get(request)
         if sequence is None:
             return  # closed in the meantime
-        info = self.engine.info
+        info = self.model.info
         room = min(self.chunk, info.context - len(sequence.tokens)) - 1
         if (
             sequence.drafted is not None
-            or message.round <= sequence.round
-            or message.base != len(sequence.tokens)
-            or len(message.drafted) > max(room, 0)
-            or any(token >= info.vocabulary.size for token in message.drafted)
+            or order.round <= sequence.round
+            or order.base != len(sequence.tokens)
+            or len(order.drafted) > max(room, 0)
+            or any(token >= info.vocabulary.size for token in order.drafted)
         ):
-            exc = ProtocolError(
-                f"round {message.round} does not follow from round {sequence.round}"
-            )
-            self.send(failure(message.request, exc))
+            reason = f"round {order.round} does not follow from round {sequence.round}"
+            self.send(failure(request, ProtocolError(reason)))
             return
-        sequence.round, sequence.drafted = message.round, message.drafted
-        self._queue(message.request)
+        sequence.round, sequence.drafted = order.round, order.drafted
+        sequence.asked = self.computed_s
+        self._turns.append(request)
+        self.wake()
 
     def _close(self, request: int) -> None:
         sequence = self._sequences.pop(request, None)
         if sequence is None:
             return
-        sequence.open = False
+        sequence.is_open = False
         if request == self._running:
-            self.engine.cancel()
+            self.model.cancel()
         self.slots.give_back(sequence.slot)
-        self.wake()
-
-    def _queue(self, request: int) -> None:
-        self._turns.append(request)
         self.wake()
 
     # ---- computing ------------------------------------------------------------------------------
 
     async def compute(self) -> bool:
         if self.slots.dirty:
-            await self.owned(lambda: self.slots.clean(self.engine))
+            await self.owned(lambda: self.slots.clean(lambda slot: self.model.rewind(slot, 0)))
         if not self._turns:
             return False
         request = self._turns.popleft()
         sequence = self._sequences.get(request)
         if sequence is None or sequence.drafted is None:
             return True
-        drafted = sequence.drafted
-        self._running = request
-        try:
-            verdict = await self.owned(lambda: self._evaluate(request, sequence, drafted))
-        except Cancelled:
-            verdict = None  # closed, which the next turn finds
-        except (EngineFault, OutriderError, ValueError) as exc:
-            # the sequence is empty now; what it held is evaluated again, but not forever
-            sequence.faults += 1
-            verdict = None
-            if sequence.faults > 1:
-                self.send(failure(request, exc))
-                self._close(request)
-        finally:
-            self._running = None
-        if not sequence.open:
+        sequence.waited_s += self.computed_s - sequence.asked
+        verdict = await self._pass(request, sequence, sequence.drafted)
+        if not sequence.is_open:
             return True
         if verdict is None:
+            sequence.asked = self.computed_s
             self._turns.append(request)  # the rest of the prompt, after the others' turns
             return True
         sequence.tokens.extend(verdict.tokens)
-        sequence.drafted, sequence.elapsed_s = None, 0.0
-        self.send(verdict)
+        sequence.drafted, sequence.elapsed_s, sequence.waited_s = None, 0.0, 0.0
+        self.send(wire.Done(request, verdict))
         return True
 
-    def _evaluate(
-        self, request: int, sequence: Sequence, drafted: tuple[Token, ...]
-    ) -> wire.Verdict | None:
+    async def _pass(
+        self, request: int, sequence: Sequence, drafted: tuple[TokenId, ...]
+    ) -> Verdict | None:
+        """One pass; None where there is more to evaluate, or the request was closed."""
+        self._running = request
+        try:
+            return await self.owned(lambda: self._evaluate(sequence, drafted))
+        except Cancelled:
+            return None  # closed, which the next turn finds
+        except (EngineFault, OutriderError, ValueError) as exc:
+            # the sequence is empty now; what it held is evaluated again, but not forever
+            sequence.faults += 1
+            if sequence.faults > 1:
+                self.send(failure(request, exc))
+                self._close(request)
+            return None
+        finally:
+            self._running = None
+
+    def _evaluate(self, sequence: Sequence, drafted: tuple[TokenId, ...]) -> Verdict | None:
         """On the owner thread: one pass; None while there is text before the block to evaluate."""
         began = time.perf_counter()
         base, slot = len(sequence.tokens), sequence.slot
-        known = self.engine.length(slot)
+        known = self.model.length(slot)
         if base + len(drafted) - known > self.chunk:
             ahead = sequence.tokens[known : min(known + self.chunk, base - 1)]
-            self.engine.extend(slot, ahead, 0)
+            self.model.extend(slot, ahead, 0)
             sequence.elapsed_s += time.perf_counter() - began
             return None
         block = [*sequence.tokens[known:], *drafted]
-        rows = self.engine.extend(slot, block, len(drafted) + 1)
-        choices = self._choices(sequence, drafted, rows)
-        verdict = decoding.verify(drafted, choices, self._ends)
+        rows = self.model.extend(slot, block, len(drafted) + 1)
+        margins: list[float] = []
+        choices = self._choices(sequence, drafted, rows, margins)
+        verdict = decoding.verify(drafted, choices, self.model.info.vocabulary.ends)
         logprobs = None
         if sequence.logprobs:
             pairs = zip(rows, verdict.tokens, strict=False)
             logprobs = tuple(logprob(row, token) for row, token in pairs)
         if verdict.accepted < len(drafted):
-            self.engine.rewind(slot, base + verdict.accepted)
-        pieces = tuple(map(self.engine.piece, verdict.tokens))
-        elapsed_s = sequence.elapsed_s + time.perf_counter() - began
-        return wire.Verdict(
-            request,
-            sequence.round,
-            base,
-            verdict.accepted,
-            verdict.tokens,
-            pieces,
-            logprobs,
-            elapsed_s,
+            self.model.rewind(slot, base + verdict.accepted)
+        return verdict.changed(
+            round=sequence.round,
+            base=base,
+            pieces=tuple(map(self.model.piece, verdict.tokens)),
+            margins=tuple(margins),
+            logprobs=logprobs,
+            elapsed_s=sequence.elapsed_s + time.perf_counter() - began,
+            waited_s=sequence.waited_s,
         )
 
-    @property
-    def _ends(self) -> tuple[Token, ...]:
-        return self.engine.info.vocabulary.ends
-
     @staticmethod
-    def _choices(sequence: Sequence, drafted: tuple[Token, ...], rows: Scores) -> Iterator[Token]:
-        """The target's choice at each row, given the prefix which that row really has."""
+    def _choices(
+        sequence: Sequence, drafted: tuple[TokenId, ...], rows: Scores, margins: list[float]
+    ) -> Iterator[TokenId]:
+        """The target's choice at each row, given the prefix which that row really has.
+
+        By how much it won is appended to `margins`.
+        """
         history = list(sequence.tokens)
         for at, row in enumerate(rows):
-            yield choose(row, sequence.sampling, history, len(history))
+            token, margin = decide(row, sequence.sampling, history, len(history))
+            margins.append(margin)
+            yield token
             history.extend(drafted[at : at + 1])
 
     # ---- questions about text -------------------------------------------------------------------
 
     async def _answer(self, question: wire.Message) -> None:
-        engine = self.engine
+        engine = self.model
         ask: Callable[[], wire.Message]
         match question:
             case wire.Tokenize(call, text, special):
@@ -213,9 +228,9 @@ class TargetWorker(Worker):
         except Exception as exc:  # whatever a text does to the tokenizer, the worker goes on
             self.send(failure(call, exc))
 
-    def _chat(self, messages: tuple[tuple[str, str], ...]) -> list[Token]:
+    def _chat(self, messages: tuple[tuple[str, str], ...]) -> list[TokenId]:
         """The template's markers become control tokens, those that somebody typed do not."""
-        engine = self.engine
+        engine = self.model
         contents = [content for _, content in messages]
         if all(
             engine.tokenize(c, special=True) == engine.tokenize(c, special=False) for c in contents
@@ -224,14 +239,14 @@ class TargetWorker(Worker):
         # private-use characters in the contents' places, to cut the rendered text there
         places = [chr(0xE000) + f"{n}" + chr(0xE001) for n in range(len(messages))]
         rendered = engine.render([(role, p) for (role, _), p in zip(messages, places, strict=True)])
-        tokens: list[Token] = []
+        tokens: list[TokenId] = []
         for place, content in zip(places, contents, strict=True):
             before, _, rendered = rendered.partition(place)
             tokens += engine.tokenize(before, special=True) if before else []
             tokens += engine.tokenize(content, special=False) if content else []
         return tokens + engine.tokenize(rendered, special=True)
 
-    def _text(self, tokens: tuple[Token, ...]) -> str:
-        if any(token >= self.engine.info.vocabulary.size for token in tokens):
+    def _text(self, tokens: tuple[TokenId, ...]) -> str:
+        if any(token >= self.model.info.vocabulary.size for token in tokens):
             raise BadRequest("a token id is not in the vocabulary", "tokens")
-        return b"".join(map(self.engine.piece, tokens)).decode("utf-8", "replace")
+        return b"".join(map(self.model.piece, tokens)).decode("utf-8", "replace")

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 
+from outrider.core.engine import Vocabulary
 from outrider.errors import IncompatiblePair
-from outrider.wire.messages import Fingerprint
 
 PADDING = 128
 FIRST_COMPARED = 5
@@ -21,7 +21,7 @@ Texts = Callable[[int, int], Awaitable[tuple[str, ...]]]  # of ids start … sta
 
 
 async def check_pair(
-    target: Fingerprint, draft: Fingerprint, target_texts: Texts, draft_texts: Texts
+    target: Vocabulary, draft: Vocabulary, target_texts: Texts, draft_texts: Texts
 ) -> None:
     """Raises IncompatiblePair with the first difference. Token texts are fetched only if needed."""
     if target == draft:

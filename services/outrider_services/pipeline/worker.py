@@ -9,19 +9,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-import statistics
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields
-from typing import ClassVar, TypeVar
-
-import numpy as np
+from dataclasses import dataclass
+from typing import ClassVar, Generic, Protocol, TypeVar
 
 import outrider
-from outrider.core.engine import Engine
-from outrider.core.sampling import Sampling, Token
+from outrider.core.drafter import DrafterInfo
+from outrider.core.engine import ModelInfo
+from outrider.core.values import Role, TokenId
 from outrider.errors import BadRequest, ConnectionFailed, OutriderError, Overloaded, from_code
 from outrider.wire import messages as wire
 from outrider.wire.transport import Link, PeerGone
@@ -30,17 +28,25 @@ from outrider_services.pipeline.places import place
 log = logging.getLogger(__name__)
 
 BEAT_S = 0.25
-STEPS, STEPS_S = 15, 0.1  # most passes over one row to calibrate; how long for more than three
 RETRY_S = 0.05
 SILENCE_S = 60.0  # a worker whose coordinator is silent for so long ends
-CHUNK = (
-    128  # most tokens of one evaluation while prefilling: what a cancellation may have to wait for
-)
-
-Loader = Callable[[Callable[[float], None]], Engine]
 Curve = tuple[float, ...]
 Status = Callable[[str, float | str], None]
 T = TypeVar("T")
+
+
+class Model(Protocol):
+    """What every worker asks of what it drives, an engine or a drafter."""
+
+    @property
+    def info(self) -> ModelInfo | DrafterInfo: ...
+    def label(self, token: TokenId) -> str: ...
+    def cancel(self) -> None: ...
+    def close(self) -> None: ...
+
+
+M = TypeVar("M", bound=Model)
+Loader = Callable[[Callable[[float], None]], M]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,18 +58,17 @@ class Connection:
     delay_s: float = 0.0  # of each message either way: a made-up link
 
 
-class Worker(ABC):
+class Worker(ABC, Generic[M]):
     """One role: subclasses say what to do with its messages and what to compute next."""
 
-    role: ClassVar[wire.Role]
-    calibrated_rows: ClassVar[tuple[int, ...]]  # what `calibrate` is to measure at load
+    role: ClassVar[Role]
 
-    def __init__(self, engine: Engine, owner: ThreadPoolExecutor, curve_s: Curve) -> None:
-        self.engine = engine
-        self.chunk = min(CHUNK, engine.info.chunk)
+    def __init__(self, model: M, owner: ThreadPoolExecutor, curve_s: Curve) -> None:
+        self.model = model
         self.steps = 0
-        self.busy = False
-        self.slots = Slots(engine.info.slots)
+        self.slots = Slots(model.info.slots)
+        self._computed_s = 0.0
+        self._since: float | None = None  # when what is being computed was begun
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._owner = owner
         self._curve_s = curve_s
@@ -88,16 +93,19 @@ class Worker(ABC):
     def forget(self) -> None:
         """Drop all requests: the coordinator knows none of them."""
 
-    def admit(self, tokens: tuple[Token, ...], sampling: wire.Sampling) -> tuple[int, Sampling]:
-        """A slot for a new request, and its settings. Raises OutriderError."""
-        info = self.engine.info
-        values = {field.name: getattr(sampling, field.name) for field in fields(Sampling)}
-        settings = Sampling(**values)
+    @staticmethod
+    @abstractmethod
+    def measured(model: M) -> Curve:
+        """What `Hello.curve_s` is to say; on the owner thread."""
+
+    def admit(self, tokens: Sequence[TokenId]) -> int:
+        """A slot for a new request with this text. Raises OutriderError."""
+        info = self.model.info
         if not 0 < len(tokens) < info.context:
             raise BadRequest(f"{len(tokens)} tokens do not fit the context of {info.context}")
-        if max(tokens) >= info.vocabulary.size:
+        if info.vocabulary and max(tokens) >= info.vocabulary.size:
             raise BadRequest(f"token {max(tokens)} is not in the vocabulary", "prompt")
-        return self.slots.take(), settings
+        return self.slots.take()
 
     def send(self, message: wire.Message) -> None:
         """Send, or do without: a coordinator that is gone has forgotten the request too."""
@@ -117,11 +125,21 @@ class Worker(ABC):
     async def owned(self, function: Callable[[], T]) -> T:
         """Run `function` on the thread that owns the model."""
         self.steps += 1
-        self.busy = True
+        self._since = time.perf_counter()
         try:
             return await asyncio.get_running_loop().run_in_executor(self._owner, function)
         finally:
-            self.busy = False
+            self._computed_s, self._since = self.computed_s, None
+
+    @property
+    def computed_s(self) -> float:
+        """Seconds that the model has computed so far, for whichever request.
+
+        By how much this has grown since a request asked is how long it waited behind others.
+        """
+        if self._since is None:
+            return self._computed_s
+        return self._computed_s + time.perf_counter() - self._since
 
     def wake(self) -> None:
         """There may be something to compute."""
@@ -144,7 +162,7 @@ class Worker(ABC):
                     task.result()
         finally:
             self.forget()  # what computes ends
-            self.engine.cancel()
+            self.model.cancel()
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -182,8 +200,10 @@ class Worker(ABC):
             case wire.Ping():
                 pass
             case wire.Labels(call, start, count):
-                ids = range(start, min(start + count, self.engine.info.vocabulary.size))
-                self.send(wire.LabelTexts(call, tuple(map(self.engine.label, ids))))
+                vocabulary = self.model.info.vocabulary
+                end = min(start + count, vocabulary.size) if vocabulary else start
+                ids = range(start, end)
+                self.send(wire.LabelTexts(call, tuple(map(self.model.label, ids))))
             case _:
                 self.handle(message)
 
@@ -191,7 +211,7 @@ class Worker(ABC):
         while True:
             await asyncio.sleep(BEAT_S)
             if self._welcomed.done():
-                self.send(wire.Beat(self.steps, self.busy))
+                self.send(wire.Beat(self.steps, self._since is not None))
                 if time.monotonic() - self._heard > SILENCE_S:
                     raise ConnectionFailed(f"the coordinator has been silent for {SILENCE_S:.0f} s")
 
@@ -203,14 +223,14 @@ class Worker(ABC):
             await self._work.wait()
 
     def _hello(self) -> wire.Hello:
-        info = self.engine.info
+        info = self.model.info
         return wire.Hello(
             protocol=wire.PROTOCOL,
             version=outrider.__version__,
             role=self.role,
             incarnation=self._incarnation,
             model=info.name[:256],
-            fingerprint=wire.Fingerprint(**asdict(info.vocabulary)),
+            vocabulary=info.vocabulary,
             context=info.context,
             slots=info.slots,
             device=info.device[:256],
@@ -220,8 +240,8 @@ class Worker(ABC):
 
 
 async def serve(
-    make: type[Worker],
-    load: Loader,
+    make: type[Worker[M]],
+    load: Loader[M],
     connection: Connection,
     status: Status,
 ) -> None:
@@ -233,39 +253,14 @@ async def serve(
         def report(done: float) -> None:
             loop.call_soon_threadsafe(status, "loading", done)
 
-        engine: Engine = await loop.run_in_executor(owner, load, report)
+        model: M = await loop.run_in_executor(owner, load, report)
         try:
-            curve_s = await loop.run_in_executor(owner, calibrate, engine, make.calibrated_rows)
-            await make(engine, owner, curve_s).run(connection, status)
+            curve_s = await loop.run_in_executor(owner, make.measured, model)
+            await make(model, owner, curve_s).run(connection, status)
         finally:
-            await loop.run_in_executor(owner, engine.close)
+            await loop.run_in_executor(owner, model.close)
     finally:
         owner.shutdown()
-
-
-def calibrate(engine: Engine, rows: tuple[int, ...]) -> Curve:
-    """Seconds of evaluating 1, 2, 3 … tokens with a row of logits each, after a short text.
-
-    Measured for the numbers in `rows`, interpolated between them. The sequence is freed afterwards.
-    """
-    info = engine.info
-    start = min(8, info.chunk, info.context // 2)
-    rows = tuple(n for n in rows if n <= min(info.chunk, info.context - start))
-    text: list[Token] = [min(5, info.vocabulary.size - 1)] * max(start, rows[-1])
-    engine.extend(0, text[:start], 0)
-    measured = []
-    for n in rows:
-        seconds: list[float] = []
-        # one row is what all else is compared with: of short passes there is time for more
-        most = STEPS if n == 1 else 2
-        while len(seconds) < most and (len(seconds) < 3 or sum(seconds) < STEPS_S):
-            began = time.perf_counter()
-            engine.extend(0, text[:n], n)
-            seconds.append(time.perf_counter() - began)
-            engine.rewind(0, start)
-        measured.append(statistics.median(seconds) if n == 1 else min(seconds))
-    engine.rewind(0, 0)
-    return tuple(map(float, np.interp(range(1, rows[-1] + 1), rows, measured)))
 
 
 class Slots:
@@ -288,10 +283,10 @@ class Slots:
         self._free.append(slot)
         self._used.add(slot)
 
-    def clean(self, engine: Engine) -> None:
+    def clean(self, forget: Callable[[int], None]) -> None:
         """On the owner thread."""
         while self._used:
-            engine.rewind(self._used.pop(), 0)
+            forget(self._used.pop())
 
 
 def failure(request: int, exc: Exception) -> wire.Failed:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from outrider.core.estimates import Costs
-from outrider.core.planner import forecast
+from outrider.core.price import forecast
 from outrider_services.tuning.decisions import Decision, Trial, Variant
 
 LINK_S = 5e-4  # messages of a pass

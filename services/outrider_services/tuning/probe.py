@@ -16,7 +16,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from outrider.core.sampling import Token
+from outrider.core.values import TokenId
+from outrider.engines.calibration import calibrate
 from outrider.errors import (
     IncompatiblePair,
     InternalError,
@@ -26,7 +27,6 @@ from outrider.errors import (
     from_code,
 )
 from outrider_services import options
-from outrider_services.pipeline.worker import calibrate
 
 if TYPE_CHECKING:
     from outrider.engines.llama.engine import LlamaEngine
@@ -52,7 +52,7 @@ class Job:
     repeats: int = 1  # of these measurements
     texts: tuple[tuple[str, str], ...] = ()  # prompts and answers to be made tokens
     # the same as tokens, and how many of them, at the end, are the answer
-    sequences: tuple[tuple[tuple[Token, ...], int], ...] = ()
+    sequences: tuple[tuple[tuple[TokenId, ...], int], ...] = ()
     chooses: bool = True  # whether the model is to say which tokens it would have chosen
 
 
@@ -61,8 +61,8 @@ class Findings:
     """What was asked for; the rest is empty."""
 
     curve_s: tuple[float, ...] = ()  # of a pass over 1, 2, 3 … rows
-    sequences: tuple[tuple[tuple[Token, ...], int], ...] = ()
-    choices: tuple[Token, ...] = ()  # the likeliest token at each place of each answer
+    sequences: tuple[tuple[tuple[TokenId, ...], int], ...] = ()
+    choices: tuple[TokenId, ...] = ()  # the likeliest token at each place of each answer
 
 
 # ---- here ---------------------------------------------------------------------------------------
@@ -175,7 +175,7 @@ def work(job: Job) -> Findings:
     return Findings(curve_s, sequences, tuple(token for some in choices for token in some))
 
 
-def _tokens(engine: LlamaEngine, prompt: str, answer: str) -> tuple[tuple[Token, ...], int]:
+def _tokens(engine: LlamaEngine, prompt: str, answer: str) -> tuple[tuple[TokenId, ...], int]:
     """The tokens of prompt and answer, and how many of them are the answer's."""
     try:
         before = engine.render([("user", prompt)])
@@ -186,7 +186,7 @@ def _tokens(engine: LlamaEngine, prompt: str, answer: str) -> tuple[tuple[Token,
     return tuple(tokens), max(len(tokens) - start, 1)
 
 
-def _choices(engine: LlamaEngine, tokens: tuple[Token, ...], answers: int) -> list[Token]:
+def _choices(engine: LlamaEngine, tokens: tuple[TokenId, ...], answers: int) -> list[TokenId]:
     """The token that the model finds likeliest at each place of the answer, given all before it."""
     try:
         scores = engine.extend(0, tokens[:-1], answers)

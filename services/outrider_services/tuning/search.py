@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 
-from outrider.core.sampling import Token
+from outrider.core.values import TokenId
 from outrider.errors import ConfigError, ModelNotFound, OutriderError, RequestTimeout
 from outrider_services.models import catalogue
 from outrider_services.models.gguf import read_header
@@ -207,8 +207,8 @@ class Tuner:
     thorough: bool = False
     made: list[Path] = field(default_factory=list)  # re-quantised drafts
     # the texts in the target's tokens, and how many of them are the answer
-    sequences: tuple[tuple[tuple[Token, ...], int], ...] = ()
-    expected: tuple[Token, ...] = ()  # the target's own tokens in their answers
+    sequences: tuple[tuple[tuple[TokenId, ...], int], ...] = ()
+    expected: tuple[TokenId, ...] = ()  # the target's own tokens in their answers
     agreements: dict[str, Agreement] = field(default_factory=dict)  # by type: cores change none
     began: float = field(default_factory=time.monotonic)
 
@@ -294,7 +294,7 @@ class Tuner:
 
 
 def compare(
-    drafted: Sequence[Token], expected: Sequence[Token], counts: Sequence[int]
+    drafted: Sequence[TokenId], expected: Sequence[TokenId], counts: Sequence[int]
 ) -> Agreement:
     """Where draft and target agree in the answers, of which each has so many of the tokens."""
     same = [one == other for one, other in zip(drafted, expected, strict=True)]

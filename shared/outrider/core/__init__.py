@@ -1,0 +1,1 @@
+"""What decides, without sockets, clocks or tasks. Read `reference` first, then `session`."""

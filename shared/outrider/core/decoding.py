@@ -7,39 +7,27 @@ the target's distribution with noise that depends on the position alone (`outrid
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Sequence
-from dataclasses import dataclass
 
-from outrider.core.sampling import Token
-
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """The outcome of a verify round: `tokens` is what to commit, its first `accepted` drafted.
-
-    Behind the accepted ones comes one token of the target's own, a correction or, after a block
-    accepted whole, a bonus. Only an accepted end token has nothing behind it.
-    """
-
-    accepted: int
-    tokens: tuple[Token, ...]
+from outrider.core.values import TokenId, Verdict
 
 
 def verify(
-    drafted: Sequence[Token], choices: Iterable[Token], ends: Container[Token] = ()
+    drafted: Sequence[TokenId], choices: Iterable[TokenId], ends: Container[TokenId] = ()
 ) -> Verdict:
     """Keep the longest prefix of `drafted` that the target chose itself, and its next own token.
 
     `choices` is read up to the first difference, for later rows saw another prefix, or up to the
     first of `ends`, for nothing follows an end token. An empty draft is plain decoding.
 
-    >>> verify([1, 2, 3], [1, 2, 9])
-    Verdict(accepted=2, tokens=(1, 2, 9))
-    >>> verify([1, 2, 3], [1, 2, 3, 4])
-    Verdict(accepted=3, tokens=(1, 2, 3, 4))
-    >>> verify([], [7])
-    Verdict(accepted=0, tokens=(7,))
-    >>> verify([1, 0, 3], [1, 0], ends={0})
-    Verdict(accepted=2, tokens=(1, 0))
+    >>> verdict = verify([1, 2, 3], [1, 2, 9])
+    >>> verdict.accepted, verdict.tokens
+    (2, (1, 2, 9))
+    >>> verify([1, 2, 3], [1, 2, 3, 4]).tokens
+    (1, 2, 3, 4)
+    >>> verify([], [7]).tokens
+    (7,)
+    >>> verify([1, 0, 3], [1, 0], ends={0}).tokens
+    (1, 0)
     """
     for accepted, choice in enumerate(choices):
         if accepted == len(drafted) or drafted[accepted] != choice:
@@ -47,3 +35,26 @@ def verify(
         if choice in ends:
             return Verdict(accepted + 1, tuple(drafted[: accepted + 1]))
     raise ValueError("the last row needs a choice too")
+
+
+def contradiction(
+    verdict: Verdict, drafted: Sequence[TokenId], ends: Container[TokenId], vocabulary: int
+) -> str | None:
+    """What makes this `verdict` on `drafted` impossible, if anything does.
+
+    The target knows ids below `vocabulary`.
+    """
+    tokens, accepted, block = verdict.tokens, verdict.accepted, len(drafted)
+    ended = bool(tokens) and accepted == len(tokens) and tokens[-1] in ends
+    if accepted > block or not (ended or len(tokens) == accepted + 1):
+        return f"{accepted} accepted of {block}, but {len(tokens)} tokens"
+    for said in (verdict.pieces, verdict.margins, verdict.logprobs):
+        if said is not None and len(said) != len(tokens):
+            return "not one text, margin and probability for each token"
+    if any(token >= vocabulary for token in tokens):
+        return "a token outside its vocabulary"
+    if any(one != other for one, other in zip(drafted[:accepted], tokens, strict=False)):
+        return "an accepted token that was not drafted"
+    if accepted < min(block, len(tokens)) and drafted[accepted] == tokens[accepted]:
+        return "a correction that was drafted"
+    return None

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Annotated, Protocol, TypeAlias
 
-from outrider.core.sampling import Scores, Token
+from msgspec import Meta
+
+from outrider.core.sampling import Scores
+from outrider.core.values import Count, TokenId, Value, Word
+
+Ends: TypeAlias = Annotated[tuple[TokenId, ...], Meta(max_length=1024)]
 
 
 class Cancelled(Exception):
@@ -17,18 +22,17 @@ class EngineFault(Exception):
     """The engine could not evaluate; the sequence it concerned is empty and may be filled again."""
 
 
-@dataclass(frozen=True, slots=True)
-class Vocabulary:
+class Vocabulary(Value, frozen=True):
     """The fingerprint by which two models are known to speak the same tokens."""
 
-    kind: str  # "bpe", "spm", ..., as the model file says
-    size: int
-    bos: Token | None
-    eos: Token | None
+    kind: Word  # "bpe", "spm", ..., as the model file says
+    size: Count
+    bos: TokenId | None
+    eos: TokenId | None
     adds_bos: bool
     adds_eos: bool
-    ends: tuple[Token, ...]  # ascending ids after which a generation is over
-    digest: str  # SHA-256 over the texts of all ids, in order, each with its length
+    ends: Ends  # ascending ids after which a generation is over
+    digest: Word  # SHA-256 over the texts of all ids, in order, each with its length
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +54,7 @@ class Engine(Protocol):
 
     info: ModelInfo
 
-    def extend(self, slot: int, tokens: Sequence[Token], rows: int) -> Scores:
+    def extend(self, slot: int, tokens: Sequence[TokenId], rows: int) -> Scores:
         """Append `tokens` to the sequence in `slot`; return the logits that follow the last ones.
 
         The result has shape (rows, vocabulary), float32, the last row following the last token;
@@ -68,16 +72,16 @@ class Engine(Protocol):
     def cancel(self) -> None:
         """Cut short the `extend` that is running, if one is; it raises `Cancelled`."""
 
-    def tokenize(self, text: str, *, special: bool) -> list[Token]:
+    def tokenize(self, text: str, *, special: bool) -> list[TokenId]:
         """Token ids of `text`; with `special`, markers such as `<|im_end|>` become control tokens.
 
         A begin-of-text token is added where the model asks for one.
         """
 
-    def piece(self, token: Token) -> bytes:
+    def piece(self, token: TokenId) -> bytes:
         """The bytes that `token` adds to the text, perhaps a part of a character."""
 
-    def label(self, token: Token) -> str:
+    def label(self, token: TokenId) -> str:
         """The vocabulary's own text of `token`, also of control tokens: to compare, to show."""
 
     def render(self, messages: Sequence[tuple[str, str]]) -> str:

@@ -1,4 +1,4 @@
-"""What a policy is told: what things cost, and how likely drafted tokens are accepted."""
+"""What a rule is told: what things cost, and how likely drafted tokens are accepted."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 Values = NDArray[np.float64]
+
+LONGEST = 15  # most drafted tokens of a block that prices are worked out for
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,17 +98,24 @@ def _bounded(error: float) -> float:
     return min(max(error, -math.log(2)), math.log(2))
 
 
-# doubt = log2(1 / (1 - confidence)) and what came true at it, on 1,644 recorded tokens
+# How often tokens of a doubt were accepted, fitted to the default pair: draft as q4_0, greedy,
+# 1,644 tokens of six kinds of text, as `outrider bench --record` wrote them (tests/sim has the
+# file). Other pairs are near; what differs, `Acceptance.trust` follows. To refit: scripts/refit.
 DOUBTS = (0.0, 0.5, 1.5, 2.5, 3.5, 4.5, 6.0)
 CAME_TRUE = (0.22, 0.5, 0.70, 0.86, 0.925, 0.965, 0.995)
 
 
+def doubt(confidence: float) -> float:
+    """How unsure a draft is, in halvings of the probability that it is wrong; at most 13.3."""
+    return -math.log2(max(1 - confidence, 1e-4))
+
+
 def usual_acceptance(confidence: float) -> float:
-    """How often tokens were accepted of which a draft was so sure."""
-    doubt = -math.log2(max(1 - confidence, 1e-4))
-    above = bisect.bisect(DOUBTS, doubt, 1, len(DOUBTS) - 1)
+    """How often tokens of this confidence were accepted, of drafts in general."""
+    at = doubt(confidence)
+    above = bisect.bisect(DOUBTS, at, 1, len(DOUBTS) - 1)
     low, high = DOUBTS[above - 1], DOUBTS[above]
-    part = min(max((doubt - low) / (high - low), 0.0), 1.0)
+    part = min(max((at - low) / (high - low), 0.0), 1.0)
     return CAME_TRUE[above - 1] + part * (CAME_TRUE[above] - CAME_TRUE[above - 1])
 
 

@@ -18,70 +18,80 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import TypeAlias
+from typing import Annotated, TypeAlias, get_type_hints
 
 import numpy as np
+from msgspec import Meta
 from numpy.typing import NDArray
 
+from outrider.core.values import Count, Drafted, Id, TokenId, Value
 from outrider.errors import BadRequest
 
-Token: TypeAlias = int
-Ids: TypeAlias = NDArray[np.uint64]
+IdArray: TypeAlias = NDArray[np.uint64]
 Scores: TypeAlias = NDArray[np.float32]
 Noise: TypeAlias = NDArray[np.float64]
 
-SEEDS = 2**63  # seeds are below this, so that they fit a signed 64-bit integer on the wire
+NEAR = 0.5  # logits: a choice that won by less may fall otherwise where arithmetic differs
+FAR = 1000.0  # logits: the margin of a choice that had no rival
+BIASES = 4096  # most tokens of a logit bias
+
+Penalty: TypeAlias = Annotated[float, Meta(ge=-100, le=100)]
+Share: TypeAlias = Annotated[float, Meta(ge=0, le=1)]
+Bias: TypeAlias = Annotated[float, Meta(ge=-1e6, le=1e6)]
 
 
 class BadScores(ValueError):
     """A row of logits from which nothing can be chosen: it has NaN or +inf, or no finite value."""
 
 
-@dataclass(frozen=True, slots=True)
-class Sampling:
+class Sampling(Value, frozen=True):
     """How to choose a token; raises BadRequest, naming the field, for a value out of range."""
 
-    temperature: float = 0.1  # 0: always the likeliest
-    top_k: int = 0  # 0: off
-    top_p: float = 1.0  # 1: off
-    min_p: float = 0.0  # 0: off
-    repeat_penalty: float = 1.0  # 1: off
-    repeat_last_n: int = 64  # tokens that the three penalties look back on; 0: none, -1: all
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    logit_bias: tuple[tuple[Token, float], ...] = ()
-    seed: int = 0
+    temperature: Annotated[float, Meta(ge=0, le=100)] = 0.1  # 0: always the likeliest
+    top_k: Count = 0  # 0: off
+    top_p: Share = 1.0  # 1: off
+    min_p: Share = 0.0  # 0: off
+    repeat_penalty: Annotated[float, Meta(ge=0.01, le=100)] = 1.0  # 1: off
+    # tokens that the three penalties look back on; 0: none, -1: all
+    repeat_last_n: Annotated[int, Meta(ge=-1, le=(1 << 31) - 1)] = 64
+    presence_penalty: Penalty = 0.0
+    frequency_penalty: Penalty = 0.0
+    logit_bias: Annotated[tuple[tuple[TokenId, Bias], ...], Meta(max_length=BIASES)] = ()
+    seed: Id = 0
 
     def __post_init__(self) -> None:
-        _check("temperature", self.temperature, 0, 100)
-        _check("top_k", self.top_k, 0, 2**31 - 1, whole=True)
-        _check("top_p", self.top_p, 0, 1)
-        _check("min_p", self.min_p, 0, 1)
-        _check("repeat_penalty", self.repeat_penalty, 0.01, 100)
-        _check("repeat_last_n", self.repeat_last_n, -1, 2**31 - 1, whole=True)
-        _check("presence_penalty", self.presence_penalty, -100, 100)
-        _check("frequency_penalty", self.frequency_penalty, -100, 100)
-        _check("seed", self.seed, 0, SEEDS - 1, whole=True)
+        for name, bounds in _bounds().items():
+            _check(name, getattr(self, name), bounds, whole=name in _WHOLE)
         for token, bias in self.logit_bias:
-            _check("logit_bias", token, 0, 2**31 - 1, whole=True)
-            _check("logit_bias", bias, -1e6, 1e6)
+            _check("logit_bias", token, _meta(TokenId), whole=True)
+            _check("logit_bias", bias, _meta(Bias), whole=False)
 
 
-def _check(name: str, value: float, least: float, most: float, whole: bool = False) -> None:
+_WHOLE = {"top_k", "repeat_last_n", "seed"}
+
+
+@lru_cache(maxsize=1)
+def _bounds() -> dict[str, Meta]:
+    """By field, what its annotation says of a number."""
+    hints = get_type_hints(Sampling, include_extras=True)
+    return {name: _meta(hint) for name, hint in hints.items() if name != "logit_bias"}
+
+
+def _meta(hint: object) -> Meta:
+    (meta,) = hint.__metadata__  # type: ignore[attr-defined]  # of Annotated
+    assert isinstance(meta, Meta)
+    return meta
+
+
+def _check(name: str, value: float, bounds: Meta, whole: bool) -> None:
     kind = int if whole else (int, float)
+    least, most = bounds.ge, bounds.le
+    assert least is not None
+    assert most is not None
     if isinstance(value, bool) or not isinstance(value, kind) or not least <= value <= most:
         what = "a whole number" if whole else "a number"
-        raise BadRequest(f"{name} must be {what} from {least} to {most}, not {value!r}", name)
-
-
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """A chosen token and how clearly it won; see `propose`."""
-
-    token: Token
-    confidence: float
+        raise BadRequest(f"{name} must be {what} from {least:g} to {most:g}, not {value!r}", name)
 
 
 # --- the noise ---------------------------------------------------------------------------------
@@ -96,7 +106,7 @@ LOWEST_NOISE = -math.log(53 * math.log(2))  # -3.60
 _SPAN = HIGHEST_NOISE - LOWEST_NOISE + 1e-6  # what noise can make up for, rounding included
 
 
-def mix(x: Ids) -> Ids:
+def mix(x: IdArray) -> IdArray:
     """SplitMix64's output function (Steele, Lea, Flood 2014), for arrays."""
     x = x + _GOLDEN  # arrays wrap; scalars would warn
     x = (x ^ (x >> _30)) * _FIRST
@@ -104,16 +114,16 @@ def mix(x: Ids) -> Ids:
     return x ^ (x >> _31)
 
 
-def gumbel(seed: int, position: int, ids: Ids) -> Noise:
+def gumbel(seed: int, position: int, ids: IdArray) -> Noise:
     """The noise of each of `ids` at `position`, whichever others survived the filters."""
     return _noise(_key(seed, position), ids)
 
 
-def _key(seed: int, position: int) -> Ids:
+def _key(seed: int, position: int) -> IdArray:
     return mix(mix(np.array([seed], np.uint64)) ^ np.uint64(position))
 
 
-def _noise(key: Ids, ids: Ids) -> Noise:
+def _noise(key: IdArray, ids: IdArray) -> Noise:
     uniform = ((mix(key ^ ids) >> _12) + 0.5) * 2.0**-52  # inside (0, 1): never log(0)
     noise: Noise = -np.log(-np.log(uniform))
     return noise
@@ -125,29 +135,45 @@ def _noise(key: Ids, ids: Ids) -> Noise:
 def choose(
     row: Scores,
     sampling: Sampling,
-    history: Sequence[Token],
+    history: Sequence[TokenId],
     position: int,
     *,
     n_vocab: int | None = None,
-) -> Token:
+) -> TokenId:
     """Choose the token at `position` from its logits; `history` is all tokens before it.
 
-    `row` is left as it was. Ids of `n_vocab` and above cannot be chosen (a draft's vocabulary may
-    be padded further than its target's); biased or penalised ids beyond the row are skipped.
-    Raises BadScores for a row with NaN or +inf, or without any finite value.
+    `row` has shape (vocabulary,) and is left as it was. Ids of `n_vocab` and above cannot be chosen
+    (a draft's vocabulary may be padded further than its target's); biased or penalised ids beyond
+    the row are skipped. Raises BadScores for a row with NaN or +inf, or without any finite value.
+    """
+    return decide(row[:n_vocab], sampling, history, position)[0]
+
+
+def decide(
+    row: Scores, sampling: Sampling, history: Sequence[TokenId], position: int
+) -> tuple[TokenId, float]:
+    """What `choose` would, and its margin: by how many logits the token won, noise included.
+
+    That is how far one logit may move before another token is chosen, the filters aside. Margins
+    of `NEAR` and more may be overstated (rivals that far off are not looked for), at most `FAR`.
     """
     with np.errstate(over="ignore"):  # -inf is right for what is too far behind for a float
-        return _choose(_adjust(row[:n_vocab], sampling, history), sampling, position)
+        row = _adjust(row, sampling, history)
+        token, top = _likeliest(row)
+        if sampling.temperature > 0:
+            return _draw(row, sampling, position, top)
+        rivals = [float(part.max()) for part in (row[:token], row[token + 1 :]) if part.size]
+        return token, min(top - max(rivals, default=-math.inf), FAR)
 
 
 def propose(
     row: Scores,
     sampling: Sampling,
-    history: Sequence[Token],
+    history: Sequence[TokenId],
     position: int,
     *,
     n_vocab: int | None = None,
-) -> Choice:
+) -> Drafted:
     """What `choose` would, and how clearly: the softmax of the logits with their noise.
 
     The noise is weighed by the temperature, as it is in the choice, so what is judged is the lead
@@ -159,8 +185,8 @@ def propose(
         row = _adjust(row[:n_vocab], sampling, history)
         token, top = _likeliest(row)
         if sampling.temperature == 0:
-            return Choice(token, 1.0 / _mass(row, top))
-        token = _draw(row, sampling, position, top)
+            return Drafted(token, 1.0 / _mass(row, top))
+        token, _ = _draw(row, sampling, position, top)
         near = np.union1d(_top_k(row, min(_RIVALS, row.size)), [token])
         key = _key(sampling.seed, position)
         noise = sampling.temperature * _noise(key, near.astype(np.uint64))
@@ -169,28 +195,23 @@ def propose(
         won = float(noisy[near == token][0])
         rest = max(0.0, _mass(row, top) - float(np.exp(plain).sum()))  # their noise hardly matters
         others = float(np.exp(noisy - won).sum())
-        return Choice(token, 1.0 / (others + rest * math.exp(min(-won, 700.0))))
+        return Drafted(token, 1.0 / (others + rest * math.exp(min(-won, 700.0))))
 
 
-def _choose(row: Scores, sampling: Sampling, position: int) -> Token:
-    token, top = _likeliest(row)
-    return token if sampling.temperature == 0 else _draw(row, sampling, position, top)
-
-
-def _draw(row: Scores, sampling: Sampling, position: int, top: float) -> Token:
+def _draw(row: Scores, sampling: Sampling, position: int, top: float) -> tuple[TokenId, float]:
     temperature = max(sampling.temperature, 1e-30)  # below that, float32 has no more to tell
     ids, logits = _survivors(row, sampling, top)
     return _race(ids, logits, top, temperature, _key(sampling.seed, position))
 
 
-def logprob(row: Scores, token: Token) -> float:
+def logprob(row: Scores, token: TokenId) -> float:
     """The natural log-probability of `token` in plain `row`: no penalty, filter or temperature."""
     _, top = _likeliest(row)
     with np.errstate(over="ignore"):
         return float(row[token]) - top - math.log(_mass(row, top))
 
 
-def _likeliest(row: Scores) -> tuple[Token, float]:
+def _likeliest(row: Scores) -> tuple[TokenId, float]:
     """The id of the highest logit, the lowest on a tie, and that logit."""
     token = int(row.argmax()) if row.size else 0  # a NaN counts as the highest
     top = float(row[token]) if row.size else math.nan
@@ -208,7 +229,7 @@ def _mass(logits: Scores, top: float) -> float:
 # --- bias, penalties and filters -----------------------------------------------------------------
 
 
-def _adjust(row: Scores, sampling: Sampling, history: Sequence[Token]) -> Scores:
+def _adjust(row: Scores, sampling: Sampling, history: Sequence[TokenId]) -> Scores:
     """`row` with bias and penalties, a copy only if there are any."""
     penalised = (
         sampling.repeat_penalty != 1.0
@@ -228,7 +249,7 @@ def _adjust(row: Scores, sampling: Sampling, history: Sequence[Token]) -> Scores
     return row
 
 
-def _penalise(row: Scores, sampling: Sampling, recent: Sequence[Token]) -> None:
+def _penalise(row: Scores, sampling: Sampling, recent: Sequence[TokenId]) -> None:
     """llama.cpp's repetition, frequency and presence penalties, in place."""
     seen, counts = np.unique(np.asarray(recent, np.int64), return_counts=True)
     known = seen < row.size
@@ -241,7 +262,7 @@ def _penalise(row: Scores, sampling: Sampling, recent: Sequence[Token]) -> None:
     row[seen] = logits
 
 
-def _survivors(row: Scores, sampling: Sampling, top: float) -> tuple[Ids, Scores]:
+def _survivors(row: Scores, sampling: Sampling, top: float) -> tuple[IdArray, Scores]:
     """The ids that pass the filters, ascending, and their logits."""
     ids, logits = _all_ids(row.size), row
     if 0 < sampling.top_k < row.size:
@@ -257,7 +278,7 @@ def _survivors(row: Scores, sampling: Sampling, top: float) -> tuple[Ids, Scores
 
 
 @lru_cache(maxsize=8)
-def _all_ids(size: int) -> Ids:
+def _all_ids(size: int) -> IdArray:
     ids = np.arange(size, dtype=np.uint64)
     ids.flags.writeable = False  # shared by all callers
     return ids
@@ -303,8 +324,12 @@ _LEADS = (8.0, 4.0, 2.0, 1.0, 0.0)  # nats behind the likeliest: within, an id c
 _BLOCK = 8192  # ids hashed at once: few enough to stay in a core's own cache
 
 
-def _race(ids: Ids, logits: Scores, top: float, temperature: float, key: Ids) -> Token:
+def _race(
+    ids: IdArray, logits: Scores, top: float, temperature: float, key: IdArray
+) -> tuple[TokenId, float]:
     """The id that maximises (logit - top) / temperature + noise, the lowest one on a tie.
+
+    And by how many logits it did so, see `decide`: whoever came within `NEAR` is among the rivals.
 
     An id further behind the likeliest than the whole span of the noise cannot win. At a low
     temperature that leaves few. Otherwise the leaders run first, and the others join only if their
@@ -312,24 +337,31 @@ def _race(ids: Ids, logits: Scores, top: float, temperature: float, key: Ids) ->
     1 - u < exp(-x), which is seen without a logarithm.
     """
     if ids.size > _FEW:
-        near = _within(logits, top, temperature * _SPAN)
+        near = _within(logits, top, temperature * _SPAN + NEAR)
         if near.size > _FEW:
             near = _contenders(ids, logits, top, temperature, key)
         ids, logits = ids[near], logits[near]
-    return int(ids[np.argmax(_scale(logits, top, temperature) + _noise(key, ids))])
+    scores = _scale(logits, top, temperature) + _noise(key, ids)
+    winner = int(scores.argmax())
+    won, scores[winner] = float(scores[winner]), -math.inf
+    return int(ids[winner]), min(temperature * (won - float(scores.max())), FAR)
 
 
 def _contenders(
-    ids: Ids, logits: Scores, top: float, temperature: float, key: Ids
+    ids: IdArray, logits: Scores, top: float, temperature: float, key: IdArray
 ) -> NDArray[np.intp]:
-    """Where the winner must be, ascending: the leaders and those whose noise may beat them all."""
+    """Where the winner and its near rivals must be, ascending.
+
+    The leaders, and those whose noise may bring them within `NEAR` logits of the best leader.
+    """
     for behind in _LEADS:
         leaders = _within(logits, top, temperature * behind)
         if leaders.size <= _FEW:
             break
     leaders = leaders[:_FEW]  # any will do; what is left out is not further behind than 0
     ahead = _scale(logits[leaders], top, temperature) + _noise(key, ids[leaders])
-    chance = math.exp(-behind - float(ahead.max())) * (1 + 1e-6) + 2.0**-40  # rounding included
+    needed = behind + float(ahead.max()) - NEAR / temperature
+    chance = math.exp(min(-needed, 0.0)) * (1 + 1e-6) + 2.0**-40  # rounding included
     bar = np.uint64(max(0, int((1.0 - chance) * 2.0**64)))
     joining = [
         start + np.flatnonzero(mix(key ^ ids[start : start + _BLOCK]) >= bar)

@@ -7,7 +7,11 @@ generated = (accepted - truncated) + corrections + bonuses + plain.
 from __future__ import annotations
 
 from collections import Counter, deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+
+from outrider.core.sampling import FAR, NEAR
+from outrider.core.values import Token, Value
 
 Interval = tuple[float, float]
 
@@ -24,8 +28,7 @@ class Lane:
         self.recent.append(interval)
 
 
-@dataclass(frozen=True, slots=True)
-class Report:
+class Report(Value, frozen=True):
     """A request's figures as everybody sees them; None where a ratio is not defined (yet)."""
 
     generated_tokens: int
@@ -52,6 +55,8 @@ class Report:
     speedup_kind: str | None  # "measured" or "estimate"
     mode: str
     seed: int
+    near_ties: int  # tokens that won by less than `sampling.NEAR` logits
+    smallest_margin: float | None  # by how many logits the closest of them won; None: no rival
 
 
 @dataclass(slots=True)
@@ -80,6 +85,8 @@ class Stats:
     both_s: float = 0.0
     target: Lane = field(default_factory=Lane)
     draft: Lane = field(default_factory=Lane)
+    near_ties: int = 0
+    smallest_margin: float = FAR
 
     @property
     def generated(self) -> int:
@@ -92,6 +99,15 @@ class Stats:
         self.rounds += block > 0
         self.verified += block
         self.accepted += accepted
+
+    def committed(self, tokens: Iterable[Token], truncated: int) -> None:
+        """These are part of the answer; `truncated` accepted ones lie behind its end."""
+        self.truncated += truncated
+        for token in tokens:
+            if token.kind != "drafted":
+                self.own[token.kind] += 1
+            self.near_ties += token.margin < NEAR
+            self.smallest_margin = min(self.smallest_margin, token.margin)
 
     def computed(self, lane: Lane, ended: float, elapsed_s: float) -> None:
         """The worker of `lane` computed for `elapsed_s` until `ended`; prefill is left out."""
@@ -139,6 +155,8 @@ class Stats:
             speedup_kind="estimate" if speedup else None,
             mode=self.mode,
             seed=self.seed,
+            near_ties=self.near_ties,
+            smallest_margin=self.smallest_margin if self.smallest_margin < FAR else None,
         )
 
 

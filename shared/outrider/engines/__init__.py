@@ -1,0 +1,1 @@
+"""Models behind the protocols of `outrider.core`: a toy language, and GGUF files by llama.cpp."""

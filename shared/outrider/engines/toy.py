@@ -21,7 +21,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from outrider.core.engine import Cancelled, ModelInfo, Vocabulary
-from outrider.core.sampling import Scores, Token
+from outrider.core.sampling import Scores
+from outrider.core.values import TokenId
 
 END = 256
 CONTROLS = ("<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
@@ -133,7 +134,7 @@ class ToyEngine:
             device="toy",
         )
 
-    def extend(self, slot: int, tokens: Sequence[Token], rows: int) -> Scores:
+    def extend(self, slot: int, tokens: Sequence[TokenId], rows: int) -> Scores:
         begin = time.monotonic()
         states = self._slot(slot)
         self._check(tokens, rows, len(states) - 1)
@@ -168,7 +169,7 @@ class ToyEngine:
         _require(0 <= slot < self.settings.slots, f"no slot {slot}")
         return self._states[slot]
 
-    def _check(self, tokens: Sequence[Token], rows: int, held: int) -> None:
+    def _check(self, tokens: Sequence[TokenId], rows: int, held: int) -> None:
         count, settings = len(tokens), self.settings
         _require(1 <= count <= settings.chunk, f"{count} tokens, not 1 to {settings.chunk}")
         _require(0 <= rows <= count, f"{rows} rows of {count} tokens")
@@ -191,7 +192,7 @@ class ToyEngine:
             row[favourite] = row[other]
             row[other] += (LIKELY - row[other]) / 4  # ahead by less than the target's favourite
 
-    def _favourite(self, state: _State) -> Token:
+    def _favourite(self, state: _State) -> TokenId:
         """The token that the target finds likeliest."""
         if not state.word and _below(state, b"end", self.settings.end_probability):
             return END
@@ -215,10 +216,10 @@ class ToyEngine:
             if self._busy:
                 self._cut.set()
 
-    def tokenize(self, text: str, *, special: bool) -> list[Token]:
+    def tokenize(self, text: str, *, special: bool) -> list[TokenId]:
         if not special:
             return list(text.encode(errors="replace"))
-        tokens: list[Token] = []
+        tokens: list[TokenId] = []
         done = 0
         for found in self._control.finditer(text):
             tokens += text[done : found.start()].encode(errors="replace")
@@ -226,11 +227,11 @@ class ToyEngine:
             done = found.end()
         return tokens + list(text[done:].encode(errors="replace"))
 
-    def piece(self, token: Token) -> bytes:
+    def piece(self, token: TokenId) -> bytes:
         _require(0 <= token < self.settings.vocabulary_size, f"no token {token}")
         return bytes((token,)) if token < 256 else b""
 
-    def label(self, token: Token) -> str:
+    def label(self, token: TokenId) -> str:
         _require(0 <= token < self.settings.vocabulary_size, f"no token {token}")
         return self._labels[token]
 
@@ -258,7 +259,7 @@ def _below(state: _State, purpose: bytes, probability: float) -> bool:
     return int.from_bytes(_digest(state.prefix, purpose), "little") < probability * 2**64
 
 
-def _advance(state: _State, token: Token) -> _State:
+def _advance(state: _State, token: TokenId) -> _State:
     prefix = _digest(state.prefix, token.to_bytes(4, "little"))
     if token in BREAKS or token >= 256:
         return _State(prefix, prefix, b"")
@@ -266,12 +267,12 @@ def _advance(state: _State, token: Token) -> _State:
     return _State(prefix, state.word_from, word)
 
 
-def _alternatives(word: bytes, noise: bytes) -> list[tuple[Token, float]]:
+def _alternatives(word: bytes, noise: bytes) -> list[tuple[TokenId, float]]:
     """What else may follow: up to eight bytes that go on with other words, and rarer slips."""
     following = FOLLOWERS.get(word, ())
     turn = noise[-1] % len(following) if following else 0
     others = (following[turn:] + following[:turn])[:8]
-    slips: list[Token] = []
+    slips: list[TokenId] = []
     if word and _is_text(word):  # never inside a character
         slips = [SPACE, *(ord("a") + draw % 26 for draw in noise[-4:-1])]
     rare = [

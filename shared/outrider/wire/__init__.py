@@ -1,0 +1,1 @@
+"""What crosses a process border: the messages, their bytes, and the sockets."""

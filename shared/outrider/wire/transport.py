@@ -21,7 +21,8 @@ import zmq
 from zmq.utils.monitor import parse_monitor_message
 
 from outrider.errors import ConfigError, ConnectionFailed, ProtocolError
-from outrider.wire.messages import FRAME_LIMIT, Message, decode, encode
+from outrider.wire.codec import decode, encode
+from outrider.wire.messages import FRAME_LIMIT, Message
 
 log = logging.getLogger(__name__)
 

@@ -23,7 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from outrider.core.engine import Cancelled, EngineFault, ModelInfo
-from outrider.core.sampling import Scores, Token
+from outrider.core.sampling import Scores
+from outrider.core.values import TokenId
 from outrider.engines.llama.setup import (
     CANNOT_TAKE_BACK,
     LlamaSettings,
@@ -138,7 +139,7 @@ class LlamaEngine:
             undo.pop_all()
         return engine
 
-    def extend(self, slot: int, tokens: Sequence[Token], rows: int) -> Scores:
+    def extend(self, slot: int, tokens: Sequence[TokenId], rows: int) -> Scores:
         """Append `tokens` to `slot`; see `Engine.extend`. On a GPU a `cancel` has no effect.
 
         The result lies in llama.cpp's own buffer: not even to be read after the next call.
@@ -181,13 +182,13 @@ class LlamaEngine:
     def cancel(self) -> None:
         self._stop[0] = b"\1"
 
-    def tokenize(self, text: str, *, special: bool) -> list[Token]:
+    def tokenize(self, text: str, *, special: bool) -> list[TokenId]:
         return self._text.tokenize(text, special)
 
-    def piece(self, token: Token) -> bytes:
+    def piece(self, token: TokenId) -> bytes:
         return self._text.piece(token)
 
-    def label(self, token: Token) -> str:
+    def label(self, token: TokenId) -> str:
         return self._text.label(token)
 
     def render(self, messages: Sequence[tuple[str, str]]) -> str:
@@ -202,7 +203,7 @@ class LlamaEngine:
         self._lib.llama_model_free(self._model)
         self._context = self._model = None
 
-    def _checked(self, slot: int, tokens: Sequence[Token], rows: int) -> NDArray[Any]:
+    def _checked(self, slot: int, tokens: Sequence[TokenId], rows: int) -> NDArray[Any]:
         self._check_slot(slot)
         ids = np.asarray(tokens)
         if ids.ndim != 1 or not 1 <= len(ids) <= self.info.chunk:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from outrider.core.engine import Vocabulary
-from outrider.core.sampling import Token
+from outrider.core.values import TokenId
 from outrider.errors import BadRequest
 
 KINDS = {1: "spm", 2: "bpe", 3: "wpm", 4: "ugm", 5: "rwkv", 6: "plamo2"}  # enum llama_vocab_type
@@ -24,10 +24,10 @@ class TextModel:
         self._vocab = lib.llama_model_get_vocab(model)
         template = lib.llama_model_chat_template(model, None)
         self._template: bytes | None = bytes(template) if template else None
-        self._pieces: dict[Token, bytes] = {}
+        self._pieces: dict[TokenId, bytes] = {}
         self.vocabulary = read_vocabulary(lib, self._vocab)
 
-    def tokenize(self, text: str, special: bool) -> list[Token]:
+    def tokenize(self, text: str, special: bool) -> list[TokenId]:
         data = _encode(text)
         room = len(data) + 8  # a token has at least one byte, but for those put around the text
         while True:
@@ -38,12 +38,12 @@ class TextModel:
             if got >= 0:
                 break
             room = -got
-        tokens: list[Token] = buffer[:got]
+        tokens: list[TokenId] = buffer[:got]
         if self.vocabulary.adds_eos and tokens and tokens[-1] == self.vocabulary.eos:
             tokens.pop()  # the text is to be continued
         return tokens
 
-    def piece(self, token: Token) -> bytes:
+    def piece(self, token: TokenId) -> bytes:
         known = self._pieces.get(token)
         if known is None:
             self._check(token)
@@ -55,7 +55,7 @@ class TextModel:
             )
         return known
 
-    def label(self, token: Token) -> str:
+    def label(self, token: TokenId) -> str:
         self._check(token)
         text: bytes = self._lib.llama_vocab_get_text(self._vocab, token)
         return text.decode("utf-8", "replace")
@@ -82,7 +82,7 @@ class TextModel:
         size = sum(len(content) for _, content in messages)
         return _grown(apply, 2 * size + 256).decode("utf-8", "replace")
 
-    def _check(self, token: Token) -> None:
+    def _check(self, token: TokenId) -> None:
         if not 0 <= token < self.vocabulary.size:
             raise ValueError(f"token {token} is not in the vocabulary of {self.vocabulary.size}")
 

@@ -1,0 +1,32 @@
+"""Events and commands of sessions as lines for the log: what was said, without anybody's text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from outrider.core.values import Value
+
+SHOWN = 16  # token ids of a block; a prompt is more, and nobody's to read
+HIDDEN = {"pieces", "text", "sampling", "logprobs", "margins", "floors", "ends"}
+
+
+def line(number: int, event: Any, commands: Iterable[Any], state: str) -> str:
+    """`request 3: Verdict(…) -> Verify(…), Commit(…); VERIFYING, draft DRAFTING`."""
+    led_to = ", ".join(map(brief, commands)) or "nothing"
+    return f"request {number}: {brief(event)} -> {led_to}; {state}"
+
+
+def brief(value: Any) -> str:
+    """The value and its short fields."""
+    if isinstance(value, Value):
+        names: Iterable[str] = value.__struct_fields__
+    elif is_dataclass(value):
+        names = [field.name for field in fields(value)]
+    elif isinstance(value, tuple):
+        return f"[{', '.join(map(brief, value))}]" if len(value) <= SHOWN else f"({len(value)})"
+    else:
+        return f"{value:.4g}" if isinstance(value, float) else f"{value}"
+    shown = [f"{name}={brief(getattr(value, name))}" for name in names if name not in HIDDEN]
+    return f"{type(value).__name__}({', '.join(shown)})"

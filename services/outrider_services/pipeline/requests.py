@@ -1,0 +1,170 @@
+"""The requests of all clients: each is prepared, waits for a free sequence, runs, and ends once."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from outrider.core.engine import Vocabulary
+from outrider.core.events import Task
+from outrider.core.rules import MOST_DRAFTED
+from outrider.core.session import Session
+from outrider.core.values import TokenId
+from outrider.errors import BadRequest, Overloaded
+from outrider.wire import messages as wire
+
+NEVER = -1e6  # the bias that keeps end tokens from being chosen
+
+
+@dataclass(frozen=True, slots=True)
+class Defaults:
+    """What a request gets that does not say."""
+
+    mode: str = "auto"
+    n_draft: int | None = None  # most drafted tokens in a block; None: what the costs say
+    n_min: int = 0
+    p_min: float = 0.0
+    queue: int = 64  # requests that may run or wait at once
+
+
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """How long the blocks of a request may be."""
+
+    n_max: int
+    n_min: int
+    p_min: float
+
+    @classmethod
+    def of(cls, submit: wire.Submit, defaults: Defaults) -> Lengths:
+        """What the client asked for, else the defaults. Raises BadRequest."""
+        n_max = defaults.n_draft if submit.n_draft is None else submit.n_draft
+        n_max = MOST_DRAFTED if n_max is None else min(n_max, MOST_DRAFTED)
+        if submit.n_min is not None and submit.n_min > n_max:
+            raise BadRequest(f"n_min is {submit.n_min}, more than n_draft, {n_max}", "n_min")
+        n_min = defaults.n_min if submit.n_min is None else submit.n_min
+        p_min = defaults.p_min if submit.p_min is None else submit.p_min
+        return cls(n_max, min(n_min, n_max), p_min)
+
+    @property
+    def are_fixed(self) -> bool:
+        """Whether somebody has set numbers, rather than leave the lengths to the costs."""
+        return self.n_min > 0 or self.p_min > 0
+
+
+@dataclass(slots=True)
+class Request:
+    """A client's request: first its prompt is prepared, then it waits, then it has a session."""
+
+    id: int
+    number: int  # for people: the first of this coordinator is 1
+    client: bytes
+    submit: wire.Submit
+    submitted: float
+    tokens: tuple[TokenId, ...] = ()
+    session: Session | None = None
+    timer: asyncio.TimerHandle | None = None
+
+    @property
+    def key(self) -> tuple[bytes, int]:
+        return self.client, self.submit.call
+
+    def check(self, target: wire.Hello) -> None:
+        """Whether `target` can serve it, its prompt being known. Raises BadRequest."""
+        tokens, context, size = self.tokens, target.context, vocabulary_of(target).size
+        biased = [token for token, _ in self.submit.sampling.logit_bias if token >= size]
+        if biased:
+            raise BadRequest(f"logit_bias names token {biased[0]} of {size}", "logit_bias")
+        if not tokens:
+            raise BadRequest("the prompt is empty", "prompt")
+        if max(tokens) >= size:
+            raise BadRequest(f"token {max(tokens)} is not in the target's vocabulary", "prompt")
+        if len(tokens) >= context:
+            raise BadRequest(
+                f"the prompt has {len(tokens)} tokens, and a context of {context} leaves no room "
+                "for an answer: shorten it or raise --ctx",
+                "prompt",
+            )
+
+    def task(self, target: wire.Hello) -> Task:
+        """What its session is to generate."""
+        submit, vocabulary = self.submit, vocabulary_of(target)
+        sampling = submit.sampling
+        if submit.ignore_eos:
+            never = tuple((end, NEVER) for end in vocabulary.ends)
+            bias = (*sampling.logit_bias, *never)
+            sampling = sampling.changed(logit_bias=bias)
+        return Task(
+            prompt=self.tokens,
+            n_predict=submit.n_predict,
+            stop=submit.stop,
+            ends=frozenset(vocabulary.ends),
+            context=target.context,
+            vocabulary=vocabulary.size,
+            sampling=sampling,
+            logprobs=submit.logprobs,
+            trace=submit.trace,
+        )
+
+
+def vocabulary_of(target: wire.Hello) -> Vocabulary:
+    assert target.vocabulary is not None  # else it was not welcomed
+    return target.vocabulary
+
+
+@dataclass(slots=True)
+class Requests:
+    """All requests that have not had their outcome yet; iterate over them."""
+
+    most: int
+    running: dict[int, Request] = field(default_factory=dict)  # by id
+    waiting: deque[Request] = field(default_factory=deque)
+    _all: dict[tuple[bytes, int], Request] = field(default_factory=dict)
+    # ids start at random, so that none can be of an earlier coordinator; questions use low ones
+    _first_id: int = field(default_factory=lambda: secrets.randbits(61) + (1 << 61))
+    _count: int = 0
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    def __iter__(self) -> Iterator[Request]:
+        return iter(list(self._all.values()))
+
+    def __contains__(self, request: Request) -> bool:
+        return self._all.get(request.key) is request
+
+    def find(self, client: bytes, call: int) -> Request | None:
+        return self._all.get((client, call))
+
+    def add(self, client: bytes, submit: wire.Submit, now: float) -> Request:
+        self._count += 1
+        request = Request(self._first_id + self._count, self._count, client, submit, now)
+        self._all[request.key] = request
+        return request
+
+    def check_room(self) -> None:
+        """Raises Overloaded."""
+        if len(self._all) > self.most:
+            raise Overloaded(f"{self.most} requests are running or waiting already")
+
+    def next(self, slots: int) -> Request | None:
+        """The next one that may run, where `slots` may at once."""
+        if not self.waiting or len(self.running) >= slots:
+            return None
+        request = self.waiting.popleft()
+        self.running[request.id] = request
+        return request
+
+    def end(self, request: Request) -> bool:
+        """Forget it; False if it was over already."""
+        if request not in self:
+            return False
+        del self._all[request.key]
+        if request.timer:
+            request.timer.cancel()
+        if request in self.waiting:
+            self.waiting.remove(request)
+        return True

@@ -1,0 +1,39 @@
+"""What a session knows of its draft worker."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum, auto
+
+PATIENCE_S = (0.02, 0.5)  # least and most wait for one drafted token
+
+
+class DraftState(Enum):
+    ABSENT, IDLE, DRAFTING, PAUSED, LATE = auto(), auto(), auto(), auto(), auto()
+
+
+@dataclass(slots=True)
+class DraftRecord:
+    """Positions are of the text, times on the session's clock."""
+
+    state: DraftState = DraftState.ABSENT
+    told: int = 0  # it knows the committed text up to here
+    told_at: float = 0.0  # when the target last fell idle and the draft was told
+    read: int = 0  # it has certainly taken in the text up to here
+    until: int = 0  # its leave
+    granted: int = 0  # the most that ever was: a token may have been on its way
+    floors: tuple[float, ...] = ()
+    next_at: float = 0.0  # its next token is expected
+    gap_s: float = PATIENCE_S[1] / 4  # its usual time for a token
+    offences: int = 0
+
+    @property
+    def rides(self) -> bool:
+        """Whether it drafts for this request, be it paused or late."""
+        return self.state not in (DraftState.ABSENT, DraftState.IDLE)
+
+    @property
+    def patience_s(self) -> float:
+        """How long to wait for its next token."""
+        least, most = PATIENCE_S
+        return min(max(4 * self.gap_s, least), most)

@@ -1,0 +1,152 @@
+"""What a session is told (events), and what it says is to be done (commands).
+
+Some are values that a worker sends or is sent: those are in `outrider.core.values`, or orders here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, TypeAlias
+
+from msgspec import Meta
+
+from outrider.core.sampling import Sampling
+from outrider.core.values import (
+    Count,
+    Floors,
+    Fragment,
+    Order,
+    Proposal,
+    Reason,
+    TokenId,
+    TokenIds,
+    Verdict,
+    Verify,
+)
+from outrider.errors import OutriderError
+
+DEFAULT_SAMPLING = Sampling()
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What is to be generated."""
+
+    prompt: tuple[TokenId, ...]
+    n_predict: int | None  # exact number of tokens; None: until the context is full
+    stop: tuple[str, ...]
+    ends: frozenset[TokenId]
+    context: int  # most tokens of prompt and answer together
+    vocabulary: int  # ids that the target knows
+    sampling: Sampling = DEFAULT_SAMPLING
+    logprobs: bool = False
+    trace: bool = False
+
+
+# ---- events -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """The request begins; `draft` says whether a draft worker is there."""
+
+    draft: bool
+
+
+@dataclass(frozen=True, slots=True)
+class DraftReady:
+    """A draft worker is there, perhaps again."""
+
+
+@dataclass(frozen=True, slots=True)
+class DraftLost:
+    """It died, hung or refused: what it drafted is still good to verify."""
+
+
+@dataclass(frozen=True, slots=True)
+class Timer:
+    """The session's deadline may have passed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """The client does not want the rest."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """The target worker is lost, or cannot go on."""
+
+    error: OutriderError
+
+
+Event: TypeAlias = Start | DraftReady | DraftLost | Proposal | Verdict | Timer | Cancel | Failure
+
+
+# ---- commands -----------------------------------------------------------------------------------
+
+
+class Prefill(Order, frozen=True):
+    """The target is to evaluate the prompt and choose the first token: the verdict of round 0."""
+
+    tokens: TokenIds
+    sampling: Sampling
+    logprobs: bool
+
+
+class OpenDraft(Order, frozen=True):
+    """The draft is to go on from `tokens`, up to but not including position `until`.
+
+    Those from position `base` on are not committed yet: the next `Commit` begins there.
+    """
+
+    lineage: Count
+    base: Count
+    tokens: TokenIds
+    sampling: Sampling
+    vocabulary: Count  # ids from here on do not exist in the target
+    ends: Annotated[tuple[TokenId, ...], Meta(max_length=1024)]  # nothing is drafted behind these
+    until: Count
+    floors: Floors = ()
+
+
+class Commit(Order, frozen=True):
+    """The text from `base` on; where it differs from what was drafted, a new lineage starts.
+
+    With n drafted tokens ahead of it, the draft goes on only if the product of their usual
+    acceptances (`outrider.core.estimates`) is at least the n-th of `floors`, or there is no n-th.
+    """
+
+    base: Count
+    tokens: TokenIds
+    until: Count
+    floors: Floors = ()
+
+
+@dataclass(frozen=True, slots=True)
+class CloseDraft:
+    """The draft worker may forget the request."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """The answer is whole, or was cancelled."""
+
+    reason: Reason
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """The request came to nothing."""
+
+    error: OutriderError
+
+
+@dataclass(frozen=True, slots=True)
+class Settle:
+    """Call `Session.settle` now: the target is busy, and nobody waits."""
+
+
+Command: TypeAlias = (
+    Prefill | Verify | OpenDraft | Commit | CloseDraft | Fragment | Finish | Fault | Settle
+)

@@ -1,0 +1,137 @@
+"""The draft's half of the commit rule: its text, and where it has to be cut for the target's.
+
+`outrider.core.stock` is the other half. Both apply the same rule to the same messages, so they
+agree on lineages and positions without a word about it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from outrider.core.estimates import usual_acceptance
+from outrider.core.events import Commit, OpenDraft
+from outrider.core.values import Drafted, TokenId
+
+AT_ONCE = 128  # tokens of the text: more are read even while nothing may be drafted
+CUT_SHORT = 16  # most tokens whose reading is given up halfway to free the cores
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """Which text a drafter was asked about; by the time it answers, that may be another."""
+
+    lineage: int
+    read: int  # so much of it is what the drafter has taken in before
+    tokens: tuple[TokenId, ...]
+
+
+@dataclass(slots=True)
+class Stream:
+    """A request's text as the draft sees it: what is committed, then what it drafted itself."""
+
+    tokens: list[TokenId]
+    lineage: int
+    until: int  # its leave: it may not draft this position
+    committed: int  # tokens before this position are the target's
+    ends: frozenset[TokenId] = frozenset()
+    floors: tuple[float, ...] = ()  # see `events.Commit`
+    likely: list[float] = field(default_factory=list)  # usual acceptances of what it drafted
+    read: int = 0  # tokens that the drafter has taken in and that still stand
+    is_silent: bool = False  # it has no idea what may follow
+
+    @classmethod
+    def opened(cls, order: OpenDraft, context: int) -> Stream:
+        """The stream that `order` begins, in a drafter that has room for `context` tokens."""
+        return cls(
+            tokens=list(order.tokens),
+            lineage=order.lineage,
+            until=min(order.until, context),
+            committed=order.base,
+            ends=frozenset(order.ends),
+            floors=order.floors,
+            likely=[1.0] * (len(order.tokens) - order.base),
+        )
+
+    # ---- what the target says -------------------------------------------------------------------
+
+    def commit(self, order: Commit, context: int) -> bool:
+        """Take over the target's tokens and the new leave; True if the stream was cut for them."""
+        self.until, self.floors = min(order.until, context), order.floors
+        return self.follow(order.base, order.tokens)
+
+    def follow(self, base: int, tokens: Sequence[TokenId]) -> bool:
+        """Take over the target's `tokens` from position `base` on; True if it was cut for them.
+
+        At the first difference the stream is cut, the truth appended, and a new lineage begins.
+        """
+        cut = False
+        self.is_silent = self.is_silent and not tokens
+        for position, token in enumerate(tokens, base):
+            if position < len(self.tokens):
+                if self.tokens[position] == token:
+                    continue
+                del self.tokens[position:]
+                self.read = min(self.read, position)
+                self.lineage += 1
+                self.likely.clear()
+                cut = True
+            self.tokens.append(token)
+        del self.likely[: len(tokens)]
+        self.committed = base + len(tokens)
+        return cut
+
+    # ---- what it drafts -------------------------------------------------------------------------
+
+    def begin(self) -> Begun:
+        """The text that is to be gone on from."""
+        return Begun(self.lineage, self.read, tuple(self.tokens))
+
+    def took(self, begun: Begun, read: int, drafted: Sequence[Drafted]) -> tuple[Drafted, ...]:
+        """Append what was drafted behind the text `begun`, of which `read` tokens are taken in.
+
+        Returns how much of it counts: nothing if the text has become another, else as much as
+        leave, floors and an end token allow.
+        """
+        if begun.lineage != self.lineage:
+            return ()
+        self.read = read
+        if len(begun.tokens) != len(self.tokens):
+            return ()  # the target said what comes here
+        self.is_silent = not drafted and read == len(self.tokens)
+        taken: list[Drafted] = []
+        for one in drafted:
+            if self.is_full or self.is_paused or self.has_ended:
+                break
+            self.tokens.append(one.token)
+            self.likely.append(usual_acceptance(one.confidence))
+            taken.append(one)
+        return tuple(taken)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether there is a token to draft, or a long text to read before one may be."""
+        if len(self.tokens) - self.read > AT_ONCE:
+            return True
+        return not (self.is_full or self.is_paused or self.has_ended or self.is_silent)
+
+    @property
+    def is_full(self) -> bool:
+        return len(self.tokens) >= self.until
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether what it drafted is too doubtful to go on from."""
+        drafted = len(self.likely)
+        return 0 < drafted <= len(self.floors) and math.prod(self.likely) < self.floors[drafted - 1]
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether it has drafted an end token: nothing follows."""
+        return len(self.tokens) > self.committed and self.tokens[-1] in self.ends
+
+    @property
+    def is_to_stop(self) -> bool:
+        """Whether what it reads is for a token beyond its leave; a long reading goes on."""
+        return self.until <= len(self.tokens) <= self.read + CUT_SHORT

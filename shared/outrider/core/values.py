@@ -1,0 +1,164 @@
+"""The values that workers, sessions and clients hand to each other, each defined once.
+
+They are what the wire carries, too: frozen structs whose fields are bounded where they enter a
+process (`outrider.wire.codec`), so nothing is copied from one form into another on its way.
+
+| value | made by | for |
+| --- | --- | --- |
+| `Drafted` | a drafter | the stock of the session, and the client (`Fragment.drafted`) |
+| `Proposal` | the draft worker | the session: tokens drafted one behind the other |
+| `Verify` | the session | the target worker: the block to verify |
+| `Verdict` | `decoding.verify`, completed by the target worker | the session |
+| `Token`, `Fragment` | the session | the client: what was committed |
+| `Span` | the session | the client: when which worker computed |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, Self, TypeAlias
+
+import msgspec
+from msgspec import Meta
+
+BLOCK_LIMIT = 1 << 10  # most tokens of a block on the wire
+
+Id: TypeAlias = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
+Count: TypeAlias = Annotated[int, Meta(ge=0, le=(1 << 31) - 1)]
+TokenId: TypeAlias = Annotated[int, Meta(ge=0, le=(1 << 31) - 1)]
+TokenIds: TypeAlias = Annotated[tuple[TokenId, ...], Meta(max_length=1 << 18)]
+Block: TypeAlias = Annotated[tuple[TokenId, ...], Meta(max_length=BLOCK_LIMIT)]
+Pieces: TypeAlias = Annotated[tuple[bytes, ...], Meta(max_length=BLOCK_LIMIT)]
+Floats: TypeAlias = Annotated[tuple[float, ...], Meta(max_length=BLOCK_LIMIT)]
+Seconds: TypeAlias = Annotated[float, Meta(ge=0.0, le=1e6)]
+Probability: TypeAlias = Annotated[float, Meta(ge=0.0, le=1.0)]
+Word: TypeAlias = Annotated[str, Meta(max_length=256)]
+Text: TypeAlias = Annotated[str, Meta(max_length=1 << 20)]
+
+Floors: TypeAlias = Annotated[tuple[float, ...], Meta(max_length=64)]
+
+Role: TypeAlias = Literal["target", "draft"]
+Mode: TypeAlias = Literal["plain", "sync", "pipelined"]
+Kind: TypeAlias = Literal["drafted", "corrected", "bonus", "plain"]
+Reason: TypeAlias = Literal["stop", "length", "cancelled"]
+
+
+class Value(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """A frozen record; on the wire an array of its fields."""
+
+    def changed(self, **fields: Any) -> Self:
+        """The same with other values in these fields."""
+        return msgspec.structs.replace(self, **fields)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Its fields by name."""
+        return msgspec.structs.asdict(self)
+
+
+class Order(Value, frozen=True, tag=str.lower):
+    """A value that goes to a worker, or comes from one: on the wire its name stands in front."""
+
+
+class Drafted(Value, frozen=True):
+    """One drafted token, and how sure the drafter is that the target will choose the same."""
+
+    token: TokenId
+    confidence: Probability
+
+
+Stretch: TypeAlias = Annotated[tuple[Drafted, ...], Meta(max_length=BLOCK_LIMIT)]
+
+
+class Proposal(Order, frozen=True):
+    """`drafted` stand at `position` and behind it, in the lineage that the draft worker is in."""
+
+    lineage: Count
+    position: Count
+    drafted: Stretch
+    elapsed_s: Seconds  # drafting them took this long
+    waited_s: Seconds = 0.0  # before, the drafter worked for other requests
+    paused: bool = False  # by the floors of `events.Commit`: nothing follows before the next commit
+
+
+class Verify(Order, frozen=True):
+    """Evaluate the last committed token and `drafted`, which starts at position `base`."""
+
+    round: Count
+    base: Count
+    drafted: Block
+
+
+class Verdict(Order, frozen=True):
+    """The outcome of a round: `tokens` are to be committed, the first `accepted` as drafted.
+
+    Behind the accepted ones comes one token of the target's own, a correction or, after a block
+    accepted whole, a bonus. Only an accepted end token has nothing behind it. `decoding.verify`
+    says which tokens; the target worker adds where, and all else.
+    """
+
+    accepted: Count
+    tokens: Block
+    round: Count = 0
+    base: Count = 0  # position of the first of `tokens`
+    pieces: Annotated[
+        tuple[bytes, ...], Meta(max_length=BLOCK_LIMIT)
+    ] = ()  # the bytes of each token
+    margins: Annotated[
+        tuple[float, ...], Meta(max_length=BLOCK_LIMIT)
+    ] = ()  # see `sampling.decide`
+    logprobs: Annotated[tuple[float, ...], Meta(max_length=BLOCK_LIMIT)] | None = None
+    elapsed_s: Seconds = 0.0  # the pass took this long
+    waited_s: Seconds = 0.0  # before, the target worked for other requests
+
+
+class Token(Value, frozen=True):
+    """A committed token."""
+
+    id: TokenId
+    piece: bytes  # what it adds to the text, perhaps a part of a character
+    position: Count
+    kind: Kind
+    margin: float  # by how much it won, in logits; see `sampling.decide`
+    logprob: float | None = None
+
+    @property
+    def text(self) -> str:
+        """Its bytes as text; a part of a character shows as U+FFFD."""
+        return self.piece.decode("utf-8", "replace")
+
+
+class Fragment(Value, frozen=True):
+    """One committed block. `text` is whole characters, so it may lag behind `tokens`.
+
+    `drafted` is the block that was verified to get it.
+    """
+
+    round: Count
+    text: Text
+    tokens: Annotated[tuple[Token, ...], Meta(max_length=BLOCK_LIMIT)]
+    drafted: Stretch
+
+
+class Span(Value, frozen=True):
+    """When a worker computed for a request, on the coordinator's clock."""
+
+    lane: Role
+    start: float
+    end: float
+    rows: Count  # of the pass; or how many tokens were drafted
+    number: Count  # the round, or the lineage
+    base: Count  # where `tokens` begin
+    tokens: Block  # what was chosen or drafted
+
+
+def ids_of(drafted: Sequence[Drafted]) -> tuple[TokenId, ...]:
+    """The token ids alone."""
+    return tuple(one.token for one in drafted)
+
+
+def span_of(done: Proposal | Verdict, rows: int, start: float, end: float) -> Span:
+    """The span in which a worker has `done` this; `rows` are those of a target pass."""
+    if isinstance(done, Verdict):
+        return Span("target", start, end, rows, done.round, done.base, done.tokens)
+    ids = ids_of(done.drafted)
+    return Span("draft", start, end, len(ids), done.lineage, done.position, ids)
