@@ -80,7 +80,7 @@ def test_a_draft_that_pays_on_code_alone_is_told_so() -> None:
 
 
 def test_what_it_would_take_is_enough_and_no_more() -> None:
-    trial, best = forecasts.chosen(FOR_CODE)
+    trial, best = FOR_CODE.chosen()
     row = forecasts.row_for(1.2, trial, best)
     draft = forecasts.draft_for(1.2, trial, best)
     accepted = forecasts.acceptance_for(1.2, trial, best)
@@ -133,7 +133,7 @@ def test_after_little_gain_a_text_is_named_that_gains_more() -> None:
         line = advice.afterwards(found, 1.02, "bin/outrider", explained=True)
         assert line is not None
         assert f'bin/outrider run --chat "{advice.QUESTION}"' in line
-        expected = forecasts.gains(*forecasts.chosen(found))["code"]
+        expected = forecasts.gains(*found.chosen())["code"]
         assert number_in(r"about ([\d.]+)x", line) == pytest.approx(expected, abs=0.051)
         assert expected > 1.15
 

@@ -316,10 +316,16 @@ def test_a_split_is_used_by_those_who_leave_the_cores_to_us(settings: Settings) 
     "text",
     [
         *("", "{", "[]", '{"quant": "q9"}', '{"quant": "rm", "trials": []}', "\0"),
-        '{"quant": "off", "target_cores": "", "draft_cores": "", "trials": [{"target_cores": "", '
-        '"draft_cores": "", "pipelined": false, "plain_rate": 9.0, "variants": []}]}',
+        *(
+            '{"quant": "off", "target_cores": "", "draft_cores": "", "trials": [{"pipelined": true, '
+            f'"target_cores": "", "draft_cores": "", "plain_rate": 9.0, "variants": []{more}}}]}}'
+            for more in ("", ', "curve_s": [1]')
+        ),
     ],
-    ids=["empty", "cut", "list", "no-such-type", "not-a-type", "nul", "without-the-curve"],
+    ids=[
+        *("empty", "cut", "list", "no-such-type", "not-a-type", "nul"),
+        *("without-the-curve", "without-what-was-chosen"),
+    ],
 )
 def test_a_damaged_decision_is_none_and_is_made_again(
     default: Settings, cache: Path, text: str

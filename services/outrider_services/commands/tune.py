@@ -11,7 +11,7 @@ from rich.table import Table
 from outrider_services.commands.prepared import with_files
 from outrider_services.options import Parser, Settings
 from outrider_services.terminal import show
-from outrider_services.tuning import advice, forecasts, search
+from outrider_services.tuning import advice, search
 from outrider_services.tuning.decisions import Decision, Trial
 
 
@@ -38,10 +38,9 @@ def tune(settings: Settings, parsed: Any) -> int:
 def measured(decision: Decision, trial: Trial) -> Table:
     """Every draft that was tried on these cores, a star at the one that was chosen."""
     table = Table("", "draft", "MB", "ms/token", "acceptance", "tokens/s", "speed-up", box=None)
-    chosen = forecasts.is_chosen(decision, trial)
     for one in trial.variants:
         table.add_row(
-            "*" if chosen and one.quant == decision.quant else "",
+            "*" if (trial, one) == decision.chosen() else "",
             advice.named(one),
             f"{one.bytes / 1e6:,.0f}",
             f"{1000 * one.draft_s:.1f}",

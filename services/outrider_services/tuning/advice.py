@@ -22,7 +22,7 @@ def described(decision: Decision) -> str:
     """What was chosen and what to expect; where that is little, what was measured, line by line."""
     if not decision.trials:
         return "Draft: used as given."
-    trial, best = forecasts.chosen(decision)
+    trial, best = decision.chosen()
     return "\n".join([choice(trial, best), *explanation(trial, best)])
 
 
@@ -127,7 +127,9 @@ def afterwards(
     """
     if gained is None or gained >= LITTLE or not decision.trials:
         return None
-    expected = forecasts.gains(*forecasts.chosen(decision))[CODE]
+    expected = forecasts.gains(*decision.chosen()).get(CODE)
+    if expected is None:
+        return None
     if expected < LITTLE:
         return (
             None

@@ -60,6 +60,21 @@ class Decision:
     draft_cores: str = ""
     trials: tuple[Trial, ...] = ()
 
+    def chosen(self) -> tuple[Trial, Variant]:
+        """The trial on the cores that were chosen, and the draft. Raises LookupError."""
+        for trial in self.trials:
+            for one in trial.variants:
+                if self.is_on(trial) and one.quant == self.quant:
+                    return trial, one
+        raise LookupError("what was chosen was not tried")
+
+    def is_on(self, trial: Trial) -> bool:
+        """Whether the workers are to have the cores of this trial."""
+        if not self.target_cores:
+            return trial == self.trials[0]
+        chosen = self.target_cores, self.draft_cores
+        return (trial.target_cores, trial.draft_cores) == chosen
+
 
 def folder(name: str) -> Path:
     """Where `drafts` or `tuned` lie."""
@@ -153,21 +168,21 @@ def save(name: str, decision: Decision) -> None:
 
 def from_json(found: dict[str, Any]) -> Decision:
     """The decision in `found`. Raises ValueError, TypeError or LookupError if it is none."""
-    trials = tuple(
-        Trial(
-            **{
-                **trial,
-                "variants": tuple(Variant(**one) for one in trial["variants"]),
-                "curve_s": tuple(map(float, trial["curve_s"])),
-            }
-        )
-        for trial in found["trials"]
-    )
-    decision = Decision(**{**found, "trials": trials})
+    decision = Decision(**{**found, "trials": tuple(map(_trial, found["trials"]))})
+    if decision.trials:
+        decision.chosen()
     if decision.quant not in ("off", *options.QUANTS):
         raise ValueError(f"no such type: {decision.quant}")
     options.cores(decision.target_cores), options.cores(decision.draft_cores)
     return decision
+
+
+def _trial(found: dict[str, Any]) -> Trial:
+    variants = tuple(Variant(**one) for one in found["variants"])
+    curve_s = tuple(map(float, found["curve_s"]))
+    if not curve_s or not all(one.accepted for one in variants):
+        raise ValueError("something was not measured")
+    return Trial(**{**found, "variants": variants, "curve_s": curve_s})
 
 
 def _file(name: str) -> Path:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 
 from outrider.core.estimates import Costs
 from outrider.core.price import forecast
-from outrider_services.tuning.decisions import Decision, Trial, Variant
+from outrider_services.tuning.decisions import Trial, Variant
 
 LINK_S = 5e-4  # messages of a pass
 BISECTIONS = 12
@@ -62,20 +62,6 @@ def gain_of_drafting(trial: Trial, one: Variant) -> float:
             best = max(best, committed / (float(passes[drafted]) + drafted * one.draft_s))
         seconds += 1 / best
     return len(one.accepted) / seconds / trial.plain_rate
-
-
-def chosen(decision: Decision) -> tuple[Trial, Variant]:
-    """The draft that was chosen, and the trial on the cores that were. Raises LookupError."""
-    trial = next(trial for trial in decision.trials if is_chosen(decision, trial))
-    return trial, next(one for one in trial.variants if one.quant == decision.quant)
-
-
-def is_chosen(decision: Decision, trial: Trial) -> bool:
-    """Whether it is on the cores of `trial` that the workers are to be."""
-    moved = bool(decision.target_cores)
-    cores = (decision.target_cores, decision.draft_cores)
-    first = decision.trials[:1] == (trial,)
-    return (trial.target_cores, trial.draft_cores) == cores if moved else first
 
 
 # ---- what a gain would take ---------------------------------------------------------------------
