@@ -37,7 +37,7 @@ def opt(default: Any, flags: str, help: str, metavar: str | None = None) -> Any:
 
 # fmt: off
 @dataclass(frozen=True, slots=True)
-class Target:
+class TargetOptions:
     model: str | None = opt(None, "-m --model -model", "target model: a GGUF file or hf://user/repo[:quant]", "FILE")
     hf: str | None = opt(None, "-hf --hf-repo", "target model from the hub", "USER/REPO[:QUANT]")
     threads: int = opt(4, "-t --threads -threads", "threads of the target worker (fewer if it has fewer cores)", "N")
@@ -48,7 +48,7 @@ class Target:
 
 
 @dataclass(frozen=True, slots=True)
-class Draft:
+class DraftOptions:
     model: str | None = opt(None, "-md --model-draft -draft-model --draft-model --spec-draft-model", "draft model", "FILE")
     hf: str | None = opt(None, "-hfd --hf-repo-draft --spec-draft-hf", "draft model from the hub", "USER/REPO[:QUANT]")
     quant: Quant = opt("auto", "--draft-quant", "re-quantise the draft: the type that `outrider tune` found (found at once for the default pair), none, or this")
@@ -62,7 +62,7 @@ class Draft:
 
 
 @dataclass(frozen=True, slots=True)
-class Sampling:
+class SamplingOptions:
     n_predict: int | None = opt(None, "-n --predict --n-predict -n-predict", "tokens to generate, exactly (run: 100)", "N")
     temperature: float = opt(0.1, "--temp --temperature -temperature", "0: always the likeliest token", "T")
     top_k: int = opt(0, "--top-k", "sample among the K likeliest; 0: off", "K")
@@ -78,7 +78,7 @@ class Sampling:
 
 
 @dataclass(frozen=True, slots=True)
-class Pipeline:
+class PipelineOptions:
     mode: Mode = opt("auto", "--mode", "auto: pipelined where draft and target have cores of their own, else sync")
     backend: Backend = opt("llama", "--backend", "toy: made-up models without files, to see the machinery")
     exact: bool = opt(False, "--exact", "arithmetic that does not depend on how many tokens are evaluated at once")
@@ -88,13 +88,13 @@ class Pipeline:
 
 
 @dataclass(frozen=True, slots=True)
-class Coordinator:
+class CoordinatorOptions:
     listen: tuple[str, ...] = opt((), "--listen", "also listen here, such as tcp://127.0.0.1:5701 (repeatable)", "ADDRESS")
     insecure: tuple[str, ...] = opt((), "--insecure", "an address to listen on although anybody could connect", "ADDRESS")
 
 
 @dataclass(frozen=True, slots=True)
-class Toy:
+class ToyOptions:
     agreement: float = opt(0.8, "--toy-agreement", "how often the made-up draft agrees with its target", "P")
     step_ms: float = opt(20.0, "--toy-step-ms", "milliseconds of a made-up target pass", "MS")
     row_ms: float = opt(0.2, "--toy-row-ms", "milliseconds of each further row in it", "MS")
@@ -104,19 +104,19 @@ class Toy:
 
 
 @dataclass(frozen=True, slots=True)
-class Log:
+class LogOptions:
     level: Literal["error", "warning", "info", "debug"] = opt("warning", "-lv --log-level", "what the services tell on stderr")
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    target: Target = Target()
-    draft: Draft = Draft()
-    sampling: Sampling = Sampling()
-    pipeline: Pipeline = Pipeline()
-    coordinator: Coordinator = Coordinator()
-    toy: Toy = Toy()
-    log: Log = Log()
+    target: TargetOptions = TargetOptions()
+    draft: DraftOptions = DraftOptions()
+    sampling: SamplingOptions = SamplingOptions()
+    pipeline: PipelineOptions = PipelineOptions()
+    coordinator: CoordinatorOptions = CoordinatorOptions()
+    toy: ToyOptions = ToyOptions()
+    log: LogOptions = LogOptions()
 
 
 # fmt: on

@@ -291,8 +291,8 @@ def test_the_speed_of_a_peer_is_read_from_its_output() -> None:
 
 def test_peers_get_the_cores_and_threads_of_our_workers() -> None:
     every = {0, 1, 2, 3}
-    target = options.Target(model="t.gguf", cores="0", threads=4, ctx=512)
-    draft = options.Draft(model="d.gguf", cores="2-3", threads=2)
+    target = options.TargetOptions(model="t.gguf", cores="0", threads=4, ctx=512)
+    draft = options.DraftOptions(model="d.gguf", cores="2-3", threads=2)
     with mock.patch.object(os, "sched_getaffinity", return_value=every):
         setup = peers.Setup.of(options.Settings(target=target, draft=draft))
     flags = dict(zip(setup.flags[::2], setup.flags[1::2], strict=True))

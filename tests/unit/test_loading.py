@@ -9,12 +9,12 @@ import pytest
 
 from outrider.errors import ConfigError, ModelNotFound
 from outrider_services.models.loading import load_engine
-from outrider_services.options import Pipeline, Settings, Target, Toy
+from outrider_services.options import PipelineOptions, Settings, TargetOptions, ToyOptions
 
 TOY = Settings(
-    target=Target(ctx=128),
-    pipeline=Pipeline(backend="toy", parallel=2),
-    toy=Toy(agreement=1.0, step_ms=1.0, draft_ms=0.1),
+    target=TargetOptions(ctx=128),
+    pipeline=PipelineOptions(backend="toy", parallel=2),
+    toy=ToyOptions(agreement=1.0, step_ms=1.0, draft_ms=0.1),
 )
 
 
@@ -46,12 +46,12 @@ def test_without_a_model_the_flag_is_named() -> None:
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
-    settings = Settings(target=Target(model=str(tmp_path / "none.gguf")))
+    settings = Settings(target=TargetOptions(model=str(tmp_path / "none.gguf")))
     with pytest.raises(ModelNotFound, match=r"none\.gguf"):
         load_engine("draft", settings, silent)
 
 
 def test_settings_that_exclude_each_other_are_an_error(tmp_path: Path) -> None:
-    target = Target(model=str(tmp_path / "m.gguf"), ngl=-1)
+    target = TargetOptions(model=str(tmp_path / "m.gguf"), ngl=-1)
     with pytest.raises(ConfigError, match="exact"):
-        load_engine("target", Settings(target=target, pipeline=Pipeline(exact=True)), silent)
+        load_engine("target", Settings(target=target, pipeline=PipelineOptions(exact=True)), silent)

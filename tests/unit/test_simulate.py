@@ -8,13 +8,13 @@ import pytest
 
 from outrider.errors import ConfigError
 from outrider_services.bench.simulated import ideal, read_numbers
-from outrider_services.options import Settings, Toy
+from outrider_services.options import Settings, ToyOptions
 
 
 def test_the_ideal_stays_within_its_limits_and_grows_with_the_draft() -> None:
     found = []
     for agreement in (0.5, 0.8, 0.95):
-        toy = Toy(agreement=agreement, step_ms=20.0, draft_ms=2.0)
+        toy = ToyOptions(agreement=agreement, step_ms=20.0, draft_ms=2.0)
         found.append(ideal(replace(Settings(), toy=toy), 200))
         assert 1.0 <= found[-1] <= min(1 / (1 - agreement) * 1.3, 20 / 2 + 1)
     assert found == sorted(found)

@@ -13,12 +13,12 @@ from outrider.errors import BadRequest, ConfigError, IncompatiblePair
 from outrider_services.bench import traces
 from outrider_services.bench.prompts import Category
 from outrider_services.bench.traces import record
-from outrider_services.options import Pipeline, Settings, Target, Toy
+from outrider_services.options import PipelineOptions, Settings, TargetOptions, ToyOptions
 
 SETTINGS = Settings(
-    target=Target(ctx=64),
-    pipeline=Pipeline(backend="toy"),
-    toy=Toy(step_ms=0.01, row_ms=0.001, draft_ms=0.01),
+    target=TargetOptions(ctx=64),
+    pipeline=PipelineOptions(backend="toy"),
+    toy=ToyOptions(step_ms=0.01, row_ms=0.001, draft_ms=0.01),
 )
 CATEGORIES = (Category("prose", False, ("The ",)), Category("chat", True, ("Hi", "Ho"), "Be kind."))
 

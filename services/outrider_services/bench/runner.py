@@ -24,7 +24,7 @@ from outrider_services import processor
 from outrider_services.bench import peers
 from outrider_services.bench.plan import Arm, Plan, Prompt
 from outrider_services.bench.results import Results, Sample, geometric_mean
-from outrider_services.options import Draft, Settings, Target, cores
+from outrider_services.options import DraftOptions, Settings, TargetOptions, cores
 from outrider_services.pipeline.launcher import Launcher
 from outrider_services.terminal import News, tell
 
@@ -198,7 +198,7 @@ def header(settings: Settings) -> dict[str, str]:
     toy = settings.pipeline.backend == "toy"
     allowed = os.sched_getaffinity(0)
 
-    def told(worker: Target | Draft) -> str:
+    def told(worker: TargetOptions | DraftOptions) -> str:
         if toy:
             return "a made-up model (--backend toy)"
         name, on = Path(worker.model or "").name, sorted(cores(worker.cores) or allowed)

@@ -28,7 +28,7 @@ from outrider.errors import (
     from_code,
 )
 from outrider.wire.transport import socket_path
-from outrider_services.options import Settings, Target, to_flags
+from outrider_services.options import Settings, TargetOptions, to_flags
 from outrider_services.pipeline.places import share_cores
 
 STOP_S = 5.0  # between SIGTERM and SIGKILL
@@ -270,7 +270,7 @@ def own_settings(role: str, settings: Settings) -> Settings:
     draft = settings.draft
     if role == "draft":
         own = replace(
-            Target(),
+            TargetOptions(),
             model=draft.model,
             threads=draft.threads,
             cores=draft.cores,

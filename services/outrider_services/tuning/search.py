@@ -19,7 +19,7 @@ from outrider.core.values import TokenId
 from outrider.errors import ConfigError, ModelNotFound, OutriderError, RequestTimeout
 from outrider_services.models import catalogue
 from outrider_services.models.gguf import read_header
-from outrider_services.options import QUANTS, Draft, Settings, Target
+from outrider_services.options import QUANTS, DraftOptions, Settings, TargetOptions
 from outrider_services.pipeline.places import share_cores
 from outrider_services.tuning import advice, decisions, forecasts, probe
 from outrider_services.tuning.decisions import Decision, Trial, Variant
@@ -173,7 +173,7 @@ def candidates(source: str, thorough: bool) -> list[str]:
 def splits(settings: Settings) -> list[tuple[str, str]]:
     """Ways to give target and draft cores of their own; none if the user has said which to use."""
     target, draft = settings.target, settings.draft
-    untouched = (target.threads, draft.threads) == (Target().threads, Draft().threads)
+    untouched = (target.threads, draft.threads) == (TargetOptions().threads, DraftOptions().threads)
     if settings.pipeline.mode != "auto" or target.cores or draft.cores or not untouched:
         return []
     cores = [str(core) for core in decisions.usable("")]
