@@ -13,7 +13,7 @@ from typing import Any
 
 from tests.sim.replay import PROCESSOR, TRACES, speedups
 
-from outrider.core.rules import Policy
+from outrider.core.rules import FixedRule
 from outrider_services.bench.replay import World
 from outrider_services.bench.results import geometric_mean
 
@@ -24,10 +24,10 @@ def main() -> None:
     if len(sys.argv) > 1:
         TRACES.clear()
         TRACES.update(json.loads(Path(sys.argv[1]).read_text()))
-    rules: dict[str, Any] = {f"sync, {n}": lambda n=n: Policy("sync", n) for n in (3, 4, 5)}
-    rules["sync, price of time"] = lambda: WORLD.pilot("sync")
-    rules |= {f"pipelined, {n}": lambda n=n: Policy("pipelined", n) for n in (3, 5, 8, 12)}
-    rules["pipelined, price of time"] = lambda: WORLD.pilot("pipelined")
+    rules: dict[str, Any] = {f"sync, {n}": lambda n=n: FixedRule("sync", n) for n in (3, 4, 5)}
+    rules["sync, price of time"] = lambda: WORLD.rule("sync")
+    rules |= {f"pipelined, {n}": lambda n=n: FixedRule("pipelined", n) for n in (3, 5, 8, 12)}
+    rules["pipelined, price of time"] = lambda: WORLD.rule("pipelined")
     print(f"{'':26}", *(f"{name[:11]:>11}" for name in TRACES), "geometric mean")
     for name, rule in rules.items():
         figures = speedups(rule, WORLD)

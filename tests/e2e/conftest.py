@@ -14,34 +14,59 @@ from pathlib import Path
 import pytest
 
 import outrider
+from outrider.errors import ModelNotFound
 from outrider_services.models import catalogue
-from outrider_services.models.fetching import ModelSource
+from outrider_services.terminal import progress_reporter
 
 COMMAND = [sys.executable, "-m", "outrider_services"]
 
 
-def model(source: ModelSource) -> Path:
-    if importlib.util.find_spec("llama_cpp") is None:
+SOURCES = {
+    "test_model": catalogue.TEST_MODEL,
+    "default_target": catalogue.DEFAULT_TARGET,
+    "default_draft": catalogue.DEFAULT_DRAFT,
+}
+HAS_LLAMA = importlib.util.find_spec("llama_cpp") is not None
+unfetched: dict[str, str] = {}  # why a model is not there
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Fetch the models if a test that needs one is going to run, before any test's clock runs."""
+    chosen = any(item.get_closest_marker("model") for item in session.items)
+    if not chosen or not HAS_LLAMA or session.config.getoption("collectonly"):
+        return
+    capture = session.config.pluginmanager.getplugin("capturemanager")
+    with capture.global_and_fixture_disabled(), progress_reporter() as progress:
+        for name, source in SOURCES.items():
+            try:
+                catalogue.fetch(source, progress)
+            except ModelNotFound as exc:
+                unfetched[name] = str(exc)
+
+
+def model(name: str) -> Path:
+    if not HAS_LLAMA:
         pytest.skip("llama-cpp-python is not installed")
-    found = catalogue.find(source)
-    if found is None:
-        pytest.skip(f"{source.file} has not been fetched")
+    if name in unfetched:
+        pytest.fail(unfetched[name])
+    found = catalogue.find(SOURCES[name])
+    assert found is not None
     return found
 
 
 @pytest.fixture(scope="session")
 def test_model() -> Path:
-    return model(catalogue.TEST_MODEL)
+    return model("test_model")
 
 
 @pytest.fixture(scope="session")
 def default_target() -> Path:
-    return model(catalogue.DEFAULT_TARGET)
+    return model("default_target")
 
 
 @pytest.fixture(scope="session")
 def default_draft() -> Path:
-    return model(catalogue.DEFAULT_DRAFT)
+    return model("default_draft")
 
 
 Serve = Callable[..., outrider.Client]

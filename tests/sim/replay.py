@@ -15,6 +15,6 @@ PROCESSOR = curve({1: 112, 2: 194, 3: 206, 4: 210, 5: 224, 6: 245, 8: 271, 12: 2
 FLAT = curve({1: 100, 2: 100})
 
 
-def speedups(policy: Any, world: World) -> dict[str, float]:
-    """By kind of text; `policy()` makes a new one for each."""
-    return {name: Replay(trace, policy(), world).speedup() for name, trace in TRACES.items()}
+def speedups(rule: Any, world: World) -> dict[str, float]:
+    """By kind of text; `rule()` makes a new one for each."""
+    return {name: Replay(trace, rule(), world).speedup() for name, trace in TRACES.items()}

@@ -1,10 +1,11 @@
-"""The pipeline in one thread and in virtual time: the real `Session` between models of two workers.
+"""The pipeline in one thread and in virtual time: real sessions between models of two workers.
 
 A `World` says all that happens, so a run can be repeated exactly: what is asked for, how long each
 evaluation and each message takes, and what goes wrong with the draft, when. The target is
 `decoding.verify` over the scores of a toy engine, the draft the worker's own `Stream` over those of
-another. Messages on a link keep their order, as on a ZeroMQ connection. After every event, and at
-the end, the run is held against what must be true (`Simulation._look`, `Simulation.check`).
+another. Each worker computes for one request at a time. Messages on a link keep their order, as on
+a ZeroMQ connection. After every event, and at the end, each run is held against what must be true
+(`Run.look`, `Run.check`).
 """
 
 from __future__ import annotations
@@ -13,37 +14,54 @@ import codecs
 import copy
 import heapq
 import itertools
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
+from typing import Literal
+
+from tests.oracle import alone
 
 from outrider.core import decoding
-from outrider.core.rules import Policy
-from outrider.core.sampling import Sampling, Scores, Token, choose, propose
-from outrider.core.session import (
+from outrider.core.estimates import CostModel
+from outrider.core.events import (
+    Cancel,
     CloseDraft,
     Command,
     Commit,
-    Drafted,
-    Emit,
+    DraftLost,
+    DraftReady,
     Fault,
     Finish,
     OpenDraft,
     Prefill,
-    RoundResult,
-    Session,
+    Settle,
+    Start,
     Task,
-    Verify,
+    Timer,
 )
+from outrider.core.events import Event as SessionEvent
+from outrider.core.experience import Experience
+from outrider.core.rules import FixedRule, PricedRule, Rule
+from outrider.core.sampling import FAR, Sampling, Scores, choose, propose
+from outrider.core.session import Phase, Session
 from outrider.core.stats import Stats
+from outrider.core.stream import Begun, Stream
+from outrider.core.values import Drafted, Fragment, Proposal, TokenId, Verdict, Verify, ids_of
 from outrider.engines.toy import END, SMALLEST, ToyEngine, ToySettings
-from outrider_services.pipeline.draft_worker import Stream
 
 ENDS = frozenset({END})
 CONTEXT = 160  # at most, and no prompt is cut into chunks
 GREEDY = Sampling(temperature=0)
-PIPELINED = Policy("pipelined", 4)
+PIPELINED = FixedRule("pipelined", 4)
+
+
+@dataclass(frozen=True, slots=True)
+class Priced:
+    """The priced rule, all requests sharing one experience."""
+
+    mode: Literal["sync", "pipelined"]
+    n_max: int = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +77,7 @@ class Asked:
     end_probability: float = 0.0
 
     @property
-    def tokens(self) -> tuple[Token, ...]:
+    def tokens(self) -> tuple[TokenId, ...]:
         return tuple(self.prompt.encode())
 
     def engine(self) -> ToyEngine:
@@ -96,10 +114,13 @@ class Hung:
 
 @dataclass(frozen=True, slots=True)
 class Lied:
-    """The draft's connection says this, relative to what would be right when it arrives."""
+    """The draft's connection says this of the first request that is not over.
+
+    Positions and lineages are relative to what would be right when it arrives.
+    """
 
     at: float
-    tokens: tuple[Token, ...]
+    tokens: tuple[TokenId, ...]
     ahead: int = 0
     lineage: int = 0
     confidence: float = 0.9
@@ -107,7 +128,7 @@ class Lied:
 
 @dataclass(frozen=True, slots=True)
 class Cancelled:
-    """The client goes away."""
+    """The client of the first request goes away."""
 
     at: float
 
@@ -118,7 +139,9 @@ Event = Died | Hung | Lied | Cancelled
 @dataclass(frozen=True, slots=True)
 class World:
     asked: Asked = ASKED
-    policy: Policy = PIPELINED
+    rule: FixedRule | Priced = PIPELINED
+    others: tuple[Asked, ...] = ()  # requests that run at the same time
+    others_at: tuple[float, ...] = (0.0,)  # and when they begin
     agreement: float = 0.8
     draft_context: int = CONTEXT
     draft_from: float | None = 0.0  # when the draft worker first joins
@@ -132,15 +155,20 @@ class World:
     cut_short: bool = True  # a cancelled draft step ends at once, or has just been too far
     events: tuple[Event, ...] = ()
 
+    @property
+    def costs(self) -> CostModel:
+        """What would have been measured at load."""
+        return CostModel((self.pass_s[0],) * 16, self.token_s[0])
+
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    tokens: tuple[Token, ...]
+    tokens: tuple[TokenId, ...]
     text: str
     reason: str
 
 
-def text_of(tokens: Sequence[Token]) -> str:
+def text_of(tokens: Sequence[TokenId]) -> str:
     """The text of `tokens` as far as it has come: half a character at the end is left out."""
     return codecs.getincrementaldecoder("utf-8")("replace").decode(
         bytes(token for token in tokens if token < 256)
@@ -149,24 +177,21 @@ def text_of(tokens: Sequence[Token]) -> str:
 
 @cache
 def plain(asked: Asked) -> Answer:
-    """What the target says by itself, one token after the other: the oracle."""
-    engine = asked.engine()
-    tokens = list(asked.tokens)
-    start, new = len(tokens), tokens
-    longest = asked.context if asked.n_predict is None else start + asked.n_predict
-    while True:
-        row = engine.extend(0, new, 1)[0]
-        new = [choose(row, asked.sampling, tokens, len(tokens))]
-        tokens = tokens + new
-        answer = tokens[start:]
+    """What the target says by itself: the oracle."""
+    answer: list[TokenId] = []
+    longest = asked.context - len(asked.tokens)
+    if asked.n_predict is not None:
+        longest = min(longest, asked.n_predict)
+    for token in alone(asked.engine(), asked.tokens, asked.sampling):
+        answer.append(token)
         text = text_of(answer)
-        if new[0] in ENDS:
+        if token in ENDS:
             return Answer(tuple(answer), text, "stop")
         if found := [text.find(stop) for stop in asked.stop if stop in text]:
             return Answer(tuple(answer), text[: min(found)], "stop")
-        if len(tokens) >= min(longest, asked.context):
-            whole = bytes(answer).decode("utf-8", "replace")
-            return Answer(tuple(answer), whole, "length")
+        if len(answer) >= longest:
+            break
+    return Answer(tuple(answer), bytes(answer).decode("utf-8", "replace"), "length")
 
 
 # --- the parts ------------------------------------------------------------------------------------
@@ -213,7 +238,7 @@ class Link:
 
 
 class Target:
-    """The target worker: one pass over the last committed token and the drafted ones."""
+    """The target worker's part of a request: one pass over the last token and the drafted ones."""
 
     def __init__(self, asked: Asked) -> None:
         self.asked = asked
@@ -222,16 +247,21 @@ class Target:
         if self.tokens[:-1]:
             self.engine.extend(0, self.tokens[:-1], 0)
 
-    def verify(self, round_: int, base: int, drafted: tuple[Token, ...]) -> RoundResult:
+    def verify(self, order: Verify) -> Verdict:
+        base, drafted = order.base, order.drafted
         assert base == len(self.tokens), "the target is asked to verify behind another text"
         rows = self.engine.extend(0, [self.tokens[-1], *drafted], len(drafted) + 1)
-        verdict = decoding.verify(drafted, self.choices(round_, drafted, rows), ENDS)
+        verdict = decoding.verify(drafted, self.choices(order.round, drafted, rows), ENDS)
         self.rewind(base + verdict.accepted)
         self.tokens += verdict.tokens
-        pieces = tuple(map(self.engine.piece, verdict.tokens))
-        return RoundResult(round_, base, verdict.accepted, verdict.tokens, pieces, None, 0.0)
+        return verdict.changed(
+            round=order.round,
+            base=base,
+            pieces=tuple(map(self.engine.piece, verdict.tokens)),
+            margins=(FAR,) * len(verdict.tokens),
+        )
 
-    def choices(self, round_: int, drafted: tuple[Token, ...], rows: Scores) -> Iterator[Token]:
+    def choices(self, round_: int, drafted: tuple[TokenId, ...], rows: Scores) -> Iterator[TokenId]:
         history = list(self.tokens)
         for at, row in enumerate(rows):
             yield choose(row, self.asked.sampling, history, self.position(round_, at))
@@ -246,15 +276,25 @@ class Target:
 
 
 @dataclass(slots=True)
+class Ride:
+    """A request that the draft worker drafts for."""
+
+    run: Run
+    engine: ToyEngine
+    stream: Stream
+    asked: float  # when there was something to draft
+    unsent: Proposal | None = None
+
+
+@dataclass(slots=True)
 class Step:
     """The draft worker evaluates; the outcome is known to the engine, and to nobody else yet."""
 
-    start: int
-    end: int
-    lineage: int
-    token: Token
-    confidence: float
+    ride: Ride
+    begun: Begun
+    drafted: Drafted
     began: float
+    waited_s: float
 
 
 class Draft:
@@ -262,8 +302,7 @@ class Draft:
 
     def __init__(self, sim: Simulation) -> None:
         self.sim = sim
-        self.engine = sim.world.asked.draft_engine(sim.world.agreement)
-        self.stream: Stream | None = None
+        self.rides: deque[Ride] = deque()  # whose turn is next comes first
         self.step: Step | None = None
         self.alive, self.hung = True, False
         self.mailbox: list[Action] = []
@@ -281,68 +320,85 @@ class Draft:
         for action in waiting:
             self.take(action)
 
-    def open(self, command: OpenDraft) -> None:
-        sampling, context = self.sim.world.asked.sampling, self.sim.world.draft_context
-        assert self.stream is None
-        if len(command.tokens) >= context:
-            self.sim.refuse()
-            return
-        self.engine.rewind(0, 0)
-        self.stream = Stream(
-            slot=0,
-            tokens=list(command.tokens),
-            sampling=sampling,
-            lineage=command.lineage,
-            until=min(command.until, context),
-            vocabulary=SMALLEST,
-            committed=command.base,
-        )
+    def of(self, run: Run) -> Ride | None:
+        return next((ride for ride in self.rides if ride.run is run), None)
 
-    def commit(self, command: Commit) -> None:
-        if self.stream is None:
+    def open(self, run: Run, order: OpenDraft) -> None:
+        world = self.sim.world
+        assert self.of(run) is None
+        if len(order.tokens) >= world.draft_context:
+            self.sim.refuse(run)
             return
-        assert self.stream.committed == command.base, "a commit that does not follow the last one"
-        self.stream.until = min(command.until, self.sim.world.draft_context)
-        cut = self.stream.follow(command.base, command.tokens)
-        if cut and self.step and self.sim.world.cut_short:
-            self.engine.rewind(0, self.step.start)
+        engine = run.asked.draft_engine(world.agreement)
+        stream = Stream.opened(order, world.draft_context)
+        self.rides.append(Ride(run, engine, stream, self.sim.clock.now))
+
+    def commit(self, run: Run, order: Commit) -> None:
+        ride = self.of(run)
+        if ride is None:
+            return
+        stream = ride.stream
+        assert stream.committed == order.base, "a commit that does not follow the last one"
+        had_work = stream.has_work
+        cut = stream.commit(order, self.sim.world.draft_context)
+        if not had_work:
+            ride.asked = self.sim.clock.now
+        is_running = self.step is not None and self.step.ride is ride
+        if cut and is_running and self.sim.world.cut_short:
+            assert self.step
+            ride.engine.rewind(0, min(self.step.begun.read, ride.engine.length(0)))
             self.sim.drafting.append((self.step.began, self.sim.clock.now))
             self.step = None
+        if cut or not stream.has_work:
+            self._send(ride)
 
-    def close(self) -> None:
-        self.stream = self.step = None
+    def close(self, run: Run) -> None:
+        if ride := self.of(run):
+            self.rides.remove(ride)
+            if self.step and self.step.ride is ride:
+                self.step = None
 
     def _work(self) -> None:
         """Begin to evaluate what the next token needs, if there is one to draft."""
-        stream = self.stream
-        if stream is None or self.step or len(stream.tokens) >= stream.until:
+        ride = next((ride for ride in self.rides if ride.stream.has_work), None)
+        if ride is None or self.step:
             return
-        if len(stream.tokens) > stream.committed and stream.tokens[-1] in ENDS:
-            return
-        start, tokens = stream.evaluated, list(stream.tokens)
-        if self.engine.length(0) > start:
-            self.engine.rewind(0, start)
-        row = self.engine.extend(0, tokens[start:], 1)[0]
-        choice = propose(row, stream.sampling, tokens, len(tokens), n_vocab=stream.vocabulary)
-        now = self.sim.clock.now
-        step = Step(start, len(tokens), stream.lineage, choice.token, choice.confidence, now)
-        self.step = step
+        self.rides.remove(ride)
+        self.rides.append(ride)
+        stream, now = ride.stream, self.sim.clock.now
+        begun = stream.begin()
+        text, start = begun.tokens, min(begun.read, len(begun.tokens) - 1)
+        if ride.engine.length(0) > start:
+            ride.engine.rewind(0, start)
+        row = ride.engine.extend(0, text[start:], 1)[0]
+        drafted = propose(row, ride.run.asked.sampling, text, len(text), n_vocab=SMALLEST)
+        step = self.step = Step(ride, begun, drafted, now, now - ride.asked)
         done = now + next(self.sim.token_s)
         self.sim.clock.at(done, lambda: self.take(lambda: self._finish(step)))
 
     def _finish(self, step: Step) -> None:
-        stream = self.stream
-        if self.step is not step or stream is None:
+        if self.step is not step:
             return
         self.step = None
-        self.sim.drafting.append((step.began, self.sim.clock.now))
-        if step.lineage == stream.lineage:
-            stream.evaluated = step.end
-        if step.lineage != stream.lineage or step.end != len(stream.tokens):
-            return
-        stream.tokens.append(step.token)
-        assert step.end < self.sim.allowed, "drafted beyond what was allowed"
-        self.sim.send_drafted(self, step)
+        ride, now = step.ride, self.sim.clock.now
+        self.sim.drafting.append((step.began, now))
+        position = len(step.begun.tokens)
+        taken = ride.stream.took(step.begun, position, (step.drafted,))
+        ride.asked = now
+        if taken:
+            assert position < ride.run.allowed, "drafted beyond what was allowed"
+            elapsed_s, paused = now - step.began, ride.stream.is_paused
+            lineage, waited_s = step.begun.lineage, step.waited_s
+            new = Proposal(lineage, position, taken, elapsed_s, waited_s, paused)
+            ride.unsent = ride.unsent.joined(new) if ride.unsent else new
+        if not (ride.stream.has_work and ride.stream.floors and len(self.rides) == 1):
+            self._send(ride)
+
+    def _send(self, ride: Ride) -> None:
+        """Where draft and target take turns, what was drafted is sent together."""
+        if ride.unsent:
+            self.sim.send_drafted(self, ride.run, ride.unsent)
+            ride.unsent = None
 
 
 # --- the whole ------------------------------------------------------------------------------------
@@ -358,273 +414,144 @@ class Pass:
     ended: float
 
 
-@dataclass(slots=True)
-class Simulation:
-    world: World
-    make_session: Callable[[Task, Policy, Stats], Session] = Session
-    make_target: Callable[[Asked], Target] = Target
+@dataclass(slots=True, eq=False)
+class Run:
+    """One request on its way through the pipeline, and what must be true of it."""
 
-    clock: Clock = field(init=False, default_factory=Clock)
-    session: Session = field(init=False)
-    target: Target = field(init=False)
-    draft: Draft | None = field(init=False, default=None)
-    member: Draft | None = field(init=False, default=None)  # whom the coordinator knows
-    passes: list[Pass] = field(init=False, default_factory=list)
-    drafting: list[tuple[float, float]] = field(init=False, default_factory=list)
-    emitted: list[Emit] = field(init=False, default_factory=list)
-    ends: list[Finish | Fault] = field(init=False, default_factory=list)
-    seen: Counter[str] = field(init=False, default_factory=Counter)  # what has happened
-    allowed: int = field(init=False, default=0)  # the furthest `until` so far
-    pass_s: Iterator[float] = field(init=False)
-    token_s: Iterator[float] = field(init=False)
-    to_target: Link = field(init=False)
-    from_target: Link = field(init=False)
-    to_draft: Link = field(init=False)
-    from_draft: Link = field(init=False)
-    _asked: list[int] = field(init=False, default_factory=list)  # rounds without a verdict
-    _alarm: object = field(init=False, default=None)
-
-    def __post_init__(self) -> None:
-        world, asked = self.world, self.world.asked
-        task = Task(
-            asked.tokens, asked.n_predict, asked.stop, ENDS, asked.context, SMALLEST, trace=True
-        )
-        stats = Stats(world.policy.mode, asked.sampling.seed)
-        self.session = self.make_session(task, world.policy, stats)
-        self.target = self.make_target(asked)
-        self.pass_s, self.token_s = itertools.cycle(world.pass_s), itertools.cycle(world.token_s)
-        self.to_target = Link(self.clock, world.to_target_s)
-        self.from_target = Link(self.clock, world.from_target_s)
-        self.to_draft = Link(self.clock, world.to_draft_s)
-        self.from_draft = Link(self.clock, world.from_draft_s)
-
-    def run(self) -> Simulation:
-        """Everything, until nothing is left to happen; raises AssertionError for what must not."""
-        world = self.world
-        if world.draft_from == 0.0:
-            self.draft = self.member = Draft(self)
-        elif world.draft_from is not None:
-            self.clock.at(world.draft_from, self._join)
-        for event in world.events:
-            self.clock.at(event.at, lambda event=event: self._happen(event))  # type: ignore[misc]
-        there = self.member is not None
-        self._tell(lambda: self.session.start(self.clock.now, there))
-        # a token costs a pass, a few messages, and a drafted token or two of its own
-        self.clock.run(200 + 40 * len(plain(world.asked).tokens) + 10 * len(world.events))
-        self.check()
-        return self
-
-    # ---- what goes wrong ------------------------------------------------------------------------
-
-    def _happen(self, event: Event) -> None:
-        draft = self.draft
-        match event:
-            case Died(_, back_s) if draft:
-                self.seen["death"] += 1
-                draft.alive, self.draft = False, None
-                self.from_draft.send(self._on_lost)
-                if back_s is not None:
-                    self.clock.at(self.clock.now + back_s, self._join)
-            case Hung(_, for_s) if draft and not draft.hung:
-                self.seen["hang"] += 1
-                draft.hung = True
-                if for_s is not None:
-                    self.clock.at(self.clock.now + for_s, draft.resume)
-            case Lied():
-                self.seen["lie"] += 1
-                self.from_draft.send(lambda: self._on_lie(event))
-            case Cancelled():
-                self._tell(self.session.on_cancel)
-            case _:
-                pass
-
-    def _join(self) -> None:
-        if self.draft is None:
-            self.draft = draft = Draft(self)
-            self.from_draft.send(lambda: self._on_joined(draft))
-
-    # ---- what reaches the coordinator -----------------------------------------------------------
-
-    def _on_lost(self) -> None:
-        self.member = None
-        self.seen["lost with stock"] += bool(self.session.stock)
-        self._tell(lambda: self.session.on_draft_lost(self.clock.now))
-
-    def _on_joined(self, draft: Draft) -> None:
-        self.member = draft
-        self.seen["joined with stock"] += bool(self.session.stock)
-        self._tell(self.session.on_draft_ready)
-
-    def _on_lie(self, lie: Lied) -> None:
-        if self.member is None:
-            return
-        session = self.session
-        position = max(0, len(session.tokens) + len(session.stock) + lie.ahead)
-        drafted = [Drafted(token, lie.confidence) for token in lie.tokens]
-        lineage = max(0, session.lineage + lie.lineage)
-        self._tell(lambda: session.on_drafted(lineage, position, drafted, 0.001, self.clock.now))
-
-    def send_drafted(self, draft: Draft, step: Step) -> None:
-        elapsed_s = self.clock.now - step.began
-
-        def arrive() -> None:
-            assert self.member in (draft, None)  # what a dead one still sent comes before the news
-            session, drafted = self.session, [Drafted(step.token, step.confidence)]
-            hits, broken = session.stats.hits, session.stats.discarded["miss"]
-            offences = session._offences
-            self._tell(
-                lambda: session.on_drafted(
-                    step.lineage, step.end, drafted, elapsed_s, self.clock.now
-                )
-            )
-            self.seen["late hit"] += session.stats.hits - hits
-            self.seen["late miss"] += session.stats.discarded["miss"] > broken
-            assert self._lied or session._offences == offences, "an honest draft was blamed"
-
-        self.from_draft.send(arrive)
-
-    def refuse(self) -> None:
-        """The draft worker has no room for the request; it stays there for others."""
-        self.seen["draft full"] += 1
-        self.from_draft.send(lambda: self._tell(lambda: self.session.on_draft_lost(self.clock.now)))
+    sim: Simulation
+    asked: Asked
+    session: Session
+    target: Target
+    passes: list[Pass] = field(default_factory=list)
+    emitted: list[Fragment] = field(default_factory=list)
+    ends: list[Finish | Fault] = field(default_factory=list)
+    allowed: int = 0  # the furthest `until` so far
+    lied: bool = False  # somebody spoke in the draft's name
+    verifying: list[int] = field(default_factory=list)  # rounds without a verdict
+    alarm: object = None
 
     @property
-    def _lied(self) -> bool:
-        return self.seen["lie"] > 0
+    def answer(self) -> tuple[TokenId, ...]:
+        return tuple(self.session.tokens[len(self.asked.tokens) :])
 
-    def _on_timer(self, alarm: object) -> None:
-        if alarm is self._alarm:
-            self.seen["deadline"] += 1
-            self._tell(lambda: self.session.on_timer(self.clock.now))
-
-    def _tell(self, event: Callable[[], list[Command]]) -> None:
+    def happens(self, event: SessionEvent) -> None:
         """Give the session an event and carry out its commands, as the coordinator does."""
         over = bool(self.ends)
-        commands = event()
+        self.sim.seen["rested"] += not self.session.rule.drafts
+        commands = self.session.handle(event, self.sim.clock.now)
         assert not (over and commands), "something was commanded after the end"
         for command in commands:
             self._execute(command)
-        self._alarm = alarm = object()
+        self.alarm = alarm = object()
         if self.session.deadline is not None:
-            self.clock.at(self.session.deadline, lambda: self._on_timer(alarm))
-        self._look()
+            self.sim.clock.at(self.session.deadline, lambda: self._on_timer(alarm))
+        self.look()
+
+    def _on_timer(self, alarm: object) -> None:
+        if alarm is self.alarm:
+            self.sim.seen["deadline"] += 1
+            self.happens(Timer())
 
     # ---- what the coordinator sends -------------------------------------------------------------
 
     def _execute(self, command: Command) -> None:
         assert not self.ends, "something was commanded after the end"
         match command:
-            case Prefill():
-                self._ask_target(0, len(self.session.tokens), ())
-            case Verify(round_, base, drafted):
-                self._ask_target(round_, base, drafted)
+            case Prefill(tokens):
+                self._ask_target(Verify(0, len(tokens), ()))
+            case Verify():
+                self._ask_target(command)
             case OpenDraft():
                 self._allow(command.until)
-                self._tell_draft(lambda draft: draft.open(command))
+                self.sim.tell_draft(lambda draft: draft.open(self, command))
             case Commit():
                 self._allow(command.until)
-                self._tell_draft(lambda draft: draft.commit(command))
+                self.sim.tell_draft(lambda draft: draft.commit(self, command))
             case CloseDraft():
-                self._tell_draft(lambda draft: draft.close())
-            case Emit():
+                self.sim.tell_draft(lambda draft: draft.close(self))
+            case Fragment():
                 self.emitted.append(command)
+            case Settle():
+                assert self.verifying, "settling, although the target waits"
+                self.session.settle()
             case Finish() | Fault():
                 self.ends.append(command)
 
     def _allow(self, until: int) -> None:
         """The last token of an answer is never drafted, nor what lies beyond the lead."""
-        world, asked = self.world, self.world.asked
+        asked, rule = self.asked, self.session.rule
         longest = len(asked.tokens) + asked.n_predict if asked.n_predict else asked.context
         assert until <= min(longest, asked.context) - 1
-        lead = max(world.policy.lead(busy) for busy in (False, True))
+        lead = max(rule.lead(busy) for busy in (False, True))
         assert until <= len(self.session.tokens) + lead
         self.allowed = max(self.allowed, until)
 
-    def _tell_draft(self, message: Callable[[Draft], None]) -> None:
-        draft = self.member
-        if draft is not None:
-            self.to_draft.send(lambda: draft.take(lambda: message(draft)))
+    def _ask_target(self, order: Verify) -> None:
+        assert not self.verifying, "a second pass while one is under way"
+        self.verifying.append(order.round)
+        self.sim.to_target.send(lambda: self.sim.queue(self, order))
 
-    def _ask_target(self, round_: int, base: int, drafted: tuple[Token, ...]) -> None:
-        assert not self._asked, "a second pass while one is under way"
-        self._asked.append(round_)
-        self.to_target.send(lambda: self._begin_pass(round_, base, drafted))
-
-    def _begin_pass(self, round_: int, base: int, drafted: tuple[Token, ...]) -> None:
-        if self.session.over:
-            return  # closed before it began
-        began = self.clock.now
-        elapsed_s = next(self.pass_s)
-        result = self.target.verify(round_, base, drafted)
-
-        def end() -> None:
-            self.passes.append(Pass(round_, len(drafted), began, self.clock.now))
-            self.from_target.send(lambda: self._on_verdict(result, elapsed_s))
-
-        self.clock.at(began + elapsed_s, end)
-
-    def _on_verdict(self, result: RoundResult, elapsed_s: float) -> None:
-        self._asked.remove(result.round)
-        timed = replace(result, elapsed_s=elapsed_s)
-        self._tell(lambda: self.session.on_verdict(timed, self.clock.now))
+    def on_verdict(self, verdict: Verdict) -> None:
+        self.verifying.remove(verdict.round)
+        self.happens(verdict)
 
     # ---- what must be true ----------------------------------------------------------------------
 
-    @property
-    def answer(self) -> tuple[Token, ...]:
-        return tuple(self.session.tokens[len(self.world.asked.tokens) :])
-
-    def _look(self) -> None:
+    def look(self) -> None:
         """After every event: the text is the target's, and nobody's idea of the other is wrong."""
-        session, expected = self.session, plain(self.world.asked).tokens
+        session, expected = self.session, plain(self.asked).tokens
         assert self.answer == expected[: len(self.answer)], "not what the target says alone"
-        for drafted in session.stock:
+        for drafted in session.stock.drafted:
             assert 0 <= drafted.token < SMALLEST
-        assert session.over or session.verifying is not None or session.deadline is not None, (
+        assert session.phase is not Phase.WAITING or session.deadline is not None, (
             "the target is idle, and nobody is waited for"
         )
-        draft = self.draft
+        sim = self.sim
+        draft = sim.draft
+        ride = draft.of(self) if draft else None
         if (
-            draft is None
-            or draft is not self.member
+            draft is not sim.member
+            or draft is None
+            or ride is None
             or draft.hung
-            or draft.stream is None
-            or self.to_draft.under_way
-            or self.from_draft.under_way
-            or self._lied
-            or not session.riding
+            or ride.unsent
+            or sim.to_draft.under_way
+            or sim.from_draft.under_way
+            or self.lied
+            or not session.draft.rides
         ):
             return
-        self.seen["agreement"] += 1
-        stream, told = copy.deepcopy(draft.stream), session._told
+        sim.seen["agreement"] += 1
+        stream, told = copy.deepcopy(ride.stream), session.draft.told
         stream.follow(told, tuple(session.tokens[told:]))  # what an idle draft has yet to hear
-        self.seen["untold"] += told < len(session.tokens)
-        assert stream.lineage == session.lineage, "each has a lineage of its own"
-        stock = [drafted.token for drafted in session.stock]
-        assert stream.tokens == session.tokens + stock, "each has a stream of its own"
+        sim.seen["untold"] += told < len(session.tokens)
+        assert stream.lineage == session.stock.lineage, "each has a lineage of its own"
+        stock = [*session.tokens, *ids_of(session.stock.drafted)]
+        assert stream.tokens == stock, "each has a stream of its own"
 
     def check(self) -> None:
         """At the end: the answer is whole, it ended once, and the figures add up."""
-        session, stats, expected = self.session, self.session.stats, plain(self.world.asked)
+        session, stats, expected = self.session, self.session.stats, plain(self.asked)
         assert [type(end) for end in self.ends] == [Finish], f"it ended with {self.ends}"
         end = self.ends[0]
         assert isinstance(end, Finish)
-        assert session.over
+        assert session.phase is Phase.OVER
         assert session.deadline is None
-        text = "".join(emit.text for emit in self.emitted)
+        text = "".join(fragment.text for fragment in self.emitted)
         if end.reason == "cancelled":
             assert text == bytes(t for t in self.answer if t < 256).decode("utf-8", "replace")
         else:
             assert Answer(self.answer, text, end.reason) == expected
-        committed = [token for emit in self.emitted for token in emit.tokens]
+        committed = [token for fragment in self.emitted for token in fragment.tokens]
         assert tuple(token.id for token in committed) == self.answer
-        first = len(self.world.asked.tokens)
+        first = len(self.asked.tokens)
         assert [t.position for t in committed] == list(range(first, first + len(committed)))
         self._check_figures(Counter(token.kind for token in committed), end.reason)
-        if self.draft and not self.draft.hung:
+        draft = self.sim.draft
+        if draft and not draft.hung:
             # it was told, unless that was on its way to one that has died
-            assert self.draft is not self.member or self.draft.stream is None
-        assert stats.hits <= stats.own["bonus"] + stats.own["plain"] or self._lied
+            assert draft is not self.sim.member or draft.of(self) is None
+        assert stats.hits <= stats.own["bonus"] + stats.own["plain"] or self.lied
 
     def _check_figures(self, kinds: Counter[str], reason: str) -> None:
         stats = self.session.stats
@@ -646,3 +573,202 @@ class Simulation:
         report = stats.report()
         for share in (report.acceptance_rate, report.overlap, report.target_busy):
             assert share is None or 0 <= share <= 1 + 1e-9
+
+
+@dataclass(slots=True)
+class Simulation:
+    world: World
+    make_session: Callable[[Task, Rule, Stats], Session] = Session
+    make_target: Callable[[Asked], Target] = Target
+
+    clock: Clock = field(init=False, default_factory=Clock)
+    runs: list[Run] = field(init=False, default_factory=list)
+    draft: Draft | None = field(init=False, default=None)
+    member: Draft | None = field(init=False, default=None)  # whom the coordinator knows
+    experience: Experience = field(init=False)
+    drafting: list[tuple[float, float]] = field(init=False, default_factory=list)
+    seen: Counter[str] = field(init=False, default_factory=Counter)  # what has happened
+    pass_s: Iterator[float] = field(init=False)
+    token_s: Iterator[float] = field(init=False)
+    to_target: Link = field(init=False)
+    from_target: Link = field(init=False)
+    to_draft: Link = field(init=False)
+    from_draft: Link = field(init=False)
+    _queue: deque[tuple[Run, Verify, float]] = field(init=False, default_factory=deque)
+    _passing: bool = field(init=False, default=False)
+
+    def __post_init__(self) -> None:
+        world = self.world
+        self.experience = Experience(world.costs)
+        self.pass_s, self.token_s = itertools.cycle(world.pass_s), itertools.cycle(world.token_s)
+        self.to_target = Link(self.clock, world.to_target_s)
+        self.from_target = Link(self.clock, world.from_target_s)
+        self.to_draft = Link(self.clock, world.to_draft_s)
+        self.from_draft = Link(self.clock, world.from_draft_s)
+
+    # ---- of the first request -------------------------------------------------------------------
+
+    @property
+    def session(self) -> Session:
+        return self.runs[0].session
+
+    @property
+    def passes(self) -> list[Pass]:
+        return self.runs[0].passes
+
+    @property
+    def answer(self) -> tuple[TokenId, ...]:
+        return self.runs[0].answer
+
+    # ---- from the first event to the last -------------------------------------------------------
+
+    def run(self) -> Simulation:
+        """Everything, until nothing is left to happen; raises AssertionError for what must not."""
+        world = self.world
+        if world.draft_from == 0.0:
+            self.draft = self.member = Draft(self)
+        elif world.draft_from is not None:
+            self.clock.at(world.draft_from, self._join)
+        for event in world.events:
+            self.clock.at(event.at, lambda event=event: self._happen(event))  # type: ignore[misc]
+        self._begin(world.asked)
+        for asked, at in zip(world.others, itertools.cycle(world.others_at), strict=False):
+            self.clock.at(at, lambda asked=asked: self._begin(asked))  # type: ignore[misc]
+        # a token costs a pass, a few messages, and a drafted token or two of its own
+        tokens = sum(len(plain(asked).tokens) for asked in (world.asked, *world.others))
+        most = 200 * (1 + len(world.others)) + 40 * tokens + 10 * len(world.events)
+        self.clock.run(most if isinstance(world.rule, FixedRule) else 3 * most)
+        for run in self.runs:
+            run.check()
+        return self
+
+    def _begin(self, asked: Asked) -> None:
+        rule = self.world.rule
+        task = Task(
+            prompt=asked.tokens,
+            n_predict=asked.n_predict,
+            stop=asked.stop,
+            ends=ENDS,
+            context=asked.context,
+            vocabulary=SMALLEST,
+            sampling=asked.sampling,
+            trace=True,
+        )
+        made: Rule = rule if isinstance(rule, FixedRule) else self._priced(rule)
+        session = self.make_session(task, made, Stats(rule.mode, asked.sampling.seed))
+        run = Run(self, asked, session, self.make_target(asked))
+        self.runs.append(run)
+        run.happens(Start(draft=self.member is not None))
+
+    def _priced(self, rule: Priced) -> PricedRule:
+        return PricedRule(rule.mode, rule.n_max, self.experience)
+
+    def _tell(self, event: SessionEvent) -> None:
+        """All requests that are not over."""
+        for run in self.runs:
+            if not run.ends:
+                run.happens(event)
+
+    # ---- what goes wrong ------------------------------------------------------------------------
+
+    def _happen(self, event: Event) -> None:
+        draft = self.draft
+        match event:
+            case Died(_, back_s) if draft:
+                self.seen["death"] += 1
+                draft.alive, self.draft = False, None
+                self.from_draft.send(self._on_lost)
+                if back_s is not None:
+                    self.clock.at(self.clock.now + back_s, self._join)
+            case Hung(_, for_s) if draft and not draft.hung:
+                self.seen["hang"] += 1
+                draft.hung = True
+                if for_s is not None:
+                    self.clock.at(self.clock.now + for_s, draft.resume)
+            case Lied():
+                self.seen["lie"] += 1
+                self.from_draft.send(lambda: self._on_lie(event))
+            case Cancelled():
+                self.runs[0].happens(Cancel())
+            case _:
+                pass
+
+    def _join(self) -> None:
+        if self.draft is None:
+            self.draft = draft = Draft(self)
+            self.from_draft.send(lambda: self._on_joined(draft))
+
+    # ---- what reaches the coordinator -----------------------------------------------------------
+
+    def _on_lost(self) -> None:
+        self.member = None
+        self.seen["lost with stock"] += any(run.session.stock.drafted for run in self.runs)
+        self._tell(DraftLost())
+
+    def _on_joined(self, draft: Draft) -> None:
+        self.member = draft
+        self.seen["joined with stock"] += any(run.session.stock.drafted for run in self.runs)
+        self._tell(DraftReady())
+
+    def _on_lie(self, lie: Lied) -> None:
+        run = next((run for run in self.runs if not run.ends), None)
+        if self.member is None or run is None:
+            return
+        run.lied = True
+        session = run.session
+        position = max(0, len(session.tokens) + len(session.stock) + lie.ahead)
+        drafted = tuple(Drafted(token, lie.confidence) for token in lie.tokens)
+        lineage = max(0, session.stock.lineage + lie.lineage)
+        run.happens(Proposal(lineage, position, drafted, 0.001))
+
+    def send_drafted(self, draft: Draft, run: Run, proposal: Proposal) -> None:
+        def arrive() -> None:
+            assert self.member in (draft, None)  # what a dead one still sent comes before the news
+            session = run.session
+            hits, broken = session.stats.hits, session.stats.discarded["miss"]
+            offences = session.draft.offences
+            run.happens(proposal)
+            self.seen["late hit"] += session.stats.hits - hits
+            self.seen["late miss"] += session.stats.discarded["miss"] > broken
+            honest = session.draft.offences == offences
+            assert run.lied or honest, "an honest draft was blamed"
+
+        self.seen["paused"] += proposal.paused
+        self.from_draft.send(arrive)
+
+    def refuse(self, run: Run) -> None:
+        """The draft worker has no room for the request; it stays there for others."""
+        self.seen["draft full"] += 1
+        self.from_draft.send(lambda: run.happens(DraftLost()))
+
+    def tell_draft(self, message: Callable[[Draft], None]) -> None:
+        draft = self.member
+        if draft is not None:
+            self.to_draft.send(lambda: draft.take(lambda: message(draft)))
+
+    # ---- the target worker ----------------------------------------------------------------------
+
+    def queue(self, run: Run, order: Verify) -> None:
+        self._queue.append((run, order, self.clock.now))
+        self._next_pass()
+
+    def _next_pass(self) -> None:
+        """One pass at a time, whoever asked first."""
+        while self._queue and not self._passing:
+            run, order, asked = self._queue.popleft()
+            if not run.ends:  # else closed before it began
+                self._begin_pass(run, order, asked)
+
+    def _begin_pass(self, run: Run, order: Verify, asked: float) -> None:
+        began, elapsed_s = self.clock.now, next(self.pass_s)
+        self._passing = True
+        self.seen["waited for a pass"] += began > asked
+        verdict = run.target.verify(order).changed(elapsed_s=elapsed_s, waited_s=began - asked)
+
+        def end() -> None:
+            self._passing = False
+            run.passes.append(Pass(order.round, len(order.drafted), began, self.clock.now))
+            self.from_target.send(lambda: run.on_verdict(verdict))
+            self._next_pass()
+
+        self.clock.at(began + elapsed_s, end)

@@ -12,8 +12,9 @@ from functools import cache
 import pytest
 from tests.sim.simulator import GREEDY, Asked, Simulation, World
 
-from outrider.core.rules import Mode, Policy
+from outrider.core.rules import FixedRule
 from outrider.core.sampling import Sampling
+from outrider.core.values import Mode
 
 PASS_S, TOKEN_S = 0.010, 0.001
 Interval = tuple[float, float]
@@ -22,12 +23,12 @@ both = pytest.mark.parametrize("sampling", [GREEDY, WARM], ids=["greedy", "warm"
 
 
 @cache
-def ridden(policy: Policy, sampling: Sampling = GREEDY, link_s: float = 0.0) -> Simulation:
+def ridden(rule: FixedRule, sampling: Sampling = GREEDY, link_s: float = 0.0) -> Simulation:
     asked = Asked(n_predict=140, sampling=sampling)
     link = (link_s,)
     world = World(
         asked,
-        policy,
+        rule,
         agreement=0.9,
         pass_s=(PASS_S,),
         token_s=(TOKEN_S,),
@@ -39,8 +40,8 @@ def ridden(policy: Policy, sampling: Sampling = GREEDY, link_s: float = 0.0) -> 
     return Simulation(world).run()
 
 
-def mode(name: Mode) -> Policy:
-    return Policy(name, 5)
+def mode(name: Mode) -> FixedRule:
+    return FixedRule(name, 5)
 
 
 def verifying(sim: Simulation) -> list[Interval]:
@@ -56,7 +57,7 @@ def traced(sim: Simulation, lane: str) -> list[Interval]:
     """One lane as the request's own trace shows it, prefill left out."""
     prefilled = sim.session.stats.prefilled
     assert prefilled is not None
-    trace = [(start, end) for name, start, end, *_ in sim.session.trace if name == lane]
+    trace = [(span.start, span.end) for span in sim.session.trace if span.lane == lane]
     return [one for one in trace if one[1] > prefilled + 1e-9]
 
 
@@ -117,7 +118,7 @@ def test_each_mode_is_faster_than_the_last(sampling: Sampling) -> None:
     assert sync / pipelined > 1.15
 
 
-class RunsOn(Policy):
+class RunsOn(FixedRule):
     """Called synchronous, but the draft may run on while the target verifies."""
 
     def lead(self, busy: bool) -> int:

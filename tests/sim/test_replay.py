@@ -8,7 +8,8 @@ import pytest
 from tests.sim.replay import FLAT, PROCESSOR, speedups
 
 from outrider.core.estimates import CostModel
-from outrider.core.rules import Experience, Pilot, Policy
+from outrider.core.experience import Experience
+from outrider.core.rules import FixedRule, PricedRule
 from outrider_services.bench.replay import Replay, World
 from outrider_services.bench.results import geometric_mean
 
@@ -22,16 +23,16 @@ CURVES = {
 }
 
 
-def fixed_rules() -> Iterator[Callable[[], Policy]]:
+def fixed_rules() -> Iterator[Callable[[], FixedRule]]:
     for longest in (3, 5, 8, 12):
         for least in (0, 3, longest):
-            yield lambda n=longest, m=least: Policy("pipelined", n, m)  # type: ignore[misc]
+            yield lambda n=longest, m=least: FixedRule("pipelined", n, m)  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("cuts", [True, False], ids=["cut-short", "waited-for"])
 def test_the_recorded_traces_are_worth_what_was_promised(cuts: bool) -> None:
     world = World(PROCESSOR, 0.031, cuts=cuts)
-    figures = speedups(lambda: world.pilot("pipelined"), world)
+    figures = speedups(lambda: world.rule("pipelined"), world)
     assert geometric_mean(figures.values()) >= 1.70, figures
     assert min(figures.values()) >= 1.08, figures
 
@@ -40,14 +41,15 @@ def test_the_recorded_traces_are_worth_what_was_promised(cuts: bool) -> None:
 def test_no_fixed_rule_does_better_under_any_costs(name: str) -> None:
     world = CURVES[name]
     best = max(geometric_mean(speedups(rule, world).values()) for rule in fixed_rules())
-    assert geometric_mean(speedups(lambda: world.pilot("pipelined"), world).values()) >= best
+    assert geometric_mean(speedups(lambda: world.rule("pipelined"), world).values()) >= best
 
 
 def test_in_turns_it_beats_every_fixed_length() -> None:
     best = max(
-        geometric_mean(speedups(lambda n=n: Policy("sync", n), HERE).values()) for n in range(1, 10)
+        geometric_mean(speedups(lambda n=n: FixedRule("sync", n), HERE).values())
+        for n in range(1, 10)
     )
-    figures = speedups(lambda: HERE.pilot("sync"), HERE)
+    figures = speedups(lambda: HERE.rule("sync"), HERE)
     assert geometric_mean(figures.values()) >= best + 0.05, figures
     assert min(figures.values()) >= 0.97, figures
 
@@ -56,13 +58,13 @@ def test_the_replay_agrees_with_what_was_measured_for_a_fixed_rule() -> None:
     """1.60 over target alone was found for blocks of at most 8 that are never waited for."""
     world = World(PROCESSOR, 0.031, cuts=False)
     assert geometric_mean(
-        speedups(lambda: Policy("pipelined", 8), world).values()
+        speedups(lambda: FixedRule("pipelined", 8), world).values()
     ) == pytest.approx(1.60, abs=0.03)
 
 
 def test_a_draft_too_slow_to_help_is_left_alone() -> None:
     world = World(FLAT, 0.200)
-    figures = speedups(lambda: world.pilot("sync"), world)
+    figures = speedups(lambda: world.rule("sync"), world)
     assert min(figures.values()) >= 0.97, figures
 
 
@@ -71,4 +73,4 @@ def test_a_useless_draft_costs_little_and_later_requests_less() -> None:
     trace = {"match": [0] * 300, "confidence": [0.3] * 300, "off_path_confidence": {}}
     for mode in ("sync", "pipelined"):
         for least in (0.9, 0.97):
-            assert Replay(trace, Pilot(mode, 64, experience), HERE).speedup() >= least
+            assert Replay(trace, PricedRule(mode, 64, experience), HERE).speedup() >= least

@@ -1059,7 +1059,8 @@ def test_the_draft_is_always_in_one_of_its_states() -> None:
     for happens in (
         ride.ready,
         lambda: ride.drafted(1, paused=True),
-        lambda: ride.verdict(1),  # a hit, and the stock is empty: the next token is waited for
+        lambda: ride.verdict(1),  # nothing more was to come, so the next pass is plain
+        lambda: ride.verdict(2),  # now the draft is waited for
         ride.timer,
         lambda: ride.drafted(2),
         ride.lost,
@@ -1070,6 +1071,7 @@ def test_the_draft_is_always_in_one_of_its_states() -> None:
         DraftState.ABSENT,
         DraftState.DRAFTING,
         DraftState.PAUSED,
+        DraftState.DRAFTING,
         DraftState.DRAFTING,
         DraftState.LATE,
         DraftState.DRAFTING,

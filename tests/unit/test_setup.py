@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from outrider_services.models import catalogue
+
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ROOT / "scripts"
 AMX = frozenset({"avx512f", "amx_tile", "amx_int8"})
@@ -214,6 +216,56 @@ def test_what_is_set_up_is_known_until_something_changes(
     assert not project.is_current({"llama"}, cpu)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "extras"),
+    [
+        ([], {"llama"}),
+        (["--extra", "test"], {"llama", "test"}),
+        (["--without-llama"], set()),
+        (["--without-llama", "--extra", "test"], {"test"}),
+    ],
+    ids=" ".join,
+)
+def test_llama_is_left_out_only_if_asked(
+    project: Any, monkeypatch: pytest.MonkeyPatch, arguments: list[str], extras: set[str]
+) -> None:
+    asked: list[set[str]] = []
+    monkeypatch.setattr(project, "set_up", lambda extras, cpu: asked.append(extras))
+    monkeypatch.setattr(sys, "argv", ["setup", *arguments])
+    project.main()
+    assert asked == [extras]
+
+
+def test_without_llama_no_compiler_is_looked_for(
+    project: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def looked(environ: object) -> None:
+        raise project.NoCompiler("no compiler")
+
+    cpu = machine(project)
+    monkeypatch.setattr(project, "choose_compiler", looked)
+    project.set_up({"test"}, cpu)
+    assert project.is_current({"test"}, cpu)
+    assert project.pip_calls == [("install", "--quiet", "--editable", f"{project.ROOT}[test]")]
+    with pytest.raises(project.NoCompiler):
+        project.set_up({"llama"}, cpu)
+
+
+def test_a_set_up_adds_to_the_one_before(project: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, built = machine(project), []
+    monkeypatch.setattr(project, "install_llama", lambda *args: built.append(args))
+    assert not project.is_current(set(), cpu)
+    project.set_up(set(), cpu)
+    assert project.is_current(set(), cpu)
+    project.set_up({"test"}, cpu)
+    assert not project.is_current({"llama"}, cpu)
+    project.set_up({"llama"}, cpu)
+    assert project.is_current({"llama", "test"}, cpu)
+    project.set_up({"plot", "llama"}, cpu)  # llama.cpp is not installed a second time
+    assert project.is_current({"llama", "plot", "test"}, cpu)
+    assert len(built) == 1
+
+
 def test_an_interrupted_set_up_is_not_taken_for_a_whole_one(
     project: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -221,12 +273,11 @@ def test_an_interrupted_set_up_is_not_taken_for_a_whole_one(
         raise KeyboardInterrupt
 
     cpu = machine(project)
-    monkeypatch.setattr(project, "install_llama", lambda *args: None)
-    project.set_up({"llama"}, cpu)
+    project.set_up({"test"}, cpu)
     monkeypatch.setattr(project, "install_llama", interrupted)
     with pytest.raises(KeyboardInterrupt):
         project.set_up({"llama", "test"}, cpu)
-    assert not project.is_current({"llama"}, cpu)
+    assert not project.is_current({"test"}, cpu)
 
 
 @pytest.mark.parametrize("damage", ["", "{}", "[1]", "nonsense", '{"key": 1, "extras": null}'])
@@ -337,6 +388,14 @@ def test_the_proof_is_remembered_beside_the_wheel(
         project.is_proved(tmp_path / "llama.whl")
 
 
+def test_the_proof_fetches_the_test_model(
+    setup: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(catalogue, "fetch", lambda source: f"/models/{source.file}")
+    exec(setup.FETCH, {})
+    assert capsys.readouterr().out == f"/models/{catalogue.TEST_MODEL.file}\n"
+
+
 def test_without_a_test_model_nothing_is_remembered(
     project: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -351,7 +410,7 @@ def test_a_failing_command_is_told_with_its_last_lines(project: Any) -> None:
         project.run(["sh", "-c", "echo before; echo why >&2; exit 3"], "it failed")
 
 
-@pytest.mark.parametrize("script", ["run", "test", "check", "setup", "../.ci/run"])
+@pytest.mark.parametrize("script", ["run", "test", "check", "matrix", "setup", "../.ci/run"])
 def test_scripts_can_be_run(script: str) -> None:
     assert os.access(SCRIPTS / script, os.X_OK)
     if script != "setup":

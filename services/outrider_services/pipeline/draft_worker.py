@@ -179,7 +179,7 @@ class DraftWorker(Worker[Drafter]):
                     waited_s=waited_s,
                     paused=stream.is_paused or stream.is_silent,
                 )
-                unsent, waited_s = joined(unsent, proposal), 0.0
+                unsent, waited_s = unsent.joined(proposal) if unsent else proposal, 0.0
 
     def _propose(self, ride: Ride, read: int, text: tuple[TokenId, ...]) -> tuple[Drafted, ...]:
         """What the drafter says behind `text`, of which it knows the first `read` tokens."""
@@ -189,13 +189,3 @@ class DraftWorker(Worker[Drafter]):
         self.model.cut(ride.slot, read)
         return self.model.propose(ride.slot, text)
 
-
-def joined(one: Proposal | None, other: Proposal) -> Proposal:
-    """Both as one, the `other` being what follows."""
-    if one is None:
-        return other
-    return one.changed(
-        drafted=(*one.drafted, *other.drafted),
-        elapsed_s=one.elapsed_s + other.elapsed_s,
-        paused=other.paused,
-    )

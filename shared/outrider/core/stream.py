@@ -25,6 +25,7 @@ class Begun:
     lineage: int
     read: int  # so much of it is what the drafter has taken in before
     tokens: tuple[TokenId, ...]
+    may_draft: bool  # there is leave to: else it is only to be taken in
 
 
 @dataclass(slots=True)
@@ -86,23 +87,23 @@ class Stream:
 
     def begin(self) -> Begun:
         """The text that is to be gone on from."""
-        return Begun(self.lineage, self.read, tuple(self.tokens))
+        return Begun(self.lineage, self.read, tuple(self.tokens), self.may_draft)
 
     def took(self, begun: Begun, read: int, drafted: Sequence[Drafted]) -> tuple[Drafted, ...]:
         """Append what was drafted behind the text `begun`, of which `read` tokens are taken in.
 
-        Returns how much of it counts: nothing if the text has become another, else as much as
-        leave, floors and an end token allow.
+        Returns how much of it counts: nothing if the text has become another or there was no leave,
+        else the first token and as many as leave, floors and an end token allow by now.
         """
         if begun.lineage != self.lineage:
             return ()
         self.read = read
-        if len(begun.tokens) != len(self.tokens):
-            return ()  # the target said what comes here
+        if len(begun.tokens) != len(self.tokens) or not begun.may_draft:
+            return ()  # perhaps the target said what comes here
         self.is_silent = not drafted and read == len(self.tokens)
         taken: list[Drafted] = []
         for one in drafted:
-            if self.is_full or self.is_paused or self.has_ended:
+            if taken and not self.may_draft:
                 break
             self.tokens.append(one.token)
             self.likely.append(usual_acceptance(one.confidence))
@@ -112,8 +113,10 @@ class Stream:
     @property
     def has_work(self) -> bool:
         """Whether there is a token to draft, or a long text to read before one may be."""
-        if len(self.tokens) - self.read > AT_ONCE:
-            return True
+        return self.may_draft or len(self.tokens) - self.read > AT_ONCE
+
+    @property
+    def may_draft(self) -> bool:
         return not (self.is_full or self.is_paused or self.has_ended or self.is_silent)
 
     @property

@@ -79,6 +79,14 @@ class Proposal(Order, frozen=True):
     waited_s: Seconds = 0.0  # before, the drafter worked for other requests
     paused: bool = False  # by the floors of `events.Commit`: nothing follows before the next commit
 
+    def joined(self, later: Proposal) -> Proposal:
+        """Both as one, the `later` one being what follows."""
+        return self.changed(
+            drafted=(*self.drafted, *later.drafted),
+            elapsed_s=self.elapsed_s + later.elapsed_s,
+            paused=later.paused,
+        )
+
 
 class Verify(Order, frozen=True):
     """Evaluate the last committed token and `drafted`, which starts at position `base`."""
