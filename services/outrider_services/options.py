@@ -1,5 +1,7 @@
-"""Every setting once: its key, spellings, type, default and help. The command line, the environment
-(`OUTRIDER_SECTION__KEY`), the configuration file and the children's flags all come from this table.
+"""Every setting once: its key, spellings, type, default and help.
+
+The flags of the command line, the variables of the environment (`OUTRIDER_SECTION__KEY`), the keys
+of the configuration file and the flags of the processes that we start all come from this table.
 """
 
 from __future__ import annotations
@@ -26,16 +28,16 @@ QUANTS: tuple[str, ...] = get_args(Quant)[2:]
 
 
 def opt(default: Any, flags: str, help: str, metavar: str | None = None) -> Any:
-    """A field of the table; `flags` are its spellings, the first with two dashes its name."""
+    """A row of the table; `flags` are its spellings, of which the first with two dashes names it."""
     metadata = {"flags": flags.split(), "help": help, "metavar": metavar}
     if isinstance(default, list | dict):
-        raise TypeError("use a tuple")
+        raise TypeError("a default must not change: use a tuple")
     return field(default=default, metadata=metadata)
 
 
 # fmt: off
 @dataclass(frozen=True, slots=True)
-class Target:
+class TargetOptions:
     model: str | None = opt(None, "-m --model -model", "target model: a GGUF file or hf://user/repo[:quant]", "FILE")
     hf: str | None = opt(None, "-hf --hf-repo", "target model from the hub", "USER/REPO[:QUANT]")
     threads: int = opt(4, "-t --threads -threads", "threads of the target worker (fewer if it has fewer cores)", "N")
@@ -46,7 +48,7 @@ class Target:
 
 
 @dataclass(frozen=True, slots=True)
-class Draft:
+class DraftOptions:
     model: str | None = opt(None, "-md --model-draft -draft-model --draft-model --spec-draft-model", "draft model", "FILE")
     hf: str | None = opt(None, "-hfd --hf-repo-draft --spec-draft-hf", "draft model from the hub", "USER/REPO[:QUANT]")
     quant: Quant = opt("auto", "--draft-quant", "re-quantise the draft: the type that `outrider tune` found (found at once for the default pair), none, or this")
@@ -60,7 +62,7 @@ class Draft:
 
 
 @dataclass(frozen=True, slots=True)
-class Sampling:
+class SamplingOptions:
     n_predict: int | None = opt(None, "-n --predict --n-predict -n-predict", "tokens to generate, exactly (run: 100)", "N")
     temperature: float = opt(0.1, "--temp --temperature -temperature", "0: always the likeliest token", "T")
     top_k: int = opt(0, "--top-k", "sample among the K likeliest; 0: off", "K")
@@ -76,7 +78,7 @@ class Sampling:
 
 
 @dataclass(frozen=True, slots=True)
-class Pipeline:
+class PipelineOptions:
     mode: Mode = opt("auto", "--mode", "auto: pipelined where draft and target have cores of their own, else sync")
     backend: Backend = opt("llama", "--backend", "toy: made-up models without files, to see the machinery")
     exact: bool = opt(False, "--exact", "arithmetic that does not depend on how many tokens are evaluated at once")
@@ -86,13 +88,13 @@ class Pipeline:
 
 
 @dataclass(frozen=True, slots=True)
-class Coordinator:
+class CoordinatorOptions:
     listen: tuple[str, ...] = opt((), "--listen", "also listen here, such as tcp://127.0.0.1:5701 (repeatable)", "ADDRESS")
     insecure: tuple[str, ...] = opt((), "--insecure", "an address to listen on although anybody could connect", "ADDRESS")
 
 
 @dataclass(frozen=True, slots=True)
-class Toy:
+class ToyOptions:
     agreement: float = opt(0.8, "--toy-agreement", "how often the made-up draft agrees with its target", "P")
     step_ms: float = opt(20.0, "--toy-step-ms", "milliseconds of a made-up target pass", "MS")
     row_ms: float = opt(0.2, "--toy-row-ms", "milliseconds of each further row in it", "MS")
@@ -102,26 +104,28 @@ class Toy:
 
 
 @dataclass(frozen=True, slots=True)
-class Log:
+class LogOptions:
     level: Literal["error", "warning", "info", "debug"] = opt("warning", "-lv --log-level", "what the services tell on stderr")
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    target: Target = Target()
-    draft: Draft = Draft()
-    sampling: Sampling = Sampling()
-    pipeline: Pipeline = Pipeline()
-    coordinator: Coordinator = Coordinator()
-    toy: Toy = Toy()
-    log: Log = Log()
+    target: TargetOptions = TargetOptions()
+    draft: DraftOptions = DraftOptions()
+    sampling: SamplingOptions = SamplingOptions()
+    pipeline: PipelineOptions = PipelineOptions()
+    coordinator: CoordinatorOptions = CoordinatorOptions()
+    toy: ToyOptions = ToyOptions()
+    log: LogOptions = LogOptions()
 
 
 # fmt: on
 @dataclass(frozen=True, slots=True)
 class Option:
+    """A row of the table, as a program reads it."""
+
     key: str  # "draft.n_max"
-    kind: Any
+    kind: Any  # its type
     default: Any
     flags: tuple[str, ...]
     help: str
@@ -129,14 +133,16 @@ class Option:
 
     @property
     def variable(self) -> str:
+        """Its name in the environment."""
         return "OUTRIDER_" + self.key.replace(".", "__").upper()
 
     @property
     def repeats(self) -> bool:
+        """Whether it may be given more than once."""
         return get_origin(self.kind) is tuple
 
     def read(self, text: str) -> Any:
-        """The value that `text` says. Raises ValueError."""
+        """The value that `text` stands for. Raises ValueError with what it should be."""
         kinds = [kind for kind in get_args(self.kind) if kind not in (type(None), ...)]
         if get_origin(self.kind) is Literal:
             if text not in kinds:
@@ -172,6 +178,7 @@ OPTIONS = _options()
 
 
 def nearest(word: str, words: Iterable[str]) -> str:
+    """The end of a sentence about an unknown word: which of `words` may have been meant."""
     found = difflib.get_close_matches(word, list(words), n=1, cutoff=0.5)
     return f"; did you mean {found[0]}?" if found else ""
 
@@ -230,7 +237,9 @@ def from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
 
 
 def config_path(given: str | None) -> Path | None:
-    """The one configuration file that is read, if there is one."""
+    """The configuration file to read: the one given, else the one named in the environment, else
+    the first of the usual ones that is there.
+    """
     named = given or os.environ.get("OUTRIDER_CONFIG")
     if named:
         return Path(named)
@@ -239,7 +248,9 @@ def config_path(given: str | None) -> Path | None:
 
 
 def settings(flags: Mapping[str, Any], config: str | None = None) -> Settings:
-    """Defaults, then file, then environment, then flags, each over the ones before."""
+    """The settings in force: flags go before the environment, that before the file, and that before
+    the defaults. Raises ConfigError.
+    """
     path = config_path(config)
     values = {
         **(from_file(path) if path else {}),
@@ -252,11 +263,11 @@ def settings(flags: Mapping[str, Any], config: str | None = None) -> Settings:
         sections.setdefault(section, {})[name] = value
     defaults = Settings()
     changed = {s: dataclasses.replace(getattr(defaults, s), **v) for s, v in sections.items()}
-    return check(dataclasses.replace(defaults, **changed))
+    return checked(dataclasses.replace(defaults, **changed))
 
 
-def check(settings: Settings) -> Settings:
-    """Raises ConfigError for the first value out of range."""
+def checked(settings: Settings) -> Settings:
+    """The same settings. Raises ConfigError for the first value that is out of range."""
     target, draft, pipeline = settings.target, settings.draft, settings.pipeline
     for flag, value, least, most in (
         ("--threads", target.threads, 1, 512),
@@ -281,7 +292,7 @@ def check(settings: Settings) -> Settings:
 
 
 def cores(text: str) -> set[int]:
-    """The processors that a list such as "0,2-3" names. Raises ConfigError."""
+    """The cores in a list such as "0,2-3". Raises ConfigError, also for those we may not use."""
     found: set[int] = set()
     try:
         for part in filter(None, text.split(",")):
@@ -302,7 +313,7 @@ def _text(value: Any) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, except that its errors are ours and a flag is never guessed from a part of it."""
+    """argparse, but mistakes raise ConfigError, and no flag is guessed from its beginning."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(allow_abbrev=False, **settings)
@@ -311,7 +322,7 @@ class Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message[0].lower()}{message[1:]}; see `{self.prog} --help`")
 
     def check_flags(self, arguments: Sequence[str]) -> None:
-        """argparse would read the mistyped `-modle x` as `-m odle x`: refuse it first."""
+        """Raises ConfigError for an unknown flag: argparse reads `-modle x` as `-m odle x`."""
         known = self._option_string_actions
         for argument in arguments:
             if argument == "--":
@@ -323,7 +334,9 @@ class Parser(argparse.ArgumentParser):
                 raise ConfigError(f"unknown flag {name}{nearest(name, known)}")
 
     def with_values(self, arguments: Sequence[str]) -> list[str]:
-        """A switch gets its value here: argparse would take the prompt in `-v PROMPT` for it."""
+        """The arguments with `=true` behind each bare switch: argparse would take the prompt in
+        `-v PROMPT` for its value.
+        """
         end = list(arguments).index("--") if "--" in arguments else len(arguments)
         found = []
         for at, argument in enumerate(arguments):
@@ -335,7 +348,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_options(parser: Parser, sections: Sequence[str], without: Iterable[str] = ()) -> None:
-    """The flags of these sections of the table."""
+    """Give `parser` the flags of these sections of the table, but for the keys in `without`."""
     for section in sections:
         group = parser.add_argument_group(section)
         for option in OPTIONS.values():
@@ -371,7 +384,7 @@ def _add(group: Any, option: Option) -> None:
 
 
 def to_flags(settings: Settings, sections: Sequence[str]) -> list[str]:
-    """The flags by which a child process gets the same settings, as far as they are not defaults."""
+    """The flags by which a process of ours gets the same settings; defaults are left out."""
     flags = []
     for option in OPTIONS.values():
         section, name = option.key.split(".")

@@ -24,6 +24,12 @@ def name() -> str:
     return fields().get("model name") or platform.machine()
 
 
+def instructions() -> frozenset[str]:
+    """What it can do beside the usual, such as "avx2"."""
+    found = fields()
+    return frozenset((found.get("flags") or found.get("Features", "")).split())
+
+
 def kind() -> list[str]:
     """Its model, and the instructions that it has: whoever agrees in these computes as fast."""
     found = fields()

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import json
 import os
 import re
+import signal
 import socket
 import struct
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import fields
 from itertools import pairwise
 from subprocess import CompletedProcess
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import pytest
+import uvloop
 
 from outrider.core.stats import Report
 from outrider_services.options import OPTIONS
+from outrider_services.tuning import advice, search
+from outrider_services.tuning.decisions import Decision, Trial, Variant
 
 if TYPE_CHECKING:
     from tests.integration.conftest import Cli, Oracle, Serve, Served
@@ -250,7 +255,7 @@ def test_json_is_one_object_with_the_documented_names(served: Served) -> None:
     result = parsed(served.cli("run", "--connect=shared", "-n", "12", "-o", "json", PROMPT))
     names = "text token_ids prompt_token_ids finish_reason seed mode stats"
     assert list(result) == names.split()
-    assert set(result["stats"]) == {field.name for field in fields(Report)}
+    assert set(result["stats"]) == set(Report.__struct_fields__)
     documented = (
         "generated_tokens drafted_tokens verified_tokens accepted_tokens discarded_tokens "
         "truncated_tokens corrections bonuses plain_tokens hits verify_rounds acceptance_rate "
@@ -296,6 +301,33 @@ def test_a_trace_shows_both_lanes_and_that_they_overlap(cli: Cli) -> None:
     assert done.returncode == 3
     assert "/nonexistent/trace.json" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.fixture(scope="session")
+def pipe_of_signals() -> None:
+    """The first loop that handles signals opens a pipe that libuv keeps as long as we live."""
+
+    async def handle() -> None:
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, lambda: None)
+
+    uvloop.run(handle())
+
+
+@pytest.mark.usefixtures("pipe_of_signals")
+def test_after_little_gain_a_command_is_named_that_gains_more(cli: Cli) -> None:
+    curve_s, texts = (0.05, 0.06, 0.07, 0.08), {"code": 0.9, "prose": 0.3}
+    drafts = (Variant("off", 1, 0.005, 0.6, 21.0, texts),)
+    decision = Decision("off", trials=(Trial("", "", False, 20.0, drafts, curve_s),))
+    useless = ("--backend=toy", "--toy-agreement=0", "--toy-step-ms=5", "-n", "30")
+    with mock.patch.object(search, "kept", return_value=decision):
+        told, quiet, fast = (
+            cli.here("run", *useless, *more, PROMPT).stderr
+            for more in ((), ("-o", "json"), ("--toy-agreement=1", "--toy-draft-ms=0.2"))
+        )
+        own = cli.here("run", *useless, "--chat", advice.QUESTION).stderr
+    line = f'code gains more here: outrider run --chat "{advice.QUESTION}" (expect about '
+    assert line in told.splitlines()[-1]
+    assert line not in quiet + fast + own
 
 
 # ---- the other verbs ----------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from unittest import mock
 
 import pytest
 
-from outrider.client import Lane
+from outrider.core.values import Span
 from outrider.errors import ConfigError
 from outrider_services import options
 from outrider_services.bench import peers, plots, prompts, runner
@@ -96,16 +96,18 @@ def test_what_cannot_be_measured_is_told_first(changes: dict[str, Any], what: st
         plans.read_plan(parsed(**changes))
 
 
-def test_every_arm_answers_once_in_each_turn_and_each_turn_another_begins() -> None:
+def test_every_arm_answers_once_in_each_repetition_and_each_time_another_begins() -> None:
     arms = ["plain", "sync", "auto"]
     asked = [Prompt("code", 0, "a"), Prompt("code", 1, "b"), Prompt("chat", 0, "c")]
     order = list(runner.schedule(arms, asked, 2))
-    turns = [order[at : at + 3] for at in range(0, len(order), 3)]
-    assert all(len({(prompt, repetition) for prompt, repetition, _ in turn}) == 1 for turn in turns)
-    assert all(sorted(arm for _, _, arm in turn) == sorted(arms) for turn in turns)
-    assert [turn[0][2] for turn in turns] == [*arms, *arms]
+    groups = [order[at : at + 3] for at in range(0, len(order), 3)]
+    assert all(
+        len({(prompt, repetition) for prompt, repetition, _ in group}) == 1 for group in groups
+    )
+    assert all(sorted(arm for _, _, arm in group) == sorted(arms) for group in groups)
+    assert [group[0][2] for group in groups] == [*arms, *arms]
     assert Counter(prompt.text for prompt, _, _ in order) == {"a": 6, "b": 6, "c": 6}
-    assert [turn[0][0].category for turn in turns] == ["code"] * 4 + ["chat"] * 2
+    assert [group[0][0].category for group in groups] == ["code"] * 4 + ["chat"] * 2
 
 
 @pytest.mark.parametrize(
@@ -192,7 +194,7 @@ def results(**speeds: list[float]) -> Results:
 FOUND = results(plain=[10, 20, 10], auto=[15, 40, 10], llama_server=[12, 20, 10])
 
 
-def test_a_ratio_is_of_one_turn_and_the_median_of_them_counts() -> None:
+def test_a_ratio_is_of_one_repetition_and_the_median_of_them_counts() -> None:
     auto = next(one for one in FOUND.summaries() if one.arm == "auto")
     assert (auto.ratio, auto.low, auto.high) == (1.5, 1.0, 2.0)
     assert auto.tokens_per_s == 15
@@ -289,8 +291,8 @@ def test_the_speed_of_a_peer_is_read_from_its_output() -> None:
 
 def test_peers_get_the_cores_and_threads_of_our_workers() -> None:
     every = {0, 1, 2, 3}
-    target = options.Target(model="t.gguf", cores="0", threads=4, ctx=512)
-    draft = options.Draft(model="d.gguf", cores="2-3", threads=2)
+    target = options.TargetOptions(model="t.gguf", cores="0", threads=4, ctx=512)
+    draft = options.DraftOptions(model="d.gguf", cores="2-3", threads=2)
     with mock.patch.object(os, "sched_getaffinity", return_value=every):
         setup = peers.Setup.of(options.Settings(target=target, draft=draft))
     flags = dict(zip(setup.flags[::2], setup.flags[1::2], strict=True))
@@ -308,14 +310,14 @@ def test_a_peer_that_is_not_built_names_what_builds_it(tmp_path: Path) -> None:
 # --- pictures -------------------------------------------------------------------------------------
 
 # the draft's second token is wrong: the third was verified with it, the fourth never; then a hit
-TRACE: list[Lane] = [
-    ("target", 0.0, 0.1, 1, 0, 10, (5,)),
-    ("draft", 0.1, 0.2, 2, 1, 11, (6, 9)),
-    ("draft", 0.2, 0.3, 1, 1, 13, (8,)),
-    ("draft", 0.3, 0.4, 1, 1, 14, (8,)),
-    ("target", 0.3, 0.5, 4, 1, 11, (6, 7)),
-    ("draft", 0.5, 0.6, 1, 2, 13, (4,)),
-    ("target", 0.5, 0.7, 1, 2, 13, (4,)),
+TRACE: list[Span] = [
+    Span("target", 0.0, 0.1, 1, 0, 10, (5,)),
+    Span("draft", 0.1, 0.2, 2, 1, 11, (6, 9)),
+    Span("draft", 0.2, 0.3, 1, 1, 13, (8,)),
+    Span("draft", 0.3, 0.4, 1, 1, 14, (8,)),
+    Span("target", 0.3, 0.5, 4, 1, 11, (6, 7)),
+    Span("draft", 0.5, 0.6, 1, 2, 13, (4,)),
+    Span("target", 0.5, 0.7, 1, 2, 13, (4,)),
 ]
 
 

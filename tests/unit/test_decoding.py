@@ -76,4 +76,4 @@ def test_the_committed_tokens_are_always_a_prefix_of_the_targets_choices(
 
 
 def test_the_examples_in_the_docstrings_hold() -> None:
-    assert doctest.testmod(decoding) == doctest.TestResults(failed=0, attempted=4)
+    assert doctest.testmod(decoding) == doctest.TestResults(failed=0, attempted=5)

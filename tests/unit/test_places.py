@@ -7,7 +7,8 @@ import socket
 
 import pytest
 
-from outrider_services.pipeline.places import VISIBLE, place, shared
+from outrider_services import options
+from outrider_services.pipeline.places import VISIBLE, place, share_cores, shared
 
 
 @pytest.mark.parametrize(
@@ -43,3 +44,13 @@ def test_where_a_model_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert place("toy") == ""
     monkeypatch.setenv(VISIBLE[0], "0, 2")
     assert place("gpu, all layers; cpu, 2 threads") == f"{host}:gpu0,gpu2"
+
+
+def test_workers_that_may_use_the_same_core_share_it() -> None:
+    first, *others = sorted(os.sched_getaffinity(0))
+    assert share_cores(options.settings({}))
+    assert share_cores(options.settings({"target.cores": str(first)}))
+    assert not share_cores(options.settings({"pipeline.backend": "toy"}))
+    if others:
+        apart = {"target.cores": str(first), "draft.cores": str(others[0])}
+        assert not share_cores(options.settings(apart))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Sequence
 
@@ -455,7 +454,7 @@ def test_a_read_only_row_is_fine() -> None:
 )
 def test_a_value_out_of_range_is_refused_by_name(name: str, value: object) -> None:
     with pytest.raises(BadRequest, match=name) as caught:
-        dataclasses.replace(Sampling(), **{name: value})  # type: ignore[arg-type]
+        Sampling().changed(**{name: value})
     assert caught.value.param == name
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,7 +19,7 @@ def prefilled(at: float = 0.0) -> Stats:
 
 
 def test_before_anything_happened_no_ratio_is_defined() -> None:
-    report = asdict(Stats("sync", 3).report())
+    report = Stats("sync", 3).report().as_dict()
     undefined = {name for name, value in report.items() if value is None}
     assert undefined == {
         *("acceptance_rate", "mean_accepted_length", "overlap", "target_busy", "draft_busy"),

@@ -11,14 +11,12 @@ from typing import Any
 
 import pytest
 
-from outrider.core import price
-from outrider.core.estimates import Costs
 from outrider.engines.llama import quantise
 from outrider.errors import ConfigError, ModelNotFound, ModelUnusable, RequestTimeout, WorkerLost
 from outrider_services import options, processor
-from outrider_services.models import catalogue
+from outrider_services.models import catalogue, library
 from outrider_services.options import Settings
-from outrider_services.tuning import decisions, probe, search
+from outrider_services.tuning import advice, decisions, forecasts, probe, search
 from outrider_services.tuning.decisions import Decision, Trial, Variant
 from outrider_services.tuning.probe import Findings, Job
 from outrider_services.tuning.search import Tuner
@@ -40,7 +38,7 @@ class Children:
 
     def __init__(self, **wrong: int) -> None:
         self.jobs: list[Job] = []
-        self.wrong = wrong  # of ten answers, by type
+        self.wrong = wrong  # of the ten tokens of each answer, by type
         self.error: Exception | None = None
         self.fails_at = ""
 
@@ -52,12 +50,13 @@ class Children:
             Path(job.model).parent.mkdir(parents=True, exist_ok=True)
             Path(job.model).write_bytes(b"x")
         if len(job.rows) > 1:
-            sequences = ((tuple(range(12)), 10),) if job.texts else ()
-            return Findings(CURVE, sequences, tuple(range(2, 12)) if job.chooses else ())
+            sequences = ((tuple(range(12)), 10),) * len(job.texts)
+            choices = tuple(range(2, 12)) * len(sequences) if job.chooses else ()
+            return Findings(CURVE, sequences, choices)
         quant = next((kind for kind in COSTS if f".{kind}-" in job.model), "off")
         right = 10 - self.wrong.get(quant, 0)
         choices = tuple(range(2, 2 + right)) + (-1,) * (10 - right)
-        return Findings((COSTS[quant],), (), choices if job.sequences else ())
+        return Findings((COSTS[quant],), (), choices * len(job.sequences))
 
     @property
     def made(self) -> list[str]:
@@ -92,22 +91,30 @@ def changed(settings: Settings, **values: Any) -> Settings:
 
 
 def variant(quant: str, rate: float, draft_s: float = 0.02) -> Variant:
-    return Variant(quant, 1, draft_s, 0.8, rate)
+    return Variant(quant, 1, draft_s, 0.8, rate, {"code": 0.8})
 
 
 # ---- the choice ---------------------------------------------------------------------------------
 
 
 def test_a_forecast_never_falls_below_the_target_alone() -> None:
-    costs = Costs(CURVE, 0.5, 0.0)
+    alone = forecasts.plain_rate(CURVE)
     for pipelined in (False, True):
-        assert price.forecast(costs, 0.0, pipelined) == pytest.approx(1 / CURVE[0])
-        assert price.forecast(replace(costs, draft_s=0.001), 1.0, pipelined) > 2 / CURVE[0]
+        assert forecasts.rate(CURVE, 0.5, [0.0, 0.0], pipelined) == pytest.approx(alone)
+        assert forecasts.rate(CURVE, 0.001, [1.0, 1.0], pipelined) > 2 * alone
 
 
 def test_a_draft_that_costs_the_target_nothing_is_worth_more_than_one_in_turn() -> None:
-    costs = Costs(CURVE, 0.02, 0.0)
-    assert price.forecast(costs, 0.8, True) > price.forecast(costs, 0.8, False)
+    assert forecasts.rate(CURVE, 0.02, [0.8], True) > forecasts.rate(CURVE, 0.02, [0.8], False)
+
+
+def test_a_text_on_which_nothing_is_gained_does_not_hide_what_is_gained_on_another() -> None:
+    """Where it does not pay the draft is left alone, so the average acceptance tells too little."""
+    steep = tuple(0.05 * (1 + 0.5 * more) for more in range(8))
+    alone, average = forecasts.plain_rate(steep), forecasts.rate(steep, 0.005, [0.5], False)
+    both = forecasts.rate(steep, 0.005, [0.95, 0.05], False)
+    assert average == pytest.approx(alone)
+    assert both > 1.1 * alone
 
 
 def test_as_given_stays_unless_another_is_clearly_faster() -> None:
@@ -117,7 +124,7 @@ def test_as_given_stays_unless_another_is_clearly_faster() -> None:
 
 def test_cores_are_split_only_where_that_is_clearly_faster() -> None:
     def trial(cores: str, rate: float, quant: str = "off") -> Trial:
-        return Trial(cores, cores, bool(cores), 15.0, (variant(quant, rate),))
+        return Trial(cores, cores, bool(cores), 15.0, (variant(quant, rate),), CURVE)
 
     assert search.settle([trial("", 20.0), trial("0", 20.9)]).target_cores == ""
     split = search.settle([trial("", 20.0), trial("0", 21.1), trial("1", 22.0)])
@@ -145,6 +152,7 @@ def test_the_faster_draft_wins_and_the_losers_are_deleted(settings: Settings, ca
     ]
     measured = {one.quant: one.acceptance for one in decision.trials[0].variants}
     assert measured == {"off": 0.9, "q4_0": 0.8, "q4_1": 0.8, "q8_0": 0.9}
+    assert decision.trials[0].curve_s == CURVE
     assert decisions.load(decisions.key(settings)) == decision
 
 
@@ -158,6 +166,12 @@ def test_a_larger_type_is_not_tried_where_it_cannot_win(settings: Settings, cach
     children = Children(off=2, q4_0=2)
     Tuner(settings, children, 60).decide()
     assert children.made == ["q4_0"]
+
+
+def test_agreement_is_told_text_by_text() -> None:
+    found = search.compare([1, 2, 0, 4, 0, 0, 7, 0], [1, 2, 3, 4, 5, 6, 7, 8], [4, 2, 2])
+    assert found.overall == 0.5
+    assert found.by_text == {"code": 0.75, "explanation": 0.0, "prose": 0.5}
 
 
 def test_there_must_be_a_draft_to_tune(settings: Settings) -> None:
@@ -267,6 +281,16 @@ def test_a_directory_that_cannot_be_written_costs_a_line(default: Settings, cach
     assert "cannot be written" in told[-1]
 
 
+def test_what_would_be_kept_to_is_known_without_measuring(settings: Settings) -> None:
+    assert search.kept(settings) is None
+    decision = Tuner(settings, Children(), 60).decide()
+    decisions.save(decisions.key(settings), decision)
+    assert search.kept(settings) == decision
+    assert search.kept(changed(settings, draft__quant="q4_0")) is None
+    assert search.kept(changed(settings, pipeline__mode="plain")) is None
+    assert search.kept(changed(settings, draft__model="/nowhere.gguf")) is None
+
+
 # ---- what is kept -------------------------------------------------------------------------------
 
 
@@ -288,8 +312,23 @@ def test_a_split_is_used_by_those_who_leave_the_cores_to_us(settings: Settings) 
         assert search.splits(other) == []
 
 
+UNMEASURED = (
+    '{"quant": "off", "target_cores": "", "draft_cores": "", "trials": [{"pipelined": true, '
+    '"target_cores": "", "draft_cores": "", "plain_rate": 9.0, "variants": []%s}]}'
+)
+
+
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", '{"quant": "q9"}', '{"quant": "rm", "trials": []}', "\0"]
+    "text",
+    [
+        *("", "{", "[]", '{"quant": "q9"}', '{"quant": "rm", "trials": []}', "\0"),
+        UNMEASURED % "",
+        UNMEASURED % ', "curve_s": [1]',
+    ],
+    ids=[
+        *("empty", "cut", "list", "no-such-type", "not-a-type", "nul"),
+        *("without-the-curve", "without-what-was-chosen"),
+    ],
 )
 def test_a_damaged_decision_is_none_and_is_made_again(
     default: Settings, cache: Path, text: str
@@ -320,6 +359,8 @@ def test_whatever_changes_what_is_measured_changes_the_key(
     keys.append(decisions.key(settings))
     monkeypatch.setattr(processor, "kind", lambda: ["another"])
     keys.append(decisions.key(settings))
+    monkeypatch.setattr(library, "kernels", lambda: Path(__file__))
+    keys.append(decisions.key(settings))
     if len(os.sched_getaffinity(0)) > 1:  # else all cores are that one
         assert len(set(keys)) == len(keys)
 
@@ -337,7 +378,8 @@ def test_every_type_has_a_number() -> None:
 
 def test_the_texts_are_there() -> None:
     assert len(search.texts()) == 3
-    assert all(prompt and answer for prompt, answer in search.texts())
+    assert all(prompt and answer for prompt, answer in search.texts().values())
+    assert advice.CODE in search.texts()
 
 
 # ---- the child ----------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
-"""llama.cpp's own speculative programs, as `outrider bench` compares with them.
+"""The *peers* of `outrider bench`: llama.cpp's own programs for speculative decoding.
 
-They get the files, cores, threads and context of our workers, and otherwise their own defaults.
-Neither lets a request choose the length of its drafts: a server is started again for another one.
+They get the files, cores, threads and context of our workers, and otherwise their own defaults. In
+neither can a request choose the length of its drafts: for another length it is started again.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ PR_SET_PDEATHSIG = 1
 
 @dataclass(frozen=True, slots=True)
 class Answer:
+    """What a peer says of one answer of its own."""
+
     tokens: int
     tokens_per_s: float  # prefill and its first token left out
     acceptance_rate: float | None
@@ -55,13 +57,13 @@ class Setup:
 
     @classmethod
     def of(cls, settings: Settings) -> Setup:
-        """The same as our workers have. Raises ConfigError."""
+        """What our workers have, too. Raises ConfigError."""
         target, draft = settings.target, settings.draft
         if not (target.model and draft.model):
             raise ConfigError("peers need a target and a draft model: say -m FILE -md FILE")
         every = os.sched_getaffinity(0)
         used = (cores(target.cores) or every) | (cores(draft.cores) or every)
-        # as our workers: no more threads than the cores of the worker that they are for
+        # our workers start no more threads than they have cores; neither do the peers
         threads = min(target.threads, len(cores(target.cores) or every))
         threads_draft = min(draft.threads, len(cores(draft.cores) or every))
         flags = {
@@ -83,7 +85,7 @@ class Setup:
 
 
 def default_directory() -> Path:
-    """Where scripts/build-peers puts them."""
+    """Where scripts/build-peers puts the programs."""
     return platformdirs.user_cache_path("outrider") / "peers" / "latest"
 
 
@@ -98,7 +100,7 @@ def find(directory: Path, name: str) -> Path:
 
 
 class Peer:
-    """A program that generates; `async with` it, and nothing of it is left afterwards."""
+    """A program that generates. `async with` ends it and deletes its files."""
 
     name: ClassVar[str]
 
@@ -118,7 +120,10 @@ class Peer:
         self._directory.cleanup()
 
     async def generate(self, prompt: str, count: int, n_max: int) -> Answer:
-        """`count` tokens after `prompt`, greedily, at most `n_max` drafted at once."""
+        """`count` tokens after `prompt`, greedily, at most `n_max` drafted at once.
+
+        Raises WorkerLost.
+        """
         raise NotImplementedError
 
     async def _start(self, *flags: str) -> asyncio.subprocess.Process:
@@ -182,7 +187,7 @@ class SpeculativeSimple(Peer):
 
 
 def parse(output: str) -> Answer | None:
-    """What llama-speculative-simple says of itself."""
+    """What llama-speculative-simple says of its answer; None if it does not say how fast it was."""
     decoded = DECODED.search(output)
     if decoded is None:
         return None
@@ -238,7 +243,7 @@ class Server(Peer):
         return True
 
     async def _while_alive(self, ask: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """What it answers. Raises ConnectionError, and WorkerLost as soon as it is dead."""
+        """What `ask` returns. Raises ConnectionError; WorkerLost as soon as the program is dead."""
         process = self._process
         assert process is not None
         if process.returncode is not None:
@@ -248,7 +253,7 @@ class Server(Peer):
         except ValueError:
             raise self._failed("answered what is not JSON") from None
         except ConnectionError:
-            with contextlib.suppress(TimeoutError):  # the news of its end may be on its way
+            with contextlib.suppress(TimeoutError):  # if it has just ended, we may not know yet
                 await asyncio.wait_for(process.wait(), 0.2)
                 raise self._failed(f"ended with status {process.returncode}") from None
             raise
@@ -260,7 +265,7 @@ PEERS: dict[str, type[Peer]] = {peer.name: peer for peer in (Server, Speculative
 def _ask(url: str, body: bytes | None, timeout_s: float) -> dict[str, Any]:
     """The JSON object that `url` answers. Raises ConnectionError, ValueError."""
     request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
-    # a proxy from the environment has no business here
+    # the program runs here: a proxy that the environment names is not asked
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with opener.open(request, timeout=timeout_s) as answer:
@@ -289,6 +294,6 @@ def _prctl() -> Callable[..., int]:
 
 
 def _tie(to: frozenset[int], prctl: Callable[..., int]) -> None:
-    """In the child, before the program: it keeps to these cores, and dies with us."""
+    """Called in the new process: keep the program to these cores, and let it die with us."""
     os.sched_setaffinity(0, to)
     prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -26,8 +26,10 @@ class Arm:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
+    """A prompt as it stands in the file: without the chat template."""
+
     category: str
-    number: int
+    number: int  # in its category, from 0
     text: str
 
 
@@ -37,18 +39,18 @@ class Plan:
 
     arms: tuple[Arm, ...]
     peers: tuple[str, ...]
-    peer_n_max: tuple[int, ...]
+    peer_n_max: tuple[int, ...]  # draft lengths that each peer may try
     categories: tuple[prompts.Category, ...]
-    count: int
-    repetitions: int
-    warmup: int
-    lanes: bool
+    count: int  # tokens of each answer
+    repetitions: int  # of each prompt
+    warmup: int  # answers of each arm that do not count
+    lanes: bool  # whether traces for the picture of the lanes are wanted
 
 
 def read_plan(parsed: Any) -> Plan:
-    """Raises ConfigError for whatever could not be measured."""
+    """The plan that the flags mean. Raises ConfigError for whatever could not be measured."""
     names = [name.strip() for name in parsed.arms.split(",") if name.strip()]
-    names = list(dict.fromkeys([PLAIN, *names]))  # the baseline, always
+    names = list(dict.fromkeys([PLAIN, *names]))  # the baseline is always measured
     arms = tuple(read_arm(name) for name in names if name not in peers.PEERS)
     for flag, value, least in (
         ("--n-predict", parsed.n_predict, 2),  # the first token has no speed
@@ -77,7 +79,7 @@ def read_plan(parsed: Any) -> Plan:
 
 
 def read_arm(name: str) -> Arm:
-    """`auto`, or `sync:4` for blocks of one length."""
+    """The arm of this name: `auto`, or `sync:4` for blocks of one length. Raises ConfigError."""
     mode, colon, length = name.partition(":")
     if mode not in MODES:
         raise ConfigError(f"there is no arm {name!r}{nearest(mode, (*MODES, *peers.PEERS))}")

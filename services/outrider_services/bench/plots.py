@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 Fate = Literal["accepted", "rejected", "hit", "discarded"]
 
-# of Okabe and Ito: told apart by the colour-blind, and differing in brightness
+# the palette of Okabe and Ito: the colour-blind can tell these apart, and their brightness differs
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442", "#999999")
 TARGET = "#5b6770"
 FATES: dict[Fate, tuple[str, str, str]] = {  # colour, hatching, meaning
@@ -30,7 +30,7 @@ FATES: dict[Fate, tuple[str, str, str]] = {  # colour, hatching, meaning
 
 
 def check_path(path: str) -> None:
-    """Whether a picture can be made there, before anything is measured. Raises ConfigError."""
+    """Raises ConfigError, before anything is measured, if no picture can be made there."""
     if Path(path).suffix not in (".svg", ".png"):
         raise ConfigError(f"a picture ends in .svg or .png, not {path!r}")
     if not Path(path).absolute().parent.is_dir():
@@ -43,7 +43,9 @@ def check_path(path: str) -> None:
 
 
 def bars(path: str, results: Results) -> None:
-    """Groups are categories, bars are arms, their height the ratio to plain."""
+    """Write a picture: a group of bars for each category, in it a bar for each arm, as high as the
+    arm is fast compared with plain. Raises ConfigError if the file cannot be written.
+    """
     arms = [arm for arm in (*results.arms, *results.peers) if arm != PLAIN]
     summaries = {(s.category, s.arm): s for s in results.summaries()}
     groups = [*results.categories, *(["geometric\nmean"] if len(results.categories) > 1 else [])]
@@ -72,7 +74,7 @@ def bars(path: str, results: Results) -> None:
 
 
 def _spread(axes: Axes, at: Sequence[float], of: Sequence[Summary]) -> None:
-    """From the least to the greatest ratio of any turn."""
+    """Lines from the least to the greatest ratio of any repetition."""
     below, above = [s.ratio - s.low for s in of], [s.high - s.ratio for s in of]
     middles = [s.ratio for s in of]
     axes.errorbar(at[: len(of)], middles, [below, above], fmt="none", ecolor="#333333",
@@ -102,7 +104,9 @@ class Block:
 
 
 def lanes(path: str, traces: Mapping[str, Sequence[Span]], seconds: float) -> None:
-    """When each worker computed, mode by mode, and what became of each drafted token."""
+    """Write a picture of the first `seconds` of each trace, by mode: when each worker computed, and
+    what became of each drafted token. Raises ConfigError if the file cannot be written.
+    """
     from matplotlib.patches import Patch
 
     figure, axes = _figure(11.0, 1.3 + 1.55 * len(traces), len(traces))
@@ -145,7 +149,7 @@ def _draw(axes: Axes, shown: Sequence[Block], seconds: float) -> None:
 
 
 def blocks(trace: Sequence[Span]) -> list[Block]:
-    """What is drawn for a trace: prefill is left out, a drafted block is cut into its tokens."""
+    """What is drawn of a trace: target passes after prefill, and single drafted tokens."""
     passes = [span for span in trace if span.lane == "target"]
     if not passes:
         return []
@@ -165,10 +169,10 @@ def blocks(trace: Sequence[Span]) -> list[Block]:
 
 
 def fates_of(trace: Sequence[Span]) -> Iterator[list[Fate]]:
-    """For each span of the draft's lane, what became of its tokens.
+    """For each span of the draft's lane: what became of its tokens, one by one.
 
-    A lineage is good up to its first token that the text contradicts. Behind that, what lay in the
-    block that the target refused was rejected, and the rest never seen.
+    In a lineage everything is right up to the first token that the text contradicts. From there on,
+    tokens in the block that the target then verified were rejected; it never saw the others.
     """
     text: dict[int, int] = {}
     kept: dict[int, bool] = {}  # by position: whether the text has it because it was drafted

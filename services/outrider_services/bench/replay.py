@@ -1,8 +1,8 @@
 """The real session on recorded acceptance traces, in virtual time with given costs.
 
-A trace says at every position of an answer whether the draft agreed with the target, how sure it
-was, and how sure it went on being behind a token that was wrong. The right token of position p is
-p here; whatever is wrong, or stands behind something wrong, is another.
+A trace tells, at every position of an answer, whether the draft agreed with the target, how sure it
+was, and how sure it was of what it drafted behind a token that was wrong; see `traces.record`. Here
+the right token at position p is the number p, and a wrong one is p + WRONG.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ WRONG = 10**6
 
 @dataclass(frozen=True)
 class World:
-    """Seconds of a pass over 1, 2, … rows, of a drafted token, and of a message each way."""
+    """What things take, in seconds."""
 
-    verify_s: tuple[float, ...]
-    draft_s: float
-    link_s: float = 0.00025
-    cuts: bool = True  # a token that is being drafted for a text that is no more is cut short
+    verify_s: tuple[float, ...]  # a pass over 1, 2, 3 … rows
+    draft_s: float  # a drafted token
+    link_s: float = 0.00025  # a message, each way
+    cuts: bool = True  # whether drafting is broken off once the text it was for has changed
 
     def experience(self) -> Experience:
         return Experience(CostModel(self.verify_s, self.draft_s, 2 * self.link_s))
@@ -56,7 +56,7 @@ class World:
 
 
 def curve(milliseconds: dict[int, float], rows: int = 65) -> tuple[float, ...]:
-    """Pass costs between and beyond those measured for some numbers of rows."""
+    """Seconds of a pass over 1 … `rows` rows, on straight lines through those that are given."""
     at, cost = list(milliseconds), list(milliseconds.values())
     slope = (cost[-1] - cost[-2]) / (at[-1] - at[-2])
     many = np.arange(1, rows + 1)
@@ -66,6 +66,8 @@ def curve(milliseconds: dict[int, float], rows: int = 65) -> tuple[float, ...]:
 
 @dataclass
 class Replay:
+    """One answer played again; `due` holds what is still to happen, by time."""
+
     trace: dict[str, Any]
     rule: Rule
     world: World
@@ -77,7 +79,7 @@ class Replay:
     over: bool = False
 
     def speedup(self) -> float:
-        """Over the target alone, which takes a plain step for every token but the first."""
+        """Play the answer. How many times as fast it was as with a plain step for every token."""
         self.count = itertools.count()
         length = len(self.trace["match"])
         task = Task((0,), length, (), frozenset(), 10**6, 10**9)
@@ -164,7 +166,7 @@ class Replay:
         self.tell(now)
 
     def tell(self, now: float) -> None:
-        """Say what was drafted: in turns all of it together, when the draft has to wait."""
+        """Send what was drafted: at once, or, in turns, all together when the draft has to wait."""
         assert self.stream
         if self.unsent and (self.busy is None or not self.stream.floors):
             elapsed_s = len(self.unsent) * self.world.draft_s
@@ -179,6 +181,7 @@ class Replay:
             self.unsent = []
 
     def recorded(self, tokens: Sequence[TokenId]) -> Drafted:
+        """What the draft drafts behind `tokens`, some of which may be wrong."""
         position = len(tokens)
         first_wrong = next((p for p, token in enumerate(tokens) if token != p), None)
         if first_wrong is not None:

@@ -1,4 +1,8 @@
-"""What a benchmark has measured, what follows from it, and how that is written."""
+"""What a benchmark has measured, what follows from it, and how that is written.
+
+In a *repetition* of a prompt every arm answers it once. Speeds are compared within a repetition
+only: its answers are minutes apart at most, so the machine was about equally fast for all.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +20,14 @@ PLAIN = "plain"
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One answer. The first token is prefill's: `tokens_per_s` is the rate of those after it."""
+    """One answer. Its first token comes from prefill; `tokens_per_s` counts only those after it."""
 
     category: str
-    prompt: int
+    prompt: int  # its number in the category
     repetition: int
     arm: str
     tokens_per_s: float
-    tokens: int
+    tokens: int  # in the answer
     acceptance_rate: float | None = None
     mean_accepted_length: float | None = None
     target_busy: float | None = None
@@ -31,18 +35,18 @@ class Sample:
     token_ids: tuple[int, ...] | None = None  # None: a peer tells only its speed
 
     @property
-    def turn(self) -> tuple[str, int, int]:
-        """Samples of the same turn are minutes apart at most: their ratios mean something."""
+    def occasion(self) -> tuple[str, int, int]:
+        """The repetition of the prompt of the category that it is of."""
         return self.category, self.prompt, self.repetition
 
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """An arm in a category: medians over its samples, `ratio` as `paired` tells."""
+    """An arm in a category: medians over its samples; `ratio` is what `paired` finds."""
 
     category: str
     arm: str
-    ratio: float  # to plain in the same turn
+    ratio: float  # of its speed to plain's in the same repetition
     low: float  # the least and the greatest such ratio
     high: float
     tokens_per_s: float
@@ -61,7 +65,8 @@ class Results:
     arms: tuple[str, ...]
     peers: tuple[str, ...] = ()
     samples: list[Sample] = field(default_factory=list)
-    # category, peer, most drafted tokens: tokens per second of the prompts, tried before the rest
+    # by category, peer and most drafted tokens: the tokens per second on each prompt tried, when
+    # the length was sought that suits the peer best
     sweeps: dict[str, dict[str, dict[int, list[float]]]] = field(default_factory=dict)
 
     @property
@@ -86,7 +91,7 @@ class Results:
         return {arm: geometric_mean(s.ratio for s in summaries if s.arm == arm) for arm in arms}
 
     def against_peers(self) -> dict[str, dict[str, float]]:
-        """For each of our arms, category by category, its speed over that of the best peer."""
+        """By arm of ours and by category: how many times as fast it is as the best peer."""
         return {
             arm: {
                 category: min(
@@ -98,7 +103,7 @@ class Results:
         }
 
     def differences(self) -> list[str]:
-        """Where an arm of ours did not say what plain said, which should be nowhere."""
+        """Where an arm of ours gave other tokens than plain, which should be nowhere."""
         said: dict[tuple[str, int], tuple[int, ...] | None] = {}
         for sample in self.samples:
             if sample.arm == PLAIN:
@@ -115,21 +120,23 @@ class Results:
 
 
 def ratios(samples: Sequence[Sample], others: Sequence[Sample]) -> dict[int, list[float]]:
-    """By prompt, how many times as fast the `samples` were as the `others` of the same turns."""
-    speed = {one.turn: one.tokens_per_s for one in others}
+    """By prompt: how many times as fast each sample was as the other of the same repetition."""
+    speed = {one.occasion: one.tokens_per_s for one in others}
     found: dict[int, list[float]] = {}
     for sample in samples:
-        found.setdefault(sample.prompt, []).append(sample.tokens_per_s / speed[sample.turn])
+        found.setdefault(sample.prompt, []).append(sample.tokens_per_s / speed[sample.occasion])
     return found
 
 
 def paired(samples: Sequence[Sample], others: Sequence[Sample]) -> float:
-    """The geometric mean over the prompts of the median of such ratios."""
+    """How many times as fast `samples` are as `others`: the median over the repetitions of a
+    prompt, and of those the geometric mean over the prompts.
+    """
     return geometric_mean(map(median, ratios(samples, others).values()))
 
 
 def summarize(samples: Sequence[Sample], plain: Sequence[Sample]) -> Summary:
-    """Samples of one arm in one category, over what plain did in the same turns."""
+    """What the samples of one arm in one category come to, against those of plain."""
     single = [ratio for of in ratios(samples, plain).values() for ratio in of]
     return Summary(
         samples[0].category,
@@ -147,6 +154,7 @@ def summarize(samples: Sequence[Sample], plain: Sequence[Sample]) -> Summary:
 
 
 def middle(values: Iterable[float | None]) -> float | None:
+    """The median of those that are known; None if none is."""
     known = [value for value in values if value is not None]
     return median(known) if known else None
 
@@ -188,7 +196,7 @@ def as_csv(results: Results) -> str:
 
 
 def as_markdown(results: Results) -> str:
-    """Tables that are also legible as they are."""
+    """Tables that can also be read as they are, without a Markdown viewer."""
     parts = ["# outrider bench\n"]
     parts += [f"- {name}: {value}" for name, value in results.header.items()]
     parts += ["\n## Speed over the target alone\n", _ratios(results)]
@@ -204,7 +212,7 @@ def as_markdown(results: Results) -> str:
 
 
 def _ratios(results: Results) -> str:
-    """Arms down, categories across: what everybody looks for first."""
+    """A row for each arm, a column for each category: what everybody looks for first."""
     found = {(s.arm, s.category): s for s in results.summaries()}
     rows = [
         [arm, *(f"{found[arm, c].ratio:.2f}" for c in results.categories), f"{mean:.2f}"]

@@ -1,7 +1,7 @@
 """`outrider bench`: how much faster than the target alone, and than llama.cpp's own programs.
 
-One pipeline answers for all arms. In each turn every arm answers the same prompt once, and each
-turn another arm begins, so that a machine that grows slower does so for all of them alike.
+One pipeline answers for all arms of ours. In each repetition of a prompt every arm answers it once,
+and each time another arm begins: a machine that grows slower does so for all of them alike.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from outrider_services import processor
 from outrider_services.bench import peers
 from outrider_services.bench.plan import Arm, Plan, Prompt
 from outrider_services.bench.results import Results, Sample, geometric_mean
-from outrider_services.options import Draft, Settings, Target, cores
+from outrider_services.options import DraftOptions, Settings, TargetOptions, cores
 from outrider_services.pipeline.launcher import Launcher
 from outrider_services.terminal import News, tell
 
-FINALISTS = 4  # of a peer's lengths, tried on more than the first prompt of a category
+FINALISTS = 4  # lengths of a peer that are tried on more than the first prompt of a category
 
 
 class Bench:
@@ -40,7 +40,7 @@ class Bench:
         self._programs = programs
         self._peers: dict[str, peers.Peer] = {}
         self._client: AsyncClient | None = None
-        self._best: dict[tuple[str, str], int] = {}  # category and peer: the length it does best
+        self._best: dict[tuple[str, str], int] = {}  # by category and peer: the fastest length
         self._texts: dict[Prompt, str] = {}
         self.lanes: dict[str, tuple[Span, ...]] = {}
         self.results = Results(header(settings), tuple(arm.name for arm in plan.arms), plan.peers)
@@ -66,7 +66,7 @@ class Bench:
                 yield Prompt(category.name, number, text)
 
     async def _render(self, prompt: Prompt) -> str:
-        """What the model reads: the same text for ours and for the peers."""
+        """The text that the model reads, the same for our arms and for the peers."""
         assert self._client
         category = next(c for c in self._plan.categories if c.name == prompt.category)
         if not category.chat:
@@ -81,19 +81,19 @@ class Bench:
             for arm in arms:
                 sample = await self._sample(arm, all_prompts[0], -1)
                 tell(f"[warm-up {number + 1}/{plan.warmup}] {_line(sample)}")
-        turns = list(schedule(arms, all_prompts, plan.repetitions))
-        for number, (prompt, repetition, arm) in enumerate(turns):
+        questions = list(schedule(arms, all_prompts, plan.repetitions))
+        for number, (prompt, repetition, arm) in enumerate(questions):
             sample = await self._sample(arm, prompt, repetition)
             self.results.samples.append(sample)
-            tell(f"[{number + 1}/{len(turns)}] {_line(sample)}")
+            tell(f"[{number + 1}/{len(questions)}] {_line(sample)}")
         for mode in ("pipelined", "sync") if plan.lanes else ():
             answer = await self._ask(Arm(mode, mode), all_prompts[0], trace=True)
             self.lanes[mode] = answer.trace or ()
 
     async def _sweep(self) -> None:
-        """Find the length that each peer does best in each category.
+        """Find the draft length with which each peer is fastest, category by category.
 
-        Every length answers the first prompt once, the finalists the others too.
+        Every length answers the first prompt once; the best few answer the other prompts too.
         """
         for name in self._peers:
             every = list(self._plan.peer_n_max)
@@ -105,7 +105,7 @@ class Bench:
                 self._best[category, name] = finalists(tried)[0]
 
     def _tried(self, peer: str) -> dict[str, dict[int, list[float]]]:
-        """By category and length, what the sweep of `peer` has found so far."""
+        """By category and length: the tokens per second that `peer` has reached so far."""
         return {
             category.name: self.results.sweeps.setdefault(category.name, {}).setdefault(peer, {})
             for category in self._plan.categories
@@ -165,7 +165,7 @@ class Bench:
 
 
 def finalists(tried: Mapping[int, Sequence[float]]) -> list[int]:
-    """The lengths that did best of those tried on the most prompts, the best first."""
+    """The fastest lengths, the best first, of those that were tried on the most prompts."""
     most = max(map(len, tried.values()))
     means = {n_max: geometric_mean(of) for n_max, of in tried.items() if len(of) == most}
     return sorted(means, key=lambda n_max: -means[n_max])[:FINALISTS]
@@ -174,13 +174,16 @@ def finalists(tried: Mapping[int, Sequence[float]]) -> list[int]:
 def schedule(
     arms: Sequence[str], all_prompts: Sequence[Prompt], repetitions: int
 ) -> Iterator[tuple[Prompt, int, str]]:
-    """Every arm once in each turn; each turn another one begins."""
-    turn = 0
+    """Who answers what, in this order: prompt, number of the repetition, arm.
+
+    Every arm answers once in each repetition of a prompt; each time another arm begins.
+    """
+    begun = 0
     for category in dict.fromkeys(prompt.category for prompt in all_prompts):
         for repetition in range(repetitions):
             for prompt in (p for p in all_prompts if p.category == category):
-                first = turn % len(arms)
-                turn += 1
+                first = begun % len(arms)
+                begun += 1
                 for arm in (*arms[first:], *arms[:first]):
                     yield prompt, repetition, arm
 
@@ -191,11 +194,11 @@ def _line(sample: Sample) -> str:
 
 
 def header(settings: Settings) -> dict[str, str]:
-    """Where, when and with what."""
+    """What is told above the results: where, when and with what they were measured."""
     toy = settings.pipeline.backend == "toy"
     allowed = os.sched_getaffinity(0)
 
-    def told(worker: Target | Draft) -> str:
+    def told(worker: TargetOptions | DraftOptions) -> str:
         if toy:
             return "a made-up model (--backend toy)"
         name, on = Path(worker.model or "").name, sorted(cores(worker.cores) or allowed)

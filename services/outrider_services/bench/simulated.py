@@ -1,9 +1,9 @@
 """`outrider bench --simulate`: what overlap gains on devices of any cost, in the real processes.
 
-The workers compute a toy language and take the time they are told, so regimes of other hardware
-(a flat cost of verifying, a fast draft, a slow link) can be looked at on any machine. Beside what
-was measured stand the same policy in virtual time, where all but devices and link takes no time,
-draft and target taking turns at their best, and the limits of the theory.
+The workers answer from a made-up model and take the time that they are told to. So any machine can
+show what other hardware would do: passes that cost the same whatever their rows, a fast draft, a
+slow link. Beside the measured speed-up stand that of the same policy in virtual time, where only
+devices and link take time; that of draft and target in turns; and the limits of the theory.
 """
 
 from __future__ import annotations
@@ -29,17 +29,18 @@ from outrider_services.terminal import News, tell
 
 PROMPT = "The lantern "
 LENGTHS = (1, 2, 4, 8, 16)  # of the blocks that are tried in turns
-ROWS = 65
+ROWS = 65  # of the longest pass whose cost the virtual devices know
 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One draft on one device; figures are times as fast as the target alone."""
+    """One draft on one device; the figures behind its cost tell how many times as fast as the
+    target alone."""
 
     acceptance: float  # of each drafted token
     cost: float  # of a drafted token, in plain steps of the target
     pipelined: float
-    ideal: float  # the same policy and tokens, all but the devices being infinitely fast
+    ideal: float  # the same policy and tokens, where only devices and link take time
     sync: float  # in turns, by the same price of time
     sync_fixed: float  # in turns, at the best of `LENGTHS`
     tokens_limit: float  # 1 / (1 - acceptance): however fast the draft
@@ -47,7 +48,7 @@ class Cell:
 
 
 def read_numbers(flag: str, text: str, most: float) -> tuple[float, ...]:
-    """Raises ConfigError."""
+    """The numbers of a list such as `0.1,0.2`, each between 0 and `most`. Raises ConfigError."""
     try:
         numbers = tuple(float(part) for part in text.split(","))
     except ValueError:
@@ -76,6 +77,7 @@ async def simulate(settings: Settings, parsed: Any) -> None:
 async def measured(
     settings: Settings, acceptance: float, cost: float, count: int, repetitions: int
 ) -> Cell:
+    """Both models made up as told; of each arm the fastest of `repetitions` answers counts."""
     toy = replace(
         settings.toy, agreement=acceptance, draft_ms=cost * settings.toy.step_ms, row_ms=0.0
     )
@@ -87,7 +89,7 @@ async def measured(
             launcher = Launcher(settings, name, news.report, news.log)
             await stack.enter_async_context(launcher)
         client = await stack.enter_async_context(connect(name))
-        await speed(client, count, "auto")  # whatever is slow at first
+        await speed(client, count, "auto")  # the first answer bears what is slow only once
         arms: list[tuple[str, int | None]] = [("plain", None), ("pipelined", None), ("sync", None)]
         arms += [("sync", length) for length in LENGTHS]
         best = dict.fromkeys(arms, 0.0)
@@ -108,7 +110,7 @@ async def measured(
 
 
 async def speed(client: AsyncClient, count: int, mode: str, length: int | None = None) -> float:
-    """Tokens per second of one answer, the first token aside."""
+    """Tokens per second of one answer; its first token, which comes from prefill, is left out."""
     answer = await client.create_completion(
         PROMPT,
         max_tokens=count,
@@ -125,7 +127,7 @@ async def speed(client: AsyncClient, count: int, mode: str, length: int | None =
 
 
 def ideal(settings: Settings, count: int) -> float:
-    """The speed-up of the same session on the same tokens in virtual time without overhead."""
+    """The speed-up of the same policy on the same tokens, where only devices and link take time."""
     toy = settings.toy
     target = ToyEngine(ToySettings(role="target", agreement=toy.agreement))
     draft = ToyEngine(ToySettings(role="draft", agreement=toy.agreement))
@@ -137,6 +139,7 @@ def ideal(settings: Settings, count: int) -> float:
 
 
 def show(cells: list[Cell]) -> None:
+    """Print them as a table."""
     titles = ("acceptance", "draft cost", "pipelined", "ideal", "of ideal", "sync", "sync, fixed")
     table = Table(*titles, "1/(1-a)", "1/c + 1", box=None)
     for cell in cells:

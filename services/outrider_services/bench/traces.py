@@ -1,7 +1,7 @@
-"""`outrider bench --record`: where a draft agrees with its target, for policies to be tried on.
+"""`outrider bench --record`: traces of where a draft agrees with its target.
 
-Nothing is timed: both models are asked in this process, one token after the other, and what they
-say is all that `bench.replay` needs to play an answer again under any costs and policy.
+Nothing is timed. Both models are asked in this process, token by token; with that, `bench.replay`
+can play the answer again with any costs and any policy, without the models.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from outrider_services.pipeline.launcher import own_settings
 from outrider_services.pipeline.vocabularies import Texts, check_pair
 from outrider_services.terminal import tell
 
-OFF_PATH = 12  # tokens that are followed behind one that is wrong
+OFF_PATH = 12  # tokens that are recorded behind one that is wrong
 GREEDY = Sampling(temperature=0.0)
 
 
@@ -57,7 +57,7 @@ def write(path: str, settings: Settings, categories: tuple[Category, ...], count
 
 
 def require_fit(target: Engine, draft: Engine) -> None:
-    """Raises IncompatiblePair."""
+    """Raises IncompatiblePair if the two mean different texts by some token."""
 
     def texts_of(engine: Engine) -> Texts:
         async def texts(start: int, count: int) -> tuple[str, ...]:
@@ -70,6 +70,7 @@ def require_fit(target: Engine, draft: Engine) -> None:
 
 
 def rendered(target: Engine, category: Category, prompt: str) -> str:
+    """The text that the target reads; with its chat template, if the category is a chat."""
     if not category.chat:
         return prompt
     messages = category.messages(prompt)
@@ -84,33 +85,35 @@ def _save(path: str, found: dict[str, Any]) -> None:
 
 
 def record(target: Engine, draft: Engine, prompt: Sequence[TokenId], count: int) -> dict[str, Any]:
-    """A trace of the greedy answer of `count` tokens, both engines in this process.
+    """A trace of the greedy answer to `prompt`, of `count` tokens or up to the end token.
 
-    `match` and `confidence`: at each position, whether the draft agrees and how sure it is;
-    `off_path_confidence`: where it does not, how sure it goes on being behind its own token.
+    `match` and `confidence` have an entry for each token of the answer: whether the draft chose it
+    too (1 or 0), and how probable the draft found its own choice. Where it chose another token,
+    `off_path_confidence` has, by position, how sure it was of each token drafted behind that one.
     """
     known = target.info.vocabulary.size
     match: list[int] = []
     confidence: list[float] = []
     off_path: dict[str, list[float]] = {}
     text = list(prompt)
-    told = _choice(target, text).token
+    right = _choice(target, text).token
     for position in range(count):
         choice = _choice(draft, text, known)
-        match.append(int(choice.token == told))
+        match.append(int(choice.token == right))
         confidence.append(choice.confidence)
-        if choice.token != told:
+        if choice.token != right:
             off_path[str(position)] = _goes_on(draft, [*text, choice.token], known)
-        text.append(told)
-        if told in target.info.vocabulary.ends:
+        text.append(right)
+        if right in target.info.vocabulary.ends:
             break
-        told = _choice(target, text).token
+        right = _choice(target, text).token
     for engine in (target, draft):
         engine.rewind(0, 0)
     return {"match": match, "confidence": confidence, "off_path_confidence": off_path}
 
 
 def _goes_on(draft: Engine, text: list[TokenId], known: int) -> list[float]:
+    """How sure the draft is of each of the next tokens, were all that it drafts right."""
     found = []
     for _ in range(OFF_PATH):
         choice = _choice(draft, text, known)
@@ -120,9 +123,9 @@ def _goes_on(draft: Engine, text: list[TokenId], known: int) -> list[float]:
 
 
 def _choice(engine: Engine, text: Sequence[TokenId], known: int | None = None) -> Drafted:
-    """The likeliest token after `text`, one of the first `known`.
+    """The likeliest token after `text`, among the ids below `known`.
 
-    What the cache holds of the text is not evaluated again.
+    The KV cache of `engine` must hold a beginning of `text`; that is not evaluated again.
     """
     kept = min(engine.length(0), len(text) - 1)
     if engine.length(0) > kept:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import json
+import os
 import secrets
+import shutil
 import signal
 import sys
 from contextlib import AsyncExitStack
@@ -17,13 +18,14 @@ import uvloop
 from outrider.client import AsyncClient, Completion, Stream, connect
 from outrider.core.sampling import Sampling
 from outrider.core.stats import Report
-from outrider.core.values import Fragment, Span
 from outrider.errors import BadRequest, ConfigError
 from outrider_services.commands.prepared import has_draft, with_files, with_some_draft
+from outrider_services.commands.printing import Printer, measured, write_trace
 from outrider_services.options import Parser, Settings
 from outrider_services.pipeline.launcher import Launcher
 from outrider_services.terminal import News, tell
-from outrider_services.tuning import search
+from outrider_services.tuning import advice, search
+from outrider_services.tuning.decisions import Decision
 
 DEFAULT_PROMPT = "The future of AI is"
 DEFAULT_LENGTH = 100
@@ -59,10 +61,33 @@ def run(settings: Settings, parsed: Any) -> int:
     """Generate, print, and leave nothing behind."""
     prompt = read_prompt(parsed, sys.stdin)
     request = arguments(settings, parsed)  # wrong settings are told before anything is started
-    if parsed.connect is None:
-        settings = search.prepared(with_files(settings, fetch=parsed.pull), tell)
-        settings = with_some_draft(settings)
-    return uvloop.run(_run(settings, parsed, prompt, request))
+    if parsed.connect is not None:
+        status, _ = uvloop.run(_run(settings, parsed, prompt, request))
+        return status
+    files = with_files(settings, fetch=parsed.pull)
+    known = search.kept(files) is not None  # else it is explained now, before the answer
+    settings = with_some_draft(search.prepared(files, tell))
+    status, report = uvloop.run(_run(settings, parsed, prompt, request))
+    if report and not status and parsed.output == "text" and not parsed.no_stats:
+        advise(search.kept(files), report, parsed.chat and prompt == advice.QUESTION, not known)
+    return status
+
+
+def advise(decision: Decision | None, report: Report, is_example: bool, explained: bool) -> None:
+    """After an answer on which little was gained, tell what gains more on this machine."""
+    if decision is None or is_example:
+        return
+    line = advice.afterwards(decision, report.speedup, own_command(), explained=explained)
+    if line:
+        tell(line)
+
+
+def own_command() -> str:
+    """How to call this program from the directory that the user is in."""
+    program = sys.argv[0]
+    if os.path.basename(program) != "outrider" or shutil.which("outrider"):
+        return "outrider"
+    return min(os.path.relpath(program), os.path.abspath(program), key=len)
 
 
 def read_prompt(parsed: Any, stdin: TextIO) -> str:
@@ -120,14 +145,18 @@ def read_bias(text: str) -> tuple[int, float]:
     raise ConfigError(f"--logit-bias must be like 15043+1 or 2-inf, not {text!r}")
 
 
-async def _run(settings: Settings, parsed: Any, prompt: str, request: dict[str, Any]) -> int:
+async def _run(
+    settings: Settings, parsed: Any, prompt: str, request: dict[str, Any]
+) -> tuple[int, Report | None]:
+    """The exit status, and the statistics of the answer if it was printed."""
     interrupts = Interrupts()
+    report = None
     try:
-        await _answer(settings, parsed, prompt, request, interrupts)
+        report = await _answer(settings, parsed, prompt, request, interrupts)
     except asyncio.CancelledError:
         if not interrupts.status:
             raise
-    return interrupts.status
+    return interrupts.status, report
 
 
 async def _answer(
@@ -136,7 +165,7 @@ async def _answer(
     prompt: str,
     request: dict[str, Any],
     interrupts: Interrupts,
-) -> None:
+) -> Report:
     async with AsyncExitStack() as stack:
         name = parsed.connect
         if name is None:
@@ -155,6 +184,7 @@ async def _answer(
         if parsed.trace:
             write_trace(parsed.trace, result.trace or ())
         printer.result(result, report)
+        return report
 
 
 async def _start(stack: AsyncExitStack, settings: Settings, name: str) -> None:
@@ -196,139 +226,3 @@ class Interrupts:
             self._cancelling = asyncio.ensure_future(self.stream.cancel())
         elif self._task:
             self._task.cancel()
-
-
-class Printer:
-    """Generated text, or one JSON object, to stdout; everything else to stderr."""
-
-    def __init__(self, client: AsyncClient, parsed: Any) -> None:
-        self._client, self._verbose = client, parsed.verbose == "true"
-        self._json, self._stats = parsed.output == "json", not parsed.no_stats
-        self._texts: dict[int, str] = {}
-
-    async def fragment(self, fragment: Fragment) -> None:
-        if not self._json:
-            sys.stdout.write(fragment.text)
-            sys.stdout.flush()
-        if self._verbose:
-            for line in await self._fates(fragment):
-                tell(line)
-
-    async def _fates(self, fragment: Fragment) -> list[str]:
-        """Each drafted token of the round and what became of it."""
-        lines, tokens, number = [], fragment.tokens, fragment.round
-        drafted = [(d.token, await self._text(d.token), d.confidence) for d in fragment.drafted]
-        lines += [f"[DRAFT] {number}.{i} {d} {t} p={p:.2f}" for i, (d, t, p) in enumerate(drafted)]
-        for i, (id_, text, _) in enumerate(drafted):
-            if i >= len(tokens):
-                break  # behind the end of the answer, or of what was read
-            own = tokens[i]
-            shown = await self._text(own.id)
-            lines.append(f"[VERIFY] {number}.{i} {id_} {text} target={own.id} {shown}")
-            if own.kind == "corrected":
-                lines.append(f"[REJECT] {number}.{i} target={own.id} {shown}")
-                break
-            lines.append(f"[ACCEPT] {number}.{i}")
-        if tokens and tokens[-1].kind in ("bonus", "plain"):
-            last = tokens[-1]
-            lines.append(f"[{last.kind.upper()}] {number} {last.id} {await self._text(last.id)}")
-        return lines
-
-    async def _text(self, token: int) -> str:
-        if token not in self._texts:
-            self._texts[token] = json.dumps(
-                await self._client.detokenize([token]), ensure_ascii=False
-            )
-        return self._texts[token]
-
-    def result(self, result: Completion, report: Report) -> None:
-        if self._json:
-            shown = {
-                "text": result.text,
-                "token_ids": [token.id for token in result.tokens],
-                "prompt_token_ids": list(result.prompt_token_ids),
-                "finish_reason": result.choices[0].finish_reason,
-                "seed": report.seed,
-                "mode": report.mode,
-                "stats": report.as_dict(),
-            }
-            sys.stdout.write(json.dumps(shown, ensure_ascii=False) + "\n")
-        else:
-            sys.stdout.write("\n")
-        sys.stdout.flush()
-        if self._stats:
-            tell("\n" + statistics(report))
-
-
-def measured(report: Report, plain: Report) -> Report:
-    """The report with the speed-up over the plain run that was just made."""
-    if not (report.tokens_per_s and plain.tokens_per_s):
-        return report
-    speedup = report.tokens_per_s / plain.tokens_per_s
-    return report.changed(speedup=speedup, speedup_kind="measured")
-
-
-def statistics(r: Report) -> str:
-    """The block that ends a run."""
-
-    def show(value: float | None, form: str) -> str:
-        return "n/a" if value is None else format(value, form)
-
-    sign = "~" if r.speedup_kind == "estimate" else ""
-    kind = f" ({r.speedup_kind})" if r.speedup_kind else ""
-    accepted = r.accepted_tokens - r.truncated_tokens
-    return "\n".join(
-        (
-            f"Mode: {r.mode}",
-            f"Seed: {r.seed}",
-            f"Total tokens generated: {r.generated_tokens} ({accepted} accepted, "
-            f"{r.corrections} corrected, {r.bonuses} bonus, {r.plain_tokens} plain)",
-            f"Draft tokens created: {r.drafted_tokens}",
-            f"Draft tokens verified: {r.verified_tokens}",
-            f"Draft tokens accepted: {r.accepted_tokens}",
-            f"Draft tokens discarded: {r.discarded_tokens} (plus {r.hits} hits)",
-            f"Acceptance rate: {show(r.acceptance_rate, '.2%')} (accepted / verified)",
-            f"Mean accepted length: {show(r.mean_accepted_length, '.2f')}",
-            f"Overlap: {show(r.overlap, '.0%')} of draft compute",
-            f"Generation time: {show(r.decode_s, '.2f')}s "
-            f"(prefill {show(r.prefill_s, '.2f')}s apart)",
-            f"Tokens per second: {show(r.tokens_per_s, '.2f')}",
-            f"Speed-up vs target alone: {sign}{show(r.speedup, '.2f')}x{kind}",
-        )
-    )
-
-
-def write_trace(path: str, lanes: tuple[Span, ...]) -> None:
-    try:
-        Path(path).write_text(json.dumps(chrome_trace(lanes)))
-    except OSError as exc:
-        raise ConfigError(f"cannot write the trace to {path}: {exc.strerror}") from None
-
-
-def chrome_trace(lanes: tuple[Span, ...]) -> dict[str, Any]:
-    """Both lanes in the trace event format that Perfetto and chrome://tracing read."""
-    start = min((span.start for span in lanes), default=0.0)
-    threads = {"target": 1, "draft": 2}
-    events: list[dict[str, Any]] = [
-        {
-            "ph": "M",
-            "name": "thread_name",
-            "pid": 1,
-            "tid": tid,
-            "args": {"name": f"{lane} compute"},
-        }
-        for lane, tid in threads.items()
-    ]
-    events += [
-        {
-            "ph": "X",
-            "name": f"{'verify' if span.lane == 'target' else 'draft'} {span.rows}",
-            "pid": 1,
-            "tid": threads[span.lane],
-            "ts": round((span.start - start) * 1e6, 1),
-            "dur": round((span.end - span.start) * 1e6, 1),
-            "args": {"rows": span.rows},
-        }
-        for span in lanes
-    ]
-    return {"traceEvents": events, "displayTimeUnit": "ms"}

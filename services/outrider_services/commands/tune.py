@@ -11,7 +11,7 @@ from rich.table import Table
 from outrider_services.commands.prepared import with_files
 from outrider_services.options import Parser, Settings
 from outrider_services.terminal import show
-from outrider_services.tuning import search
+from outrider_services.tuning import advice, search
 from outrider_services.tuning.decisions import Decision, Trial
 
 
@@ -28,20 +28,20 @@ def tune(settings: Settings, parsed: Any) -> int:
         print(json.dumps(asdict(decision), indent=2))
         return 0
     for trial in decision.trials:
-        show(search.headline(trial))
+        show(advice.headline(trial))
         show(measured(decision, trial))
     show("* chosen, and kept for run and serve; tokens/s are forecasts")
+    show(advice.described(decision))
     return 0
 
 
 def measured(decision: Decision, trial: Trial) -> Table:
     """Every draft that was tried on these cores, a star at the one that was chosen."""
     table = Table("", "draft", "MB", "ms/token", "acceptance", "tokens/s", "speed-up", box=None)
-    chosen = search.is_chosen(decision, trial)
     for one in trial.variants:
         table.add_row(
-            "*" if chosen and one.quant == decision.quant else "",
-            "as given" if one.quant == "off" else one.quant,
+            "*" if (trial, one) == decision.chosen() else "",
+            advice.named(one),
             f"{one.bytes / 1e6:,.0f}",
             f"{1000 * one.draft_s:.1f}",
             f"{one.acceptance:.0%}",

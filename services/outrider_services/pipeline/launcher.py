@@ -1,8 +1,8 @@
 """Starts, watches, restarts and stops the processes of one pipeline on this machine.
 
-A child ends with its launcher, however that ends: each holds the reading end of a pipe whose other
-end only the launcher has. Children tell their state in JSON lines on stdout; what they write to
-stderr is forwarded line by line with their role in front.
+However the launcher ends, its children end too: each reads from a pipe whose writing end only the
+launcher has. A child tells its state in lines of JSON on stdout, such as `["ready", 1.0]`; what it
+writes to stderr is shown line by line, with its role in front.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from outrider.errors import (
     from_code,
 )
 from outrider.wire.transport import socket_path
-from outrider_services.options import Settings, Target, to_flags
+from outrider_services.options import Settings, TargetOptions, to_flags
 from outrider_services.pipeline.places import share_cores
 
 STOP_S = 5.0  # between SIGTERM and SIGKILL
-BACKOFF_S = (0.1, 5.0)
-RESTARTS = (5, 60.0)  # so many in so many seconds, then it stays down
+BACKOFF_S = (0.1, 5.0)  # before the first restart; at most
+RESTARTS = (5, 60.0)  # a worker that was restarted so often in so many seconds stays down
 
-Report = Callable[[str, str, float], None]  # role, state, how much of it is done
+Report = Callable[[str, str, float], None]  # role, state, share of the model that is loaded
 Log = Callable[[str, str], None]  # role, line
 
 
@@ -52,7 +52,11 @@ class Child:
 
 
 class Launcher:
-    """`async with Launcher(...)`: inside, the pipeline `name` is up."""
+    """`async with Launcher(...)`: inside, the pipeline `name` is up.
+
+    Entering raises OutriderError if it does not come up in time. `failed` is done once the pipeline
+    has ended by itself: with None if a client stopped it, else with the error.
+    """
 
     def __init__(
         self, settings: Settings, name: str, report: Report, log: Log, *, draft: bool = True
@@ -183,7 +187,7 @@ class Launcher:
             self.failed.result()
 
     async def _until_joined(self, roles: set[str]) -> None:
-        """A draft that joined before its target is refused only now, should they not fit."""
+        """Wait until the coordinator has them all: a draft that does not fit is refused then."""
         async with connect(f"ipc://{self._socket}") as client:
             while not roles <= (await client.health())["workers"].keys():
                 await first_of(asyncio.ensure_future(asyncio.sleep(0.02)), self.failed)
@@ -257,16 +261,16 @@ class Launcher:
 
 
 async def first_of(*futures: asyncio.Future[Any]) -> None:
-    """Wait until one of them is done."""
+    """Wait until one of them is done, well or with an error."""
     await asyncio.wait(futures, return_when=asyncio.FIRST_COMPLETED)
 
 
 def own_settings(role: str, settings: Settings) -> Settings:
-    """The same for a worker on its own: its model is the target."""
+    """The settings of a worker of `role`, in which its own model is the target."""
     draft = settings.draft
     if role == "draft":
         own = replace(
-            Target(),
+            TargetOptions(),
             model=draft.model,
             threads=draft.threads,
             cores=draft.cores,
@@ -278,6 +282,6 @@ def own_settings(role: str, settings: Settings) -> Settings:
 
 
 def worker_arguments(role: str, settings: Settings, address: str) -> list[str]:
-    """The command line of a worker."""
+    """The arguments by which `outrider` becomes that worker."""
     flags = to_flags(own_settings(role, settings), ("target", "pipeline", "toy", "log"))
     return ["worker", role, f"--connect={address}", *flags]

@@ -39,7 +39,7 @@ def coordinator(settings: Settings, name: str, parent_fd: int | None) -> None:
 
 
 def worker(role: str, settings: Settings, address: str, parent_fd: int | None) -> None:
-    """A worker process; `settings.target` is the model of its own, whatever its role."""
+    """A worker process, whose own model is the target of `settings`, whatever its role."""
     cores = options.cores(settings.target.cores)
     if cores:
         os.sched_setaffinity(0, cores)
@@ -61,7 +61,7 @@ def worker(role: str, settings: Settings, address: str, parent_fd: int | None) -
 
 
 def say(state: str, *details: float | str) -> None:
-    """Tell the launcher, or whoever reads stdout."""
+    """Tell the launcher our state, in a line of JSON on stdout."""
     with contextlib.suppress(BrokenPipeError):
         sys.stdout.write(json.dumps([state, *details]) + "\n")
         sys.stdout.flush()
@@ -93,7 +93,10 @@ async def _coordinate(settings: Settings, name: str) -> None:
 def _run(
     main: Coroutine[Any, Any, None], parent_fd: int | None, clean_up: Callable[[], None]
 ) -> None:
-    """Run until done, until SIGTERM, or until the launcher is gone."""
+    """Run `main` until it is done, a signal comes, or the launcher is gone.
+
+    The launcher is gone once `parent_fd` can be read. Then `clean_up` is called, and nothing else.
+    """
 
     async def wrapped() -> None:
         loop = asyncio.get_running_loop()
@@ -116,7 +119,7 @@ def _run(
             await task
 
     if parent_fd is not None:
-        # should the loop itself hang; the pipe is for everything else, such as cleaning up
+        # for a loop that hangs and does not read the pipe: the kernel ends us as well
         with contextlib.suppress(AttributeError, OSError):
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     try:
@@ -124,5 +127,5 @@ def _run(
     except OutriderError as exc:
         if parent_fd is None:
             raise
-        say("error", exc.code, str(exc))  # the launcher's to tell
+        say("error", exc.code, str(exc))  # the launcher tells the user
         sys.exit(exc.exit_code)

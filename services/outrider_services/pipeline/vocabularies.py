@@ -1,8 +1,9 @@
-"""Whether a draft may serve a target: they must mean the same by every id (interface rule).
+"""Whether a draft fits a target: both must mean the same text by every token id.
 
-Equal fingerprints pass. Otherwise kind, begin and end tokens must agree, sizes may differ by the
-padding of 128 ids, and every id from 5 on must have the same text (llama.cpp's rule for its own
-speculative decoding, with the end tokens added).
+Equal fingerprints fit. Otherwise the type of vocabulary, the begin and the end tokens must be
+equal; one vocabulary may have up to 128 ids more than the other, for models are padded; and every
+id from 5 on must have the same text. That is llama.cpp's rule for its own speculative decoding,
+with the end tokens added.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from outrider.errors import IncompatiblePair
 
 PADDING = 128
 FIRST_COMPARED = 5
-BATCH = 2048
+BATCH = 2048  # token texts that are asked for at once
 
 Texts = Callable[[int, int], Awaitable[tuple[str, ...]]]  # of ids start … start + count - 1
 

@@ -1,7 +1,7 @@
 """What tuning keeps in the cache: re-quantised drafts, and which one was chosen for what.
 
-A decision holds for one pair of files on one kind of processor with one share of its cores: when
-any of that changes, so does its key, and it is not found any more.
+A decision holds for one pair of files and one build of llama.cpp, on one kind of processor with the
+same share of its cores. When any of that changes, so does its key, and it is not found any more.
 """
 
 from __future__ import annotations
@@ -21,53 +21,74 @@ import platformdirs
 
 from outrider.errors import ModelUnusable
 from outrider_services import options, processor
-from outrider_services.models import fetching
+from outrider_services.models import fetching, library
 from outrider_services.options import Settings
 
-LOCK_S = 300.0
+LOCK_S = 300.0  # how long to wait for another process that tunes
 
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """A draft, and what it did on the cores of one placement."""
+    """A draft of one type, and what was measured of it in one trial."""
 
     quant: str  # "off": the file as given
     bytes: int
     draft_s: float  # one drafted token
-    acceptance: float
+    acceptance: float  # the share of its tokens that the target chooses itself, over all texts
     rate: float  # tokens per second to expect
+    accepted: dict[str, float]  # that share on each text, by the text's name
 
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """One way to share the cores, and every variant there."""
+    """One way to share the cores, and what was measured of each draft there."""
 
     target_cores: str
     draft_cores: str
-    pipelined: bool
+    pipelined: bool  # whether draft and target compute at the same time, on cores of their own
     plain_rate: float  # tokens per second of the target alone
-    variants: tuple[Variant, ...]
+    variants: tuple[Variant, ...]  # the first is the draft as given
+    curve_s: tuple[float, ...]  # of a pass of the target over 1, 2, 3 … rows
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    quant: str
+    """What was chosen, and all that was measured to choose it."""
+
+    quant: str  # "off": the file as given
     target_cores: str = ""  # empty: as the settings say
     draft_cores: str = ""
     trials: tuple[Trial, ...] = ()
 
+    def chosen(self) -> tuple[Trial, Variant]:
+        """The trial on the cores that were chosen, and the draft. Raises LookupError."""
+        for trial in self.trials:
+            for one in trial.variants:
+                if self.is_on(trial) and one.quant == self.quant:
+                    return trial, one
+        raise LookupError("what was chosen was not tried")
+
+    def is_on(self, trial: Trial) -> bool:
+        """Whether the workers are to have the cores of this trial."""
+        if not self.target_cores:
+            return trial == self.trials[0]
+        chosen = self.target_cores, self.draft_cores
+        return (trial.target_cores, trial.draft_cores) == chosen
+
 
 def folder(name: str) -> Path:
+    """Where `drafts` or `tuned` lie."""
     return platformdirs.user_cache_path("outrider") / name
 
 
 def identity(path: str) -> list[str | int]:
+    """What changes whenever the file does, without reading it. Raises OSError."""
     status = os.stat(path)
     return [os.path.realpath(path), status.st_size, status.st_mtime_ns]
 
 
 def variant_path(source: str, quant: str) -> Path:
-    """Where the draft in `source` lies, re-quantised so."""
+    """Where the draft in `source` lies, once it is re-quantised to this type. Raises OSError."""
     if quant == "off":
         return Path(source)
     digest = hashlib.sha256(json.dumps(identity(source)).encode()).hexdigest()
@@ -76,7 +97,10 @@ def variant_path(source: str, quant: str) -> Path:
 
 @contextmanager
 def locked() -> Iterator[None]:
-    """Alone with the drafts; what a killed process left unfinished is removed."""
+    """Hold off other processes that tune, and remove what killed ones left unfinished.
+
+    Raises ModelUnusable if the folder cannot be written.
+    """
     drafts = folder("drafts")
     with ExitStack() as stack:
         try:
@@ -98,12 +122,13 @@ def remove_unfinished() -> None:
 
 
 def key(settings: Settings) -> str:
-    """Of everything that a decision depends on. Raises OSError if a model file is not there."""
+    """A name made of all that a decision depends on. Raises OSError without the model files."""
     target, draft, pipeline = settings.target, settings.draft, settings.pipeline
     what = [
         *(identity(str(one.model)) for one in (target, draft)),
         *([one.threads, usable(one.cores), one.ngl] for one in (target, draft)),
         [pipeline.mode, pipeline.exact],
+        identity(str(kernels)) if (kernels := library.kernels()) else [],
         processor.kind(),
         [_version(name) for name in ("outrider", "llama-cpp-python")],
     ]
@@ -111,6 +136,7 @@ def key(settings: Settings) -> str:
 
 
 def usable(cores: str) -> list[int]:
+    """The cores in the list; all that we may use if it is empty. Raises ConfigError."""
     return sorted(options.cores(cores) or os.sched_getaffinity(0))
 
 
@@ -122,13 +148,14 @@ def _version(package: str) -> str:
 
 
 def load(name: str) -> Decision | None:
-    """The decision under this key; one that cannot be read is none."""
+    """The decision under this key; None if there is none that can be read."""
     with suppress(OSError, ValueError, TypeError, LookupError):
         return from_json(json.loads(_file(name).read_text("utf-8")))
     return None
 
 
 def save(name: str, decision: Decision) -> None:
+    """Keep the decision under this key. Raises OSError."""
     path = _file(name)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(f".{secrets.token_hex(4)}")
@@ -140,16 +167,22 @@ def save(name: str, decision: Decision) -> None:
 
 
 def from_json(found: dict[str, Any]) -> Decision:
-    """Raises ValueError, TypeError or LookupError for anything else than a decision."""
-    trials = tuple(
-        Trial(**{**trial, "variants": tuple(Variant(**one) for one in trial["variants"])})
-        for trial in found["trials"]
-    )
-    decision = Decision(**{**found, "trials": trials})
+    """The decision in `found`. Raises ValueError, TypeError or LookupError if it is none."""
+    decision = Decision(**{**found, "trials": tuple(map(_trial, found["trials"]))})
+    if decision.trials:
+        decision.chosen()
     if decision.quant not in ("off", *options.QUANTS):
         raise ValueError(f"no such type: {decision.quant}")
     options.cores(decision.target_cores), options.cores(decision.draft_cores)
     return decision
+
+
+def _trial(found: dict[str, Any]) -> Trial:
+    variants = tuple(Variant(**one) for one in found["variants"])
+    curve_s = tuple(map(float, found["curve_s"]))
+    if not curve_s or not all(one.accepted for one in variants):
+        raise ValueError("something was not measured")
+    return Trial(**{**found, "variants": variants, "curve_s": curve_s})
 
 
 def _file(name: str) -> Path:

@@ -1,7 +1,7 @@
 """What one model costs and says, measured in a process of its own: `outrider measure JOB`.
 
-Whoever asks never loads a model, so nothing that goes wrong in one can take it along; and each
-measurement has the threads and cores that a worker of that role would have.
+The process that asks never loads a model, so a crash of llama.cpp cannot take it along. Each
+measurement is made with the threads and cores that the worker would have.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ CONTEXT = 512
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One model, made from another first if `kind` is given; without `rows` that is all."""
+    """What to do with one model: make it from `source`, if `kind` is given; load it and measure, if
+    `rows` are given.
+    """
 
     model: str
     threads: int
@@ -44,17 +46,20 @@ class Job:
     gpu_layers: int = 0
     exact: bool = False
     drafts: bool = False
-    source: str = ""
-    kind: str = ""
+    source: str = ""  # the file that `model` is made from
+    kind: str = ""  # the type of `model`, such as "q4_0"
     rows: tuple[int, ...] = ()  # of the passes whose seconds are asked for
-    repeats: int = 1
-    texts: tuple[tuple[str, str], ...] = ()  # prompt, answer: to be made tokens
-    sequences: tuple[tuple[tuple[TokenId, ...], int], ...] = ()  # tokens, so many of them answer
-    chooses: bool = True  # whether the model is to say what it would have answered
+    repeats: int = 1  # of these measurements
+    texts: tuple[tuple[str, str], ...] = ()  # prompts and answers to be made tokens
+    # the same as tokens, and how many of them, at the end, are the answer
+    sequences: tuple[tuple[tuple[TokenId, ...], int], ...] = ()
+    chooses: bool = True  # whether the model is to say which tokens it would have chosen
 
 
 @dataclass(frozen=True, slots=True)
 class Findings:
+    """What was asked for; the rest is empty."""
+
     curve_s: tuple[float, ...] = ()  # of a pass over 1, 2, 3 … rows
     sequences: tuple[tuple[tuple[TokenId, ...], int], ...] = ()
     choices: tuple[TokenId, ...] = ()  # the likeliest token at each place of each answer
@@ -64,7 +69,10 @@ class Findings:
 
 
 def ask(job: Job, limit_s: float) -> Findings:
-    """Have `job` done by a child. Raises OutriderError; the child never outlives this call."""
+    """Have `job` done by a process of its own, which never outlives this call.
+
+    Raises OutriderError; RequestTimeout after `limit_s`.
+    """
     if limit_s <= 0:
         raise RequestTimeout("there was no time left to measure")
     reading, writing = os.pipe()
@@ -76,7 +84,7 @@ def ask(job: Job, limit_s: float) -> Findings:
             capture_output=True,
             timeout=limit_s,
             pass_fds=(reading,),
-            start_new_session=True,  # Ctrl-C is for us, who kill it then
+            start_new_session=True,  # Ctrl-C reaches only us, and we end it
         )
     except subprocess.TimeoutExpired:
         raise RequestTimeout(f"measuring took more than {limit_s:.0f} s") from None
@@ -87,7 +95,7 @@ def ask(job: Job, limit_s: float) -> Findings:
 
 
 def read_answer(out: bytes, status: int) -> Findings:
-    """What a child said last. Raises OutriderError."""
+    """What the process said in its last line. Raises OutriderError."""
     try:
         state, *rest = json.loads(out.splitlines()[-1])
         if state == "error":
@@ -122,7 +130,10 @@ def answer(text: str, parent_fd: int | None) -> int:
 
 
 def _end_with(parent_fd: int, job: Job) -> None:
-    """llama.cpp cannot be interrupted: once the parent is gone, leave no file behind."""
+    """Wait until the parent is gone; then remove what is unfinished, and exit.
+
+    Exit is all that there is: llama.cpp cannot be interrupted.
+    """
     from outrider.engines.llama.quantise import partial
 
     with contextlib.suppress(OSError):
@@ -154,7 +165,7 @@ def work(job: Job) -> Findings:
     )
     engine = LlamaEngine.load(Path(job.model), settings)
     try:
-        # whatever disturbs a measurement makes it longer
+        # whatever disturbs a measurement makes it longer, so the shortest is the truest
         curves = [calibrate(engine, job.rows) for _ in range(job.repeats)]
         sequences = job.sequences or tuple(_tokens(engine, *text) for text in job.texts)
         choices = [_choices(engine, *one) for one in sequences] if job.chooses else []
@@ -165,7 +176,7 @@ def work(job: Job) -> Findings:
 
 
 def _tokens(engine: LlamaEngine, prompt: str, answer: str) -> tuple[tuple[TokenId, ...], int]:
-    """Prompt and answer in one, and how many tokens the answer is."""
+    """The tokens of prompt and answer, and how many of them are the answer's."""
     try:
         before = engine.render([("user", prompt)])
     except OutriderError:
@@ -176,7 +187,7 @@ def _tokens(engine: LlamaEngine, prompt: str, answer: str) -> tuple[tuple[TokenI
 
 
 def _choices(engine: LlamaEngine, tokens: tuple[TokenId, ...], answers: int) -> list[TokenId]:
-    """What the model finds likeliest at each place of the answer, the ones before being given."""
+    """The token that the model finds likeliest at each place of the answer, given all before it."""
     try:
         scores = engine.extend(0, tokens[:-1], answers)
     except ValueError as exc:  # the ids are another model's

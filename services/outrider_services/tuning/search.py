@@ -1,7 +1,7 @@
-"""Which draft is fastest here: the file as given, or one re-quantised for this processor.
+"""Which draft is fastest here: the file as given, or one that is re-quantised for this processor.
 
-The text never depends on the draft, so speed alone decides: the planner's forecast from what each
-variant costs and how often it agrees with the target. Found once and kept, see `variants`.
+The text never depends on the draft, so speed alone decides: the forecast from what each variant
+costs and how often it agrees with the target. Found once and kept, see `decisions`.
 """
 
 from __future__ import annotations
@@ -10,30 +10,28 @@ import functools
 import time
 import tomllib
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 
-from outrider.core import price
-from outrider.core.estimates import Costs
 from outrider.core.values import TokenId
 from outrider.errors import ConfigError, ModelNotFound, OutriderError, RequestTimeout
 from outrider_services.models import catalogue
 from outrider_services.models.gguf import read_header
-from outrider_services.options import Draft, Settings, Target
+from outrider_services.options import QUANTS, DraftOptions, Settings, TargetOptions
 from outrider_services.pipeline.places import share_cores
-from outrider_services.tuning import decisions, probe
+from outrider_services.tuning import advice, decisions, forecasts, probe
 from outrider_services.tuning.decisions import Decision, Trial, Variant
 from outrider_services.tuning.probe import Findings, Job
 
-USUAL_S = 15  # what the quick form takes, about
+USUAL_S = 15  # about what the quick search takes, before a first run
 LIMIT_S = 60.0  # after which it is given up
-THOROUGH_LIMIT_S = 900.0
-LINK_S = 5e-4  # messages of a pass
-WORTH = 1.02  # a re-quantised draft must be so much faster than the one as given
-WORTH_MOVING = 1.05  # and separate cores than shared ones
-FEW_ROWS, ALL_ROWS = (1, 2, 4, 8), (1, 2, 3, 4, 6, 8, 12, 16)
-# llama_ftype of files with two or three bits to a weight: every type here would be larger
+THOROUGH_LIMIT_S = 900.0  # the same for `outrider tune`
+WORTH = 1.02  # a re-quantised draft must be so many times as fast as the one as given
+WORTH_MOVING = 1.05  # separate cores must be so many times as fast as shared ones
+FEW_ROWS, ALL_ROWS = (1, 2, 4, 8), (1, 2, 3, 4, 6, 8, 12, 16)  # of the target's passes
+# llama_ftype of files with two or three bits to a weight: each of our types would be larger
 SMALL = frozenset({10, 11, 12, 13, 19, 20, 21, 22, 23, 24, 26, 27, 28, 29, 31, 36, 37})
 FOUR_BITS = frozenset({2, 3})  # Q4_0, Q4_1
 
@@ -45,12 +43,13 @@ Ask = Callable[[Job, float], Findings]
 
 
 def prepared(settings: Settings, tell: Tell, ask: Ask = probe.ask) -> Settings:
-    """The settings with the draft that `draft.quant` means. `auto` never fails."""
-    if not tunable(settings) or settings.draft.quant == "off":
-        return settings
-    if settings.draft.quant != "auto":
+    """The settings with the draft that `draft.quant` means; `tell` is called with lines to show.
+
+    Raises OutriderError where a type was asked for that cannot be made; `auto` never fails.
+    """
+    if tunable(settings) and settings.draft.quant in QUANTS:
         return with_draft(settings, settings.draft.quant, ask)
-    if settings.target.place != "spawn":
+    if not automatic(settings):
         return settings
     try:
         return _automatic(settings, tell, ask)
@@ -60,11 +59,23 @@ def prepared(settings: Settings, tell: Tell, ask: Ask = probe.ask) -> Settings:
 
 
 def tunable(settings: Settings) -> bool:
-    """Whether a draft worker of a model of its own is to be started here."""
+    """Whether a draft worker with a model file is to be started here."""
     draft, pipeline = settings.draft, settings.pipeline
     speculates = pipeline.mode != "plain" and draft.n_max != 0
     here = draft.model is not None and draft.place == "spawn"
     return pipeline.backend == "llama" and speculates and here
+
+
+def automatic(settings: Settings) -> bool:
+    """Whether the choice of the draft's type is left to what was measured."""
+    return tunable(settings) and settings.draft.quant == "auto" and settings.target.place == "spawn"
+
+
+def kept(settings: Settings) -> Decision | None:
+    """The decision that `prepared` would keep to without measuring anything, if there is one."""
+    with suppress(OutriderError, OSError):
+        return decisions.load(decisions.key(settings)) if automatic(settings) else None
+    return None
 
 
 def _automatic(settings: Settings, tell: Tell, ask: Ask) -> Settings:
@@ -73,10 +84,10 @@ def _automatic(settings: Settings, tell: Tell, ask: Ask) -> Settings:
     if decision is None and is_default(settings):
         tell(f"Preparing a draft for this processor, once (about {USUAL_S} s) ...")
         with decisions.locked():
-            decision = decisions.load(name)  # another process may have just been at it
+            decision = decisions.load(name)  # another process may just have made it
             if decision is None:
                 decision = _decide_quickly(settings, name, ask)
-        tell(described(decision))
+        tell(advice.described(decision))
     if decision is None:
         return settings
     settings = with_draft(settings, decision.quant, ask)
@@ -94,7 +105,7 @@ def _decide_quickly(settings: Settings, name: str, ask: Ask) -> Decision:
 
 
 def is_default(settings: Settings) -> bool:
-    """Whether it is the pair that the texts' answers are of."""
+    """Whether the models are the default pair, whose target gave the answers in texts.toml."""
     try:
         pair = catalogue.default_pair(fetch=False)
     except ModelNotFound:
@@ -103,7 +114,10 @@ def is_default(settings: Settings) -> bool:
 
 
 def with_draft(settings: Settings, quant: str, ask: Ask = probe.ask) -> Settings:
-    """The settings with the draft re-quantised so, which is made if it is not there."""
+    """The settings with the draft re-quantised to this type. The file is made if it is not there.
+
+    Raises OutriderError.
+    """
     source = str(settings.draft.model)
     path = decisions.variant_path(source, quant)
     if not path.exists():
@@ -114,7 +128,7 @@ def with_draft(settings: Settings, quant: str, ask: Ask = probe.ask) -> Settings
 
 
 def on_cores(settings: Settings, target_cores: str, draft_cores: str) -> Settings:
-    """The settings with these cores, if any are said."""
+    """The settings with these cores; unchanged if either is empty."""
     if not (target_cores and draft_cores):
         return settings
     return replace(
@@ -122,38 +136,6 @@ def on_cores(settings: Settings, target_cores: str, draft_cores: str) -> Setting
         target=replace(settings.target, cores=target_cores),
         draft=replace(settings.draft, cores=draft_cores),
     )
-
-
-def described(decision: Decision) -> str:
-    """The choice in one sentence."""
-    if not decision.trials:
-        return "Draft: used as given."
-    trial = decision.trials[0]
-    given = trial.variants[0]
-    best = next(one for one in trial.variants if one.quant == decision.quant)
-    gain = f"expect {best.rate / trial.plain_rate:.1f}x the target alone"
-    if best is given:
-        return f"Draft: used as given, no other type is faster here; {gain}."
-    return (
-        f"Draft: re-quantised to {best.quant}, {1000 * best.draft_s:.1f} ms a token instead of "
-        f"{1000 * given.draft_s:.1f}; {gain}, instead of {given.rate / trial.plain_rate:.1f}x."
-    )
-
-
-def headline(trial: Trial) -> str:
-    """How a placement shares the cores."""
-    where = "on the same cores"
-    if trial.target_cores or trial.draft_cores:
-        where = f"target on {trial.target_cores or 'all'}, draft on {trial.draft_cores or 'all'}"
-    how = "at the same time" if trial.pipelined else "in turn"
-    return f"{where}, {how}; the target alone: {trial.plain_rate:.1f} tokens/s"
-
-
-def is_chosen(decision: Decision, trial: Trial) -> bool:
-    moved = bool(decision.target_cores)
-    cores = (decision.target_cores, decision.draft_cores)
-    first = decision.trials[:1] == (trial,)
-    return (trial.target_cores, trial.draft_cores) == cores if moved else first
 
 
 # ---- deciding -----------------------------------------------------------------------------------
@@ -173,25 +155,25 @@ def tune(settings: Settings, ask: Ask = probe.ask) -> Decision:
 
 
 def choose(found: Sequence[Variant]) -> Variant:
-    """The fastest; the first, which is as given, unless another is clearly so."""
+    """The fastest; but the first, which is the draft as given, unless another is clearly faster."""
     best = max(found, key=lambda one: one.rate)
     return best if best.rate > WORTH * found[0].rate else found[0]
 
 
 def candidates(source: str, thorough: bool) -> list[str]:
-    """The types that may be faster than the file as given."""
+    """The types that may be faster than the file `source` is."""
     file_type = read_header(Path(source)).values.get("general.file_type")
     if file_type in SMALL:
         return []
     if file_type in FOUR_BITS:
-        return ["q4_0"]  # its output matrix may still be finer
+        return ["q4_0"]  # the file's output matrix may still have more bits
     return ["q4_0", "q4_1", "q8_0"] if thorough else ["q4_0", "q8_0"]
 
 
 def splits(settings: Settings) -> list[tuple[str, str]]:
-    """Cores for target and draft, where the user left both to us."""
+    """Ways to give target and draft cores of their own; none if the user has said which to use."""
     target, draft = settings.target, settings.draft
-    untouched = (target.threads, draft.threads) == (Target().threads, Draft().threads)
+    untouched = (target.threads, draft.threads) == (TargetOptions().threads, DraftOptions().threads)
     if settings.pipeline.mode != "auto" or target.cores or draft.cores or not untouched:
         return []
     cores = [str(core) for core in decisions.usable("")]
@@ -200,24 +182,34 @@ def splits(settings: Settings) -> list[tuple[str, str]]:
 
 
 @functools.cache
-def texts() -> tuple[tuple[str, str], ...]:
-    """Prompts and answers to try a draft on."""
+def texts() -> dict[str, tuple[str, str]]:
+    """Prompts and answers to try a draft on, by their names."""
     file = resources.files("outrider_services.tuning") / "texts.toml"
-    return tuple((t["prompt"], t["answer"]) for t in tomllib.loads(file.read_text("utf-8"))["text"])
+    found = tomllib.loads(file.read_text("utf-8"))["text"]
+    return {text["name"]: (text["prompt"], text["answer"]) for text in found}
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """The share of a draft's tokens that the target chooses itself."""
+
+    overall: float
+    by_text: dict[str, float]
 
 
 @dataclass
 class Tuner:
-    """One search. The files that it makes and does not choose are deleted, however it ends."""
+    """One search. However it ends, it deletes the files that it has made and not chosen."""
 
     settings: Settings
     ask: Ask
     limit_s: float
     thorough: bool = False
-    made: list[Path] = field(default_factory=list)
-    sequences: tuple[tuple[tuple[TokenId, ...], int], ...] = ()  # the texts, in the target's tokens
-    expected: tuple[TokenId, ...] = ()  # what the target says in their answers
-    acceptances: dict[str, float] = field(default_factory=dict)
+    made: list[Path] = field(default_factory=list)  # re-quantised drafts
+    # the texts in the target's tokens, and how many of them are the answer
+    sequences: tuple[tuple[tuple[TokenId, ...], int], ...] = ()
+    expected: tuple[TokenId, ...] = ()  # the target's own tokens in their answers
+    agreements: dict[str, Agreement] = field(default_factory=dict)  # by type: cores change none
     began: float = field(default_factory=time.monotonic)
 
     def decide(self) -> Decision:
@@ -234,7 +226,7 @@ class Tuner:
                 path.unlink(missing_ok=True)
 
     def _trial(self, settings: Settings) -> Trial:
-        """Every variant with the cores of `settings`."""
+        """Measure every draft with the cores of `settings`."""
         mode = settings.pipeline.mode
         pipelined = mode == "pipelined" or (mode == "auto" and not share_cores(settings))
         target = self._target(settings)
@@ -247,12 +239,14 @@ class Tuner:
         for quant in ("off", *candidates(str(settings.draft.model), self.thorough)):
             if not self.thorough and hopeless(quant, found, target.curve_s, pipelined):
                 continue
-            draft_s, acceptance = self._draft(settings, quant)
-            rate = price.forecast(Costs(target.curve_s, draft_s, LINK_S), acceptance, pipelined)
+            draft_s = self._draft(settings, quant)
+            agreed = self.agreements[quant]
+            rate = forecasts.rate(target.curve_s, draft_s, agreed.by_text.values(), pipelined)
             size = self._path(quant).stat().st_size
-            found.append(Variant(quant, size, draft_s, acceptance, rate))
+            found.append(Variant(quant, size, draft_s, agreed.overall, rate, agreed.by_text))
         cores = (settings.target.cores, settings.draft.cores)
-        return Trial(*cores, pipelined, 1 / (target.curve_s[0] + LINK_S), tuple(found))
+        plain_rate = forecasts.plain_rate(target.curve_s)
+        return Trial(*cores, pipelined, plain_rate, tuple(found), target.curve_s)
 
     def _target(self, settings: Settings) -> Findings:
         target = settings.target
@@ -264,13 +258,13 @@ class Tuner:
             settings.pipeline.exact,
             rows=ALL_ROWS if self.thorough else FEW_ROWS,
             repeats=2 if self.thorough else 1,
-            texts=() if self.sequences else texts(),
+            texts=() if self.sequences else tuple(texts().values()),
             chooses=not is_default(self.settings),  # the answers are what the default target chose
         )
         return self._ask(job)
 
-    def _draft(self, settings: Settings, quant: str) -> tuple[float, float]:
-        """Seconds of a drafted token, and the share of tokens on which target and draft agree."""
+    def _draft(self, settings: Settings, quant: str) -> float:
+        """Seconds of a drafted token; how often it agrees with the target is kept, too."""
         draft, path = settings.draft, self._path(quant)
         job = Job(
             str(path),
@@ -281,16 +275,16 @@ class Tuner:
             drafts=True,
             rows=(1,),
             repeats=9 if self.thorough else 3,
-            sequences=() if quant in self.acceptances else self.sequences,
+            sequences=() if quant in self.agreements else self.sequences,
         )
         if not path.exists():
             job = replace(job, source=str(draft.model), kind=quant)
             self.made.append(path)
         found = self._ask(job)
-        if quant not in self.acceptances:
-            pairs = list(zip(found.choices, self.expected, strict=True))
-            self.acceptances[quant] = sum(one == other for one, other in pairs) / len(pairs)
-        return found.curve_s[0], self.acceptances[quant]
+        if quant not in self.agreements:
+            counts = [answer for _, answer in self.sequences]
+            self.agreements[quant] = compare(found.choices, self.expected, counts)
+        return found.curve_s[0]
 
     def _ask(self, job: Job) -> Findings:
         return self.ask(job, self.limit_s - (time.monotonic() - self.began))
@@ -299,24 +293,34 @@ class Tuner:
         return decisions.variant_path(str(self.settings.draft.model), quant)
 
 
+def compare(
+    drafted: Sequence[TokenId], expected: Sequence[TokenId], counts: Sequence[int]
+) -> Agreement:
+    """Where draft and target agree in the answers, of which each has so many of the tokens."""
+    same = [one == other for one, other in zip(drafted, expected, strict=True)]
+    by_text, start = {}, 0
+    for name, count in zip(texts(), counts, strict=True):
+        by_text[name] = sum(same[start : start + count]) / count
+        start += count
+    return Agreement(sum(same) / len(same), by_text)
+
+
 def hopeless(
     quant: str, found: Sequence[Variant], curve_s: tuple[float, ...], pipelined: bool
 ) -> bool:
     """Whether q8_0 could not beat q4_0 even if it agreed as often as the draft as given.
 
-    It reads nearly twice as many bytes; that makes its tokens dearer by at least a quarter.
+    It reads nearly twice as many bytes, which makes its tokens dearer by at least a quarter.
     """
     if quant != "q8_0" or len(found) < 2:
         return False
     given, small = found
-    hoped = price.forecast(
-        Costs(curve_s, 1.25 * small.draft_s, LINK_S), given.acceptance, pipelined
-    )
+    hoped = forecasts.rate(curve_s, 1.25 * small.draft_s, given.accepted.values(), pipelined)
     return hoped <= small.rate
 
 
 def settle(trials: Sequence[Trial]) -> Decision:
-    """The best variant of the first placement, unless another placement is clearly faster."""
+    """The best draft of the first trial, unless one of another trial is clearly faster."""
     best, chosen = trials[0], choose(trials[0].variants)
     for trial in trials[1:]:
         other = choose(trial.variants)

@@ -1,0 +1,150 @@
+"""What `outrider run` prints: the answer on stdout; statistics and drafted tokens on stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from outrider.client import AsyncClient, Completion
+from outrider.core.stats import Report
+from outrider.core.values import Fragment, Span
+from outrider.errors import ConfigError
+from outrider_services.terminal import tell
+
+
+class Printer:
+    """Generated text, or one JSON object, to stdout; everything else to stderr."""
+
+    def __init__(self, client: AsyncClient, parsed: Any) -> None:
+        self._client, self._verbose = client, parsed.verbose == "true"
+        self._json, self._stats = parsed.output == "json", not parsed.no_stats
+        self._texts: dict[int, str] = {}
+
+    async def fragment(self, fragment: Fragment) -> None:
+        if not self._json:
+            sys.stdout.write(fragment.text)
+            sys.stdout.flush()
+        if self._verbose:
+            for line in await self._fates(fragment):
+                tell(line)
+
+    async def _fates(self, fragment: Fragment) -> list[str]:
+        """Each drafted token of the round and what became of it."""
+        lines, tokens, number = [], fragment.tokens, fragment.round
+        drafted = [(d.token, await self._text(d.token), d.confidence) for d in fragment.drafted]
+        lines += [f"[DRAFT] {number}.{i} {d} {t} p={p:.2f}" for i, (d, t, p) in enumerate(drafted)]
+        for i, (id_, text, _) in enumerate(drafted):
+            if i >= len(tokens):
+                break  # behind the end of the answer, or of what was read
+            own = tokens[i]
+            shown = await self._text(own.id)
+            lines.append(f"[VERIFY] {number}.{i} {id_} {text} target={own.id} {shown}")
+            if own.kind == "corrected":
+                lines.append(f"[REJECT] {number}.{i} target={own.id} {shown}")
+                break
+            lines.append(f"[ACCEPT] {number}.{i}")
+        if tokens and tokens[-1].kind in ("bonus", "plain"):
+            last = tokens[-1]
+            lines.append(f"[{last.kind.upper()}] {number} {last.id} {await self._text(last.id)}")
+        return lines
+
+    async def _text(self, token: int) -> str:
+        if token not in self._texts:
+            self._texts[token] = json.dumps(
+                await self._client.detokenize([token]), ensure_ascii=False
+            )
+        return self._texts[token]
+
+    def result(self, result: Completion, report: Report) -> None:
+        if self._json:
+            shown = {
+                "text": result.text,
+                "token_ids": [token.id for token in result.tokens],
+                "prompt_token_ids": list(result.prompt_token_ids),
+                "finish_reason": result.choices[0].finish_reason,
+                "seed": report.seed,
+                "mode": report.mode,
+                "stats": report.as_dict(),
+            }
+            sys.stdout.write(json.dumps(shown, ensure_ascii=False) + "\n")
+        else:
+            sys.stdout.write("\n")
+        sys.stdout.flush()
+        if self._stats:
+            tell("\n" + statistics(report))
+
+
+def measured(report: Report, plain: Report) -> Report:
+    """The report with the speed-up over the plain run that was just made."""
+    if not (report.tokens_per_s and plain.tokens_per_s):
+        return report
+    speedup = report.tokens_per_s / plain.tokens_per_s
+    return report.changed(speedup=speedup, speedup_kind="measured")
+
+
+def statistics(r: Report) -> str:
+    """The block that ends a run."""
+
+    def show(value: float | None, form: str) -> str:
+        return "n/a" if value is None else format(value, form)
+
+    sign = "~" if r.speedup_kind == "estimate" else ""
+    kind = f" ({r.speedup_kind})" if r.speedup_kind else ""
+    accepted = r.accepted_tokens - r.truncated_tokens
+    return "\n".join(
+        (
+            f"Mode: {r.mode}",
+            f"Seed: {r.seed}",
+            f"Total tokens generated: {r.generated_tokens} ({accepted} accepted, "
+            f"{r.corrections} corrected, {r.bonuses} bonus, {r.plain_tokens} plain)",
+            f"Draft tokens created: {r.drafted_tokens}",
+            f"Draft tokens verified: {r.verified_tokens}",
+            f"Draft tokens accepted: {r.accepted_tokens}",
+            f"Draft tokens discarded: {r.discarded_tokens} (plus {r.hits} hits)",
+            f"Acceptance rate: {show(r.acceptance_rate, '.2%')} (accepted / verified)",
+            f"Mean accepted length: {show(r.mean_accepted_length, '.2f')}",
+            f"Overlap: {show(r.overlap, '.0%')} of draft compute",
+            f"Generation time: {show(r.decode_s, '.2f')}s "
+            f"(prefill {show(r.prefill_s, '.2f')}s apart)",
+            f"Tokens per second: {show(r.tokens_per_s, '.2f')}",
+            f"Speed-up vs target alone: {sign}{show(r.speedup, '.2f')}x{kind}",
+        )
+    )
+
+
+def write_trace(path: str, lanes: tuple[Span, ...]) -> None:
+    try:
+        Path(path).write_text(json.dumps(chrome_trace(lanes)))
+    except OSError as exc:
+        raise ConfigError(f"cannot write the trace to {path}: {exc.strerror}") from None
+
+
+def chrome_trace(lanes: tuple[Span, ...]) -> dict[str, Any]:
+    """Both lanes in the trace event format that Perfetto and chrome://tracing read."""
+    start = min((span.start for span in lanes), default=0.0)
+    threads = {"target": 1, "draft": 2}
+    events: list[dict[str, Any]] = [
+        {
+            "ph": "M",
+            "name": "thread_name",
+            "pid": 1,
+            "tid": tid,
+            "args": {"name": f"{lane} compute"},
+        }
+        for lane, tid in threads.items()
+    ]
+    events += [
+        {
+            "ph": "X",
+            "name": f"{'verify' if span.lane == 'target' else 'draft'} {span.rows}",
+            "pid": 1,
+            "tid": threads[span.lane],
+            "ts": round((span.start - start) * 1e6, 1),
+            "dur": round((span.end - span.start) * 1e6, 1),
+            "args": {"rows": span.rows},
+        }
+        for span in lanes
+    ]
+    return {"traceEvents": events, "displayTimeUnit": "ms"}

@@ -1,0 +1,57 @@
+"""Which engine a worker gets, from the settings of its role."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from outrider.errors import ConfigError, ModelNotFound
+from outrider_services.models.loading import load_engine
+from outrider_services.options import PipelineOptions, Settings, TargetOptions, ToyOptions
+
+TOY = Settings(
+    target=TargetOptions(ctx=128),
+    pipeline=PipelineOptions(backend="toy", parallel=2),
+    toy=ToyOptions(agreement=1.0, step_ms=1.0, draft_ms=0.1),
+)
+
+
+def silent(done: float) -> None:
+    """Tells nobody."""
+
+
+def test_a_made_up_model_has_the_context_and_slots_of_the_settings() -> None:
+    for role in ("target", "draft"):
+        engine = load_engine(role, TOY, silent)
+        try:
+            assert engine.info.name == f"toy-{role}"
+            assert (engine.info.context, engine.info.slots) == (128, 2)
+        finally:
+            engine.close()
+
+
+def test_another_vocabulary_does_not_fit() -> None:
+    one = load_engine("target", TOY, silent)
+    other = load_engine("draft", replace(TOY, toy=replace(TOY.toy, variant=1)), silent)
+    assert one.info.vocabulary != other.info.vocabulary
+    for engine in (one, other):
+        engine.close()
+
+
+def test_without_a_model_the_flag_is_named() -> None:
+    with pytest.raises(ModelNotFound, match="-m FILE"):
+        load_engine("target", Settings(), silent)
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    settings = Settings(target=TargetOptions(model=str(tmp_path / "none.gguf")))
+    with pytest.raises(ModelNotFound, match=r"none\.gguf"):
+        load_engine("draft", settings, silent)
+
+
+def test_settings_that_exclude_each_other_are_an_error(tmp_path: Path) -> None:
+    target = TargetOptions(model=str(tmp_path / "m.gguf"), ngl=-1)
+    with pytest.raises(ConfigError, match="exact"):
+        load_engine("target", Settings(target=target, pipeline=PipelineOptions(exact=True)), silent)
