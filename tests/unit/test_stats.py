@@ -24,7 +24,7 @@ def test_before_anything_happened_no_ratio_is_defined() -> None:
     assert undefined == {
         *("acceptance_rate", "mean_accepted_length", "overlap", "target_busy", "draft_busy"),
         *("time_to_first_token_s", "prefill_s", "decode_s", "tokens_per_s"),
-        *("speedup", "speedup_kind"),
+        *("speedup", "speedup_kind", "smallest_margin"),
     }
     assert (report.pop("mode"), report.pop("seed")) == ("sync", 3)
     assert {value for value in report.values() if value is not None} == {0}
