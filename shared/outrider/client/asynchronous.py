@@ -15,6 +15,7 @@ from outrider.client.settings import CompletionSettings, Ids, Messages, Prompt
 from outrider.core.stats import Report
 from outrider.core.values import Fragment, Span
 from outrider.errors import (
+    BadRequest,
     ConfigError,
     ConnectionFailed,
     OutriderError,
@@ -125,6 +126,8 @@ class AsyncClient:
         self._heard = 0.0
 
     async def __aenter__(self) -> AsyncClient:
+        if self._link:
+            raise BadRequest("this client is connected already: make another")
         address = address_of(self.pipeline)
         self._link = Link(address, self._on_message)
         try:

@@ -99,13 +99,13 @@ def flag(name: str, value: object) -> bool:
 
 
 def text(name: str, value: object) -> str:
-    """A text that UTF-8 can express, as a plain str."""
+    """A string that UTF-8 can express, as a plain str."""
     if not isinstance(value, str):
-        raise _wrong(name, "must be text", value)
+        raise _wrong(name, "must be a string", value)
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise _wrong(name, "must be text that UTF-8 can express", value) from None
+        raise _wrong(name, "must be a string that UTF-8 can express", value) from None
     return str.__str__(value)
 
 
@@ -134,7 +134,7 @@ def token_ids(name: str, value: object) -> tuple[int, ...]:
     value = _listed(value)
     if not isinstance(value, list | tuple):
         raise _wrong(name, "must be a sequence of token ids", value)
-    return tuple(whole(name, one) for one in value)
+    return tuple(whole(f"{name}[{n}]", one) for n, one in enumerate(value))
 
 
 def prompt_of(value: object) -> str | tuple[int, ...]:
@@ -143,7 +143,7 @@ def prompt_of(value: object) -> str | tuple[int, ...]:
     if isinstance(value, str):
         return text("prompt", value)
     if not isinstance(value, list | tuple):
-        raise _wrong("prompt", "must be text or a sequence of token ids", value)
+        raise _wrong("prompt", "must be a string or a sequence of token ids", value)
     return token_ids("prompt", value)
 
 
@@ -161,15 +161,15 @@ def _message(place: str, value: object) -> tuple[str, str]:
     if not isinstance(content, str):
         parts = _listed(content)
         if not isinstance(parts, list | tuple):
-            raise _wrong(f"{place}.content", "must be text or a list of parts", content)
+            raise _wrong(f"{place}.content", "must be a string or a list of parts", content)
         content = "".join(_part(f"{place}.content[{n}]", one) for n, one in enumerate(parts))
     return text(f"{place}.role", role), text(f"{place}.content", content)
 
 
 def _part(place: str, value: object) -> str:
+    if isinstance(value, Mapping) and value.get("type", "text") != "text":  # an image, say
+        raise _wrong(f"{place}.type", "must be 'text'", value["type"])
     part = _fields(place, value, ("type", "text"))
-    if part["type"] != "text":
-        raise _wrong(f"{place}.type", "must be 'text'", part["type"])
     return text(f"{place}.text", part["text"])
 
 
@@ -191,21 +191,22 @@ def _stop(name: str, value: object) -> tuple[str, ...]:
     if isinstance(value, str):
         return (text(name, value),)
     if not isinstance(value, list | tuple):
-        raise _wrong(name, "must be a text or a sequence of texts", value)
-    return tuple(text(name, one) for one in value)
+        raise _wrong(name, "must be a string or a sequence of strings", value)
+    return tuple(text(f"{name}[{n}]", one) for n, one in enumerate(value))
 
 
 def _logit_bias(name: str, value: object) -> tuple[tuple[int, float], ...]:
     if not isinstance(value, Mapping):
         raise _wrong(name, "must be a mapping from token ids to numbers", value)
-    return tuple(sorted((_bias_id(name, i), number(name, bias)) for i, bias in value.items()))
+    biases = {_bias_id(name, token): bias for token, bias in value.items()}
+    return tuple((token, number(f"{name}[{token}]", biases[token])) for token in sorted(biases))
 
 
 def _bias_id(name: str, value: object) -> int:
     # JSON has no other keys than texts, so OpenAI's library takes ids as such
-    if isinstance(value, str) and value.isdecimal() and len(value) <= 10:
+    if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) <= 10:
         return int(value)
-    return whole(name, value)
+    return whole(f"a token id of {name}", value)
 
 
 def _listed(value: object) -> object:
@@ -224,7 +225,8 @@ def _wrong(place: str, rule: str, value: object) -> BadRequest:
 
 
 def _param(place: str) -> str:
-    return place.partition("[")[0]
+    """The argument of which `place` is a part."""
+    return place.removeprefix("a token id of ").partition("[")[0]
 
 
 CHECKS: dict[str, Callable[[str, object], Any]] = {
