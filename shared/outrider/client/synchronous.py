@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Coroutine, Iterator
-from concurrent import futures
 from contextlib import suppress
 from typing import Any, Literal, TypeVar, Unpack, overload
 
@@ -143,9 +142,7 @@ class Client:
 
     async def _end(self) -> None:
         await self._client.close()
-        calls = asyncio.all_tasks() - {asyncio.current_task()}
-        for call in calls:  # of other threads
-            call.cancel()
+        calls = asyncio.all_tasks() - {asyncio.current_task()}  # of other threads; now they fail
         await asyncio.gather(*calls, return_exceptions=True)
 
     def _answer(self, answer: Coroutine[Any, Any, Completion | Stream]) -> Completion | SyncStream:
@@ -160,8 +157,6 @@ class Client:
             future = asyncio.run_coroutine_threadsafe(call, self._loop)
         try:
             return future.result()
-        except futures.CancelledError:
-            raise ConnectionFailed("the client was closed before the answer ended") from None
         except BaseException:  # Ctrl-C: nobody waits for the answer any more
             future.cancel()
             raise
