@@ -8,6 +8,7 @@ async with outrider.connect() as client:
 
 __version__ = "0.1.0"
 
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 from outrider.core.stats import Report
@@ -29,16 +30,33 @@ from outrider.errors import (
 )
 
 if TYPE_CHECKING:
-    from outrider.client import AsyncClient, Client, Completion, Stream, connect
+    from outrider.client import (
+        AsyncClient,
+        ChatMessage,
+        Client,
+        Completion,
+        CompletionChoice,
+        CompletionSettings,
+        FinishReason,
+        Stream,
+        SyncStream,
+        TextPart,
+        Usage,
+        connect,
+    )
 
 __all__ = [
     "AsyncClient",
     "BadRequest",
+    "ChatMessage",
     "Client",
     "Completion",
+    "CompletionChoice",
+    "CompletionSettings",
     "ConfigError",
     "ConnectionFailed",
     "Drafted",
+    "FinishReason",
     "Fragment",
     "IncompatiblePair",
     "InternalError",
@@ -51,17 +69,26 @@ __all__ = [
     "RequestTimeout",
     "Span",
     "Stream",
+    "SyncStream",
+    "TextPart",
     "Token",
     "UnknownRequest",
+    "Usage",
     "WorkerLost",
     "connect",
 ]
 
 
-def __getattr__(name: str) -> object:
-    """The client's names, on first use: the core can be had without sockets (PEP 562)."""
-    from outrider import client
+if not TYPE_CHECKING:  # which would let every misspelt name pass
 
-    if name in __all__:
-        return getattr(client, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    def __getattr__(name: str) -> object:
+        """The client's names, on first use: the core can be had without sockets (PEP 562)."""
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        client = import_module("outrider.client")
+        globals().update({each: getattr(client, each) for each in client.__all__})
+        return globals()[name]
+
+
+def __dir__() -> list[str]:
+    return __all__

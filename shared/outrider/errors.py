@@ -9,7 +9,7 @@ OutriderError
 ├── UnknownRequest         no such request
 ├── IncompatiblePair       draft and target do not share a vocabulary
 ├── WorkerLost             a worker died, hung or never came
-├── ConnectionFailed       no coordinator at that address, or it went away
+├── ConnectionFailed       no coordinator at that address, or it went away, or the client is closed
 ├── ProtocolError          the peer sent something that is not our protocol
 ├── Overloaded             every slot and the queue are full
 └── RequestTimeout         a deadline passed

@@ -1,0 +1,21 @@
+"""The client library: `connect()` gives an asynchronous client, `Client` is its sync twin."""
+
+from outrider.client.asynchronous import AsyncClient, Stream, connect
+from outrider.client.results import Completion, CompletionChoice, FinishReason, Usage
+from outrider.client.settings import ChatMessage, CompletionSettings, TextPart
+from outrider.client.synchronous import Client, SyncStream
+
+__all__ = [
+    "AsyncClient",
+    "ChatMessage",
+    "Client",
+    "Completion",
+    "CompletionChoice",
+    "CompletionSettings",
+    "FinishReason",
+    "Stream",
+    "SyncStream",
+    "TextPart",
+    "Usage",
+    "connect",
+]

@@ -1,0 +1,340 @@
+"""The asynchronous client: a connection to a coordinator, and the streams that it feeds."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import suppress
+from typing import Any, Literal, TypeVar, Unpack, overload
+
+from outrider.client import settings as asked
+from outrider.client.results import Completion, CompletionChoice, FinishReason, Usage
+from outrider.client.settings import CompletionSettings, Ids, Messages, Prompt
+from outrider.core.stats import Report
+from outrider.core.values import Fragment, Span
+from outrider.errors import (
+    BadRequest,
+    ConfigError,
+    ConnectionFailed,
+    OutriderError,
+    ProtocolError,
+    RequestTimeout,
+    from_code,
+)
+from outrider.wire import messages as wire
+from outrider.wire.codec import check
+from outrider.wire.transport import Link, PeerGone, address_of
+
+SILENCE_S = 5.0  # the coordinator pings every second: silent for so long, it is gone
+ANSWER_S = 15.0
+
+Answer = TypeVar("Answer", wire.Tokens, wire.Rendered, wire.HealthReport)
+Inbox = asyncio.Queue[wire.Message | OutriderError]
+
+
+class Stream:
+    """An answer as it is committed: iterate over its fragments. Leaving `async with` cancels it."""
+
+    def __init__(self, client: AsyncClient, call: int) -> None:
+        self.model = ""
+        self.prompt_token_ids: tuple[int, ...] = ()
+        self.fragments: list[Fragment] = []
+        self.stats: Report | None = None  # live; None until the first fragment
+        self.trace: tuple[Span, ...] | None = None
+        self.finish_reason: FinishReason | None = None
+        self._client, self._call = client, call
+        self._error: OutriderError | None = None
+        self._inbox: Inbox = client._open(call)
+
+    def __aiter__(self) -> AsyncIterator[Fragment]:
+        return self
+
+    async def __anext__(self) -> Fragment:
+        while self.finish_reason is None:
+            if self._error:
+                raise self._error  # its one outcome, to whoever asks again
+            match await self._client._next(self._inbox):
+                case wire.Started(_, model, _, prompt):
+                    self.model, self.prompt_token_ids = model, prompt
+                case wire.Progress(_, fragment, stats):
+                    self.fragments.append(fragment)
+                    self.stats = stats
+                    return fragment
+                case wire.Finished(_, reason, stats, trace):
+                    self.finish_reason, self.stats, self.trace = reason, stats, trace
+                case wire.Failed(_, code, words):
+                    self._error = from_code(code, words)
+                case OutriderError() as error:
+                    self._error = error
+        raise StopAsyncIteration
+
+    async def cancel(self) -> None:
+        """Stop generating; iteration ends normally. Does nothing when called again or too late."""
+        if self.finish_reason is None and self._error is None:
+            self._client._send(wire.Cancel(self._call))
+
+    async def result(self) -> Completion:
+        """Read to the end, and return all there is. Raises OutriderError if the request failed."""
+        async for _ in self:
+            pass
+        return self._whole()
+
+    def _whole(self) -> Completion:
+        tokens = tuple(token for fragment in self.fragments for token in fragment.tokens)
+        text = "".join(fragment.text for fragment in self.fragments)
+        logprobs = tuple(t.logprob for t in tokens if t.logprob is not None)
+        prompt = len(self.prompt_token_ids)
+        assert self.stats  # it has ended
+        assert self.finish_reason
+        return Completion(
+            id=f"cmpl-{self._call}",
+            object="text_completion",
+            created=int(time.time()),
+            model=self.model,
+            choices=(CompletionChoice(text, 0, self.finish_reason, logprobs or None),),
+            usage=Usage(prompt, len(tokens), prompt + len(tokens)),
+            tokens=tokens,
+            prompt_token_ids=self.prompt_token_ids,
+            stats=self.stats,
+            trace=self.trace,
+        )
+
+    async def __aenter__(self) -> Stream:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        with suppress(ConnectionFailed):  # then nobody is left to cancel it
+            await self.cancel()
+
+
+class AsyncClient:
+    """A connection to a pipeline, by name ("default") or address (ipc://…, tcp://…).
+
+    Every method raises OutriderError: BadRequest, naming the argument, for what is wrong with it,
+    and ConnectionFailed without a coordinator, or outside of `async with`.
+    """
+
+    def __init__(self, pipeline: str = "default", *, timeout_s: float = 3.0) -> None:
+        if not isinstance(pipeline, str):
+            raise ConfigError("a pipeline is given by its name or its address, as text")
+        self.pipeline, self.timeout_s = pipeline, asked.number("timeout_s", timeout_s)
+        self._calls = itertools.count(1)
+        self._inboxes: dict[int, Inbox] = {}
+        self._link: Link | None = None
+        self._heard = 0.0
+
+    async def __aenter__(self) -> AsyncClient:
+        if self._link:
+            raise BadRequest("this client is connected already: make another")
+        address = address_of(self.pipeline)
+        self._link = Link(address, self._on_message)
+        try:
+            await self._reach(address)
+        except BaseException:
+            await self.close()
+            raise
+        return self
+
+    async def _reach(self, address: str) -> None:
+        deadline = time.monotonic() + self.timeout_s
+        while True:
+            try:
+                await self.health(timeout_s=max(0.1, deadline - time.monotonic()))
+                return
+            except (ConnectionFailed, RequestTimeout):
+                if time.monotonic() > deadline:
+                    raise ConnectionFailed(
+                        f"no coordinator answers at {address}; start one with `outrider serve`"
+                    ) from None
+                await asyncio.sleep(0.02)
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """End the connection, and whatever still waits for an answer. May be called again."""
+        link, self._link = self._link, None
+        for inbox in self._inboxes.values():
+            inbox.put_nowait(ConnectionFailed("the client was closed before the answer ended"))
+        self._inboxes.clear()
+        if link:
+            link.close()
+
+    # ---- requests -------------------------------------------------------------------------------
+
+    @overload
+    async def create_completion(
+        self,
+        prompt: Prompt,
+        *,
+        stream: Literal[False] | None = None,
+        **settings: Unpack[CompletionSettings],
+    ) -> Completion: ...
+    @overload
+    async def create_completion(
+        self, prompt: Prompt, *, stream: Literal[True], **settings: Unpack[CompletionSettings]
+    ) -> Stream: ...
+    @overload
+    async def create_completion(
+        self, prompt: Prompt, *, stream: bool | None, **settings: Unpack[CompletionSettings]
+    ) -> Completion | Stream: ...
+    async def create_completion(
+        self,
+        prompt: Prompt,
+        *,
+        stream: bool | None = None,
+        **settings: Unpack[CompletionSettings],
+    ) -> Completion | Stream:
+        """Generate after `prompt`, a text or token ids.
+
+        Returns a `Completion`, or with `stream` a `Stream`. The settings are those of
+        `outrider.CompletionSettings`. The text depends on prompt, seed and sampling settings alone,
+        never on `mode`, `n_draft`, `n_min` or `p_min`.
+        """
+        return await self._answer(asked.prompt_of(prompt), None, stream, settings)
+
+    @overload
+    async def create_chat_completion(
+        self,
+        messages: Messages,
+        *,
+        stream: Literal[False] | None = None,
+        **settings: Unpack[CompletionSettings],
+    ) -> Completion: ...
+    @overload
+    async def create_chat_completion(
+        self, messages: Messages, *, stream: Literal[True], **settings: Unpack[CompletionSettings]
+    ) -> Stream: ...
+    @overload
+    async def create_chat_completion(
+        self, messages: Messages, *, stream: bool | None, **settings: Unpack[CompletionSettings]
+    ) -> Completion | Stream: ...
+    async def create_chat_completion(
+        self,
+        messages: Messages,
+        *,
+        stream: bool | None = None,
+        **settings: Unpack[CompletionSettings],
+    ) -> Completion | Stream:
+        """As `create_completion`, after the model's chat template around `messages`."""
+        return await self._answer("", asked.conversation(messages), stream, settings)
+
+    async def _answer(
+        self,
+        prompt: str | tuple[int, ...],
+        messages: tuple[tuple[str, str], ...] | None,
+        stream: bool | None,
+        settings: Mapping[str, object],
+    ) -> Completion | Stream:
+        streamed = stream is not None and asked.flag("stream", stream)
+        call = next(self._calls)
+        submit = asked.submit(call, prompt, messages, settings)
+        answer = Stream(self, call)
+        try:
+            self._send(submit)
+        except OutriderError:
+            self._forget(call)
+            raise
+        if streamed:
+            return answer
+        async with answer:
+            return await answer.result()
+
+    # ---- questions ------------------------------------------------------------------------------
+
+    async def tokenize(self, text: str, *, special: bool = True) -> tuple[int, ...]:
+        """The target's token ids of `text`; with `special`, markers become control tokens."""
+        text, special = asked.text("text", text), asked.flag("special", special)
+        return (
+            await self._ask(lambda call: wire.Tokenize(call, text, special), wire.Tokens)
+        ).tokens
+
+    async def detokenize(self, tokens: Ids) -> str:
+        """The text of these token ids."""
+        ids = asked.token_ids("tokens", tokens)
+        return (await self._ask(lambda call: wire.Detokenize(call, ids), wire.Rendered)).text
+
+    async def apply_template(self, messages: Messages) -> str:
+        """The model's chat template around `messages`, ending where the answer begins."""
+        pairs = asked.conversation(messages)
+        return (await self._ask(lambda call: wire.Render(call, pairs), wire.Rendered)).text
+
+    async def health(self, *, timeout_s: float = ANSWER_S) -> dict[str, Any]:
+        """State of coordinator, workers and requests."""
+        timeout_s = asked.number("timeout_s", timeout_s)
+        return (await self._ask(wire.Health, wire.HealthReport, timeout_s)).report
+
+    async def stop(self) -> None:
+        """End the pipeline, once what it is generating is finished."""
+        await self._ask(wire.Stop, wire.HealthReport)
+
+    async def _ask(
+        self,
+        question: Callable[[int], wire.Message],
+        kind: type[Answer],
+        timeout_s: float = ANSWER_S,
+    ) -> Answer:
+        call = next(self._calls)
+        inbox = self._open(call)
+        try:
+            self._send(question(call))
+            async with asyncio.timeout(timeout_s):
+                answer = await inbox.get()
+        except TimeoutError:
+            raise RequestTimeout(f"no answer within {timeout_s:.1f} s") from None
+        finally:
+            self._forget(call)
+        match answer:
+            case wire.Failed(_, code, words):
+                raise from_code(code, words)
+            case OutriderError():
+                raise answer
+            case _ if isinstance(answer, kind):
+                return answer
+        raise ProtocolError(f"{type(answer).__name__} is no answer to this question")
+
+    # ---- the connection -------------------------------------------------------------------------
+
+    def _open(self, call: int) -> Inbox:
+        """Where the messages of `call` will be put."""
+        inbox = self._inboxes[call] = Inbox()
+        return inbox
+
+    def _forget(self, call: int) -> None:
+        self._inboxes.pop(call, None)
+
+    def _send(self, message: wire.Message) -> None:
+        if self._link is None:
+            raise ConnectionFailed("the client has no connection outside of its `with` block")
+        check(message)
+        try:
+            self._link.send(message)
+        except PeerGone:
+            raise ConnectionFailed(f"the coordinator of {self.pipeline!r} is gone") from None
+
+    def _on_message(self, message: wire.Message) -> None:
+        self._heard = time.monotonic()
+        call = message.id if isinstance(message, wire.Failed) else getattr(message, "call", None)
+        if call in self._inboxes:
+            self._inboxes[call].put_nowait(message)
+            if isinstance(message, wire.Finished | wire.Failed):
+                self._forget(call)
+
+    async def _next(self, inbox: Inbox) -> wire.Message | OutriderError | None:
+        """What comes next; None after a second of nothing, if the coordinator still lives."""
+        try:
+            async with asyncio.timeout(1.0):  # wait_for (3.11) may swallow a cancellation
+                return await inbox.get()
+        except TimeoutError:
+            if time.monotonic() - self._heard > SILENCE_S:
+                raise ConnectionFailed(
+                    f"the coordinator of {self.pipeline!r} went away before the answer ended"
+                ) from None
+            return None
+
+
+def connect(pipeline: str = "default", *, timeout_s: float = 3.0) -> AsyncClient:
+    """`async with outrider.connect() as client`: a pipeline by name or address."""
+    return AsyncClient(pipeline, timeout_s=timeout_s)

@@ -1,0 +1,51 @@
+"""What a completion comes to: the shape of OpenAI's object, and what outrider knows besides."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from outrider.core.stats import Report
+from outrider.core.values import Reason, Span, Token
+
+FinishReason = Reason
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionChoice:
+    """The answer; `logprobs` has one number per token, if they were asked for."""
+
+    text: str
+    index: int
+    finish_reason: FinishReason
+    logprobs: tuple[float, ...] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """How many tokens the prompt and the answer have."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A whole answer; `choices` has exactly one element."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: tuple[CompletionChoice, ...]
+    usage: Usage
+    tokens: tuple[Token, ...]
+    prompt_token_ids: tuple[int, ...]
+    stats: Report
+    trace: tuple[Span, ...] | None  # None unless it was asked for
+
+    @property
+    def text(self) -> str:
+        """The text of the answer."""
+        return self.choices[0].text

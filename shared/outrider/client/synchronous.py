@@ -1,0 +1,228 @@
+"""The synchronous client: the asynchronous one on an event loop in a thread of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Coroutine, Iterator
+from contextlib import suppress
+from typing import Any, Literal, TypeVar, Unpack, overload
+
+from outrider.client.asynchronous import ANSWER_S, AsyncClient, Stream
+from outrider.client.results import Completion, FinishReason
+from outrider.client.settings import CompletionSettings, Ids, Messages, Prompt
+from outrider.core.stats import Report
+from outrider.core.values import Fragment, Span
+from outrider.errors import ConnectionFailed
+
+T = TypeVar("T")
+
+
+class Client:
+    """`AsyncClient` without `await`; a stream is a plain iterator. Threads may share it."""
+
+    def __init__(self, pipeline: str = "default", *, timeout_s: float = 3.0) -> None:
+        self._client = AsyncClient(pipeline, timeout_s=timeout_s)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="outrider", daemon=True)
+        self._thread.start()
+        self._lock = threading.Lock()  # nothing is given to a loop that is closing
+        self._closed = False
+        try:
+            self._wait(self._client.__aenter__())
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def pipeline(self) -> str:
+        """The name or address that was given."""
+        return self._client.pipeline
+
+    @property
+    def timeout_s(self) -> float:
+        """How long connecting may take."""
+        return self._client.timeout_s
+
+    @overload
+    def create_completion(
+        self,
+        prompt: Prompt,
+        *,
+        stream: Literal[False] | None = None,
+        **settings: Unpack[CompletionSettings],
+    ) -> Completion: ...
+    @overload
+    def create_completion(
+        self, prompt: Prompt, *, stream: Literal[True], **settings: Unpack[CompletionSettings]
+    ) -> SyncStream: ...
+    @overload
+    def create_completion(
+        self, prompt: Prompt, *, stream: bool | None, **settings: Unpack[CompletionSettings]
+    ) -> Completion | SyncStream: ...
+    def create_completion(
+        self,
+        prompt: Prompt,
+        *,
+        stream: bool | None = None,
+        **settings: Unpack[CompletionSettings],
+    ) -> Completion | SyncStream:
+        """Generate after `prompt`, a text or token ids.
+
+        Returns a `Completion`, or with `stream` a `SyncStream`. The settings are those of
+        `outrider.CompletionSettings`. The text depends on prompt, seed and sampling settings alone,
+        never on `mode`, `n_draft`, `n_min` or `p_min`.
+        """
+        return self._answer(self._client.create_completion(prompt, stream=stream, **settings))
+
+    @overload
+    def create_chat_completion(
+        self,
+        messages: Messages,
+        *,
+        stream: Literal[False] | None = None,
+        **settings: Unpack[CompletionSettings],
+    ) -> Completion: ...
+    @overload
+    def create_chat_completion(
+        self, messages: Messages, *, stream: Literal[True], **settings: Unpack[CompletionSettings]
+    ) -> SyncStream: ...
+    @overload
+    def create_chat_completion(
+        self, messages: Messages, *, stream: bool | None, **settings: Unpack[CompletionSettings]
+    ) -> Completion | SyncStream: ...
+    def create_chat_completion(
+        self,
+        messages: Messages,
+        *,
+        stream: bool | None = None,
+        **settings: Unpack[CompletionSettings],
+    ) -> Completion | SyncStream:
+        """As `create_completion`, after the model's chat template around `messages`."""
+        return self._answer(
+            self._client.create_chat_completion(messages, stream=stream, **settings)
+        )
+
+    def tokenize(self, text: str, *, special: bool = True) -> tuple[int, ...]:
+        """The target's token ids of `text`; with `special`, markers become control tokens."""
+        return self._wait(self._client.tokenize(text, special=special))
+
+    def detokenize(self, tokens: Ids) -> str:
+        """The text of these token ids."""
+        return self._wait(self._client.detokenize(tokens))
+
+    def apply_template(self, messages: Messages) -> str:
+        """The model's chat template around `messages`, ending where the answer begins."""
+        return self._wait(self._client.apply_template(messages))
+
+    def health(self, *, timeout_s: float = ANSWER_S) -> dict[str, Any]:
+        """State of coordinator, workers and requests."""
+        return self._wait(self._client.health(timeout_s=timeout_s))
+
+    def stop(self) -> None:
+        """End the pipeline, once what it is generating is finished."""
+        self._wait(self._client.stop())
+
+    def close(self) -> None:
+        """End the connection, and whatever still waits for an answer. May be called again."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        asyncio.run_coroutine_threadsafe(self._end(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    async def _end(self) -> None:
+        await self._client.close()
+        calls = asyncio.all_tasks() - {asyncio.current_task()}  # of other threads; now they fail
+        await asyncio.gather(*calls, return_exceptions=True)
+
+    def _answer(self, answer: Coroutine[Any, Any, Completion | Stream]) -> Completion | SyncStream:
+        got = self._wait(answer)
+        return SyncStream(self, got) if isinstance(got, Stream) else got
+
+    def _wait(self, call: Coroutine[Any, Any, T]) -> T:
+        with self._lock:
+            if self._closed:
+                call.close()
+                raise ConnectionFailed("the client is closed")
+            future = asyncio.run_coroutine_threadsafe(call, self._loop)
+        try:
+            return future.result()
+        except BaseException:  # Ctrl-C: nobody waits for the answer any more
+            future.cancel()
+            raise
+
+
+class SyncStream:
+    """`Stream` without `await`: iterate over its fragments. Leaving `with` cancels it."""
+
+    def __init__(self, client: Client, stream: Stream) -> None:
+        self._client, self._stream = client, stream
+
+    def __iter__(self) -> Iterator[Fragment]:
+        return self
+
+    def __next__(self) -> Fragment:
+        if self.finish_reason is not None:
+            raise StopIteration  # even after the client was closed
+        try:
+            return self._client._wait(self._stream.__anext__())
+        except StopAsyncIteration:
+            raise StopIteration from None
+
+    @property
+    def model(self) -> str:
+        """The target's name; "" until the first fragment."""
+        return self._stream.model
+
+    @property
+    def prompt_token_ids(self) -> tuple[int, ...]:
+        """The prompt as the target reads it; empty until the first fragment."""
+        return self._stream.prompt_token_ids
+
+    @property
+    def fragments(self) -> list[Fragment]:
+        """Those that have come so far."""
+        return self._stream.fragments
+
+    @property
+    def stats(self) -> Report | None:
+        """The figures so far; None until the first fragment."""
+        return self._stream.stats
+
+    @property
+    def trace(self) -> tuple[Span, ...] | None:
+        """When which worker computed, at the end, if it was asked for."""
+        return self._stream.trace
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        """None until the end."""
+        return self._stream.finish_reason
+
+    def cancel(self) -> None:
+        """Stop generating; iteration ends normally. Does nothing when called again or too late."""
+        if self.finish_reason is None:
+            self._client._wait(self._stream.cancel())
+
+    def result(self) -> Completion:
+        """Read to the end, and return all there is. Raises OutriderError if the request failed."""
+        for _ in self:
+            pass
+        return self._stream._whole()
+
+    def __enter__(self) -> SyncStream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with suppress(ConnectionFailed):  # then nobody is left to cancel it
+            self.cancel()
