@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from outrider import Client, Completion
+from outrider.core.values import Mode
 
 pytestmark = [pytest.mark.model, pytest.mark.timeout(300)]
 
@@ -61,7 +62,7 @@ def plain(pair: Client, settings: dict[str, Any]) -> Completion:
 @pytest.mark.parametrize("n_draft", [1, 3, 8])
 @pytest.mark.parametrize("mode", ["sync", "pipelined"])
 def test_every_mode_and_block_length_says_the_same(
-    pair: Client, plain: Completion, settings: dict[str, Any], mode: str, n_draft: int
+    pair: Client, plain: Completion, settings: dict[str, Any], mode: Mode, n_draft: int
 ) -> None:
     answer = pair.create_completion(
         PROMPT, max_tokens=len(plain.tokens), mode=mode, n_draft=n_draft, **settings
@@ -86,7 +87,7 @@ def test_penalties_and_filters_see_the_prefix_that_each_row_really_has(pair: Cli
         "repeat_penalty": 1.3, "presence_penalty": 0.2, "frequency_penalty": 0.1,
         "logit_bias": {13: -2.0}, "max_tokens": 40,
     }  # fmt: skip
-    modes = ("plain", "sync", "pipelined")
+    modes: tuple[Mode, ...] = ("plain", "sync", "pipelined")
     said = [ids(pair.create_completion(PROMPT, mode=mode, **settings)) for mode in modes]
     assert said[0] == said[1] == said[2]
 

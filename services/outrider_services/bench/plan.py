@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 from outrider.core.rules import MOST_DRAFTED
+from outrider.core.values import AskedMode
 from outrider.errors import ConfigError
 from outrider_services.bench import peers, prompts
 from outrider_services.bench.results import PLAIN
 from outrider_services.options import nearest
 
-MODES = (PLAIN, "sync", "pipelined", "auto")
+MODES: tuple[AskedMode, ...] = get_args(AskedMode)
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +21,7 @@ class Arm:
     """One way to generate; with `length`, every block has exactly so many drafted tokens."""
 
     name: str
-    mode: str
+    mode: AskedMode
     length: int | None = None
 
 
@@ -81,15 +82,16 @@ def read_plan(parsed: Any) -> Plan:
 def read_arm(name: str) -> Arm:
     """The arm of this name: `auto`, or `sync:4` for blocks of one length. Raises ConfigError."""
     mode, colon, length = name.partition(":")
-    if mode not in MODES:
+    known = next((known for known in MODES if known == mode), None)
+    if known is None:
         raise ConfigError(f"there is no arm {name!r}{nearest(mode, (*MODES, *peers.PEERS))}")
     if not colon:
-        return Arm(name, mode)
+        return Arm(name, known)
     if mode == PLAIN or not length.isdecimal() or not 1 <= int(length) <= MOST_DRAFTED:
         raise ConfigError(
             f"an arm of one length is like sync:4, 1 to {MOST_DRAFTED} long, not {name!r}"
         )
-    return Arm(name, mode, int(length))
+    return Arm(name, known, int(length))
 
 
 def read_ranges(text: str) -> tuple[int, ...]:

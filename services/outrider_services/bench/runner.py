@@ -150,18 +150,17 @@ class Bench:
     async def _ask(self, arm: Arm, prompt: Prompt, *, trace: bool = False) -> Completion:
         assert self._client
         length = arm.length
-        answer: Completion = await self._client.create_completion(
+        return await self._client.create_completion(
             self._texts[prompt],
             max_tokens=self._plan.count,
             temperature=0,
             seed=0,
-            mode=arm.mode,  # type: ignore[arg-type]  # one of MODES
+            mode=arm.mode,
             trace=trace,
             n_draft=length,
             n_min=length,
             p_min=None if length is None else 0.0,
         )
-        return answer
 
 
 def finalists(tried: Mapping[int, Sequence[float]]) -> list[int]:

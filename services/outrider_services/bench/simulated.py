@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from outrider.client import AsyncClient, connect
+from outrider.core.values import AskedMode
 from outrider.engines.toy import ToyEngine, ToySettings
 from outrider.errors import ConfigError
 from outrider_services.bench.replay import Replay, World
@@ -90,7 +91,11 @@ async def measured(
             await stack.enter_async_context(launcher)
         client = await stack.enter_async_context(connect(name))
         await speed(client, count, "auto")  # the first answer bears what is slow only once
-        arms: list[tuple[str, int | None]] = [("plain", None), ("pipelined", None), ("sync", None)]
+        arms: list[tuple[AskedMode, int | None]] = [
+            ("plain", None),
+            ("pipelined", None),
+            ("sync", None),
+        ]
         arms += [("sync", length) for length in LENGTHS]
         best = dict.fromkeys(arms, 0.0)
         for _ in range(repetitions):
@@ -109,7 +114,9 @@ async def measured(
     )
 
 
-async def speed(client: AsyncClient, count: int, mode: str, length: int | None = None) -> float:
+async def speed(
+    client: AsyncClient, count: int, mode: AskedMode, length: int | None = None
+) -> float:
     """Tokens per second of one answer; its first token, which comes from prefill, is left out."""
     answer = await client.create_completion(
         PROMPT,
@@ -117,7 +124,7 @@ async def speed(client: AsyncClient, count: int, mode: str, length: int | None =
         temperature=0,
         seed=0,
         ignore_eos=True,
-        mode=mode,  # type: ignore[arg-type]  # one of the modes
+        mode=mode,
         n_draft=length,
         n_min=length,
     )

@@ -15,7 +15,7 @@ from typing import Any, TextIO
 
 import uvloop
 
-from outrider.client import AsyncClient, Completion, Stream, connect
+from outrider.client import AsyncClient, ChatMessage, Completion, Stream, connect
 from outrider.core.sampling import Sampling
 from outrider.core.stats import Report
 from outrider.errors import BadRequest, ConfigError
@@ -175,12 +175,11 @@ async def _answer(
         client = await stack.enter_async_context(connect(name))
         interrupts.client = client
         printer = Printer(client, parsed)
-        request.update({"messages": [{"role": "user", "content": prompt}]} if parsed.chat else {})
-        result = await _generate(client, prompt, request, printer, interrupts)
+        result = await _generate(client, prompt, request, parsed.chat, printer, interrupts)
         report = result.stats
         if parsed.baseline and result.choices[0].finish_reason != "cancelled":
-            plain = await client.create_completion(prompt, **{**request, "mode": "plain"})
-            report = measured(report, plain.stats)
+            alone = await _ask(client, prompt, {**request, "mode": "plain"}, parsed.chat)
+            report = measured(report, (await alone.result()).stats)
         if parsed.trace:
             write_trace(parsed.trace, result.trace or ())
         printer.result(result, report)
@@ -195,14 +194,25 @@ async def _start(stack: AsyncExitStack, settings: Settings, name: str) -> None:
         await stack.enter_async_context(launcher)
 
 
+async def _ask(client: AsyncClient, prompt: str, request: dict[str, Any], chat: bool) -> Stream:
+    stream: Stream
+    if chat:
+        messages: list[ChatMessage] = [{"role": "user", "content": prompt}]
+        stream = await client.create_chat_completion(messages, stream=True, **request)
+    else:
+        stream = await client.create_completion(prompt, stream=True, **request)
+    return stream
+
+
 async def _generate(
     client: AsyncClient,
     prompt: str,
     request: dict[str, Any],
+    chat: bool,
     printer: Printer,
     interrupts: Interrupts,
 ) -> Completion:
-    stream: Stream = await client.create_completion(prompt, **request, stream=True)
+    stream = await _ask(client, prompt, request, chat)
     interrupts.stream = stream
     async for fragment in stream:
         await printer.fragment(fragment)

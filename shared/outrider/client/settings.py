@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from outrider.core.sampling import Sampling
+from outrider.core.values import AskedMode
 from outrider.errors import BadRequest
 from outrider.wire import messages as wire
 
@@ -74,7 +75,7 @@ class CompletionSettings(TypedDict, total=False):
     """Whether tokens carry the logarithm of the probability that the target gave them."""
     ignore_eos: bool | None
     """Whether to go on after the model has ended its answer."""
-    mode: Literal["plain", "sync", "pipelined", "auto"] | None
+    mode: AskedMode | None
     """How target and draft share the work; the text does not depend on it. Default: the
     pipeline's own."""
     n_draft: Whole | None

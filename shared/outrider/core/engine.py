@@ -6,10 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Protocol, TypeAlias
 
-from msgspec import Meta
-
 from outrider.core.sampling import Scores
-from outrider.core.values import Count, TokenId, Value, Word
+from outrider.core.values import Count, Meta, TokenId, Value, Word
 
 Ends: TypeAlias = Annotated[tuple[TokenId, ...], Meta(max_length=1024)]
 

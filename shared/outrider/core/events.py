@@ -8,13 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, TypeAlias
 
-from msgspec import Meta
-
 from outrider.core.sampling import Sampling
 from outrider.core.values import (
     Count,
     Floors,
     Fragment,
+    Meta,
     Order,
     Proposal,
     Reason,

@@ -22,10 +22,9 @@ from functools import lru_cache
 from typing import Annotated, TypeAlias, get_type_hints
 
 import numpy as np
-from msgspec import Meta
 from numpy.typing import NDArray
 
-from outrider.core.values import Count, Drafted, Id, TokenId, Value
+from outrider.core.values import Count, Drafted, Id, Meta, TokenId, Value
 from outrider.errors import BadRequest
 
 IdArray: TypeAlias = NDArray[np.uint64]

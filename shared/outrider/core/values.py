@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self, TypeAlias
 
 import msgspec
-from msgspec import Meta
+from msgspec import Meta as Meta  # bounds; whoever annotates gets them here
 
 BLOCK_LIMIT = 1 << 10  # most tokens of a block on the wire
 
@@ -39,6 +39,7 @@ Floors: TypeAlias = Annotated[tuple[float, ...], Meta(max_length=64)]
 
 Role: TypeAlias = Literal["target", "draft"]
 Mode: TypeAlias = Literal["plain", "sync", "pipelined"]
+AskedMode: TypeAlias = Literal["plain", "sync", "pipelined", "auto"]
 Kind: TypeAlias = Literal["drafted", "corrected", "bonus", "plain"]
 Reason: TypeAlias = Literal["stop", "length", "cancelled"]
 

@@ -9,17 +9,17 @@ their lineage and position, verdicts their round and base. A connection belongs 
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeAlias
-
-from msgspec import Meta
+from typing import Annotated, Any, TypeAlias
 
 from outrider.core import events, values
 from outrider.core.engine import Vocabulary
 from outrider.core.sampling import Sampling
 from outrider.core.stats import Report
 from outrider.core.values import (
+    AskedMode,
     Count,
     Id,
+    Meta,
     Probability,
     Reason,
     Role,
@@ -185,7 +185,7 @@ class Submit(Tagged, frozen=True):
     stop: Annotated[tuple[Word, ...], Meta(max_length=16)]
     ignore_eos: bool
     logprobs: bool
-    mode: Literal["plain", "sync", "pipelined", "auto"] | None
+    mode: AskedMode | None
     n_draft: Count | None
     trace: bool
     n_min: Count | None = None
