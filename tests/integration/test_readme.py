@@ -100,12 +100,20 @@ def test_the_python_example_prints_an_answer(
     serve: Serve, capsys: pytest.CaptureFixture[str]
 ) -> None:
     served = serve("default", "--toy-step-ms=4", "--toy-draft-ms=0.4")
-    (example,) = blocks("python")
+    _, example = blocks("python")
     exec(compile(example, "README.md", "exec"), {"__name__": "__main__"})
     *text, rate = capsys.readouterr().out.splitlines()
     assert "".join(text).strip()
     assert re.fullmatch(r"\d+% of the verified tokens were accepted", rate)
     assert served.stop() == 143
+
+
+def test_the_algorithm_in_one_thread_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    algorithm, _ = blocks("python")
+    exec(compile(algorithm, "README.md", "exec"), {"__name__": "__main__"})
+    shown = capsys.readouterr().out.splitlines()
+    assert len(shown) == 9
+    assert max(map(len, shown)) > len("b'x'"), "no block had more than one token"
 
 
 def test_the_output_shown_is_what_is_seen(cli: Cli) -> None:

@@ -186,7 +186,8 @@ def results(**speeds: list[float]) -> Results:
             for repetition, speed in enumerate(of):
                 n_max = 4 if ids is None else None
                 where = (category, 0, repetition, name)
-                sample = Sample(*where, speed * factor, 9, 0.5, 2.0, 0.9, n_max, ids)
+                margins = (9.0,) * len(ids or ())
+                sample = Sample(*where, speed * factor, 9, 0.5, 2.0, 0.9, n_max, ids, margins)
                 found.samples.append(sample)
     return found
 
@@ -228,13 +229,35 @@ def test_a_peers_length_is_chosen_by_all_prompts_that_it_was_tried_on() -> None:
     assert runner.finalists({1: [20], 2: [12, 4], 3: [11, 9]}) == [3, 2]
 
 
-def test_the_first_difference_between_texts_is_named() -> None:
+@pytest.mark.parametrize(
+    ("ids", "margins", "is_near", "words"),
+    [
+        ((1, 2, 4), (9.0, 9.0, 0.01), True, "at near-ties that rounding decides: auto in chat"),
+        ((1, 2, 4), (9.0, 0.01, 9.0), False, "Texts differ from plain: auto in chat"),
+        ((1, 2), (9.0, 0.01), False, "Texts differ from plain: auto in chat"),
+    ],
+    ids=["a-near-tie", "a-fault", "an-answer-that-is-shorter"],
+)
+def test_the_first_difference_between_texts_is_named(
+    ids: tuple[int, ...],
+    margins: tuple[float, ...],
+    is_near: bool,
+    words: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     assert FOUND.differences() == []
     found = results(plain=[10], auto=[15])
+    assert command.check_texts(found) == 0
     found.peers = ()
-    found.samples.append(Sample("chat", 0, 0, "auto", 9, 3, token_ids=(1, 2, 4)))
-    assert found.differences() == ["auto in chat, prompt 1, from token 2 on"]
-    assert "Texts differ from plain: auto in chat" in measures.as_markdown(found)
+    sample = Sample("chat", 0, 0, "auto", 9, 3, token_ids=ids, margins=margins)
+    found.samples.append(sample)
+    (difference,) = found.differences()
+    assert (difference.arm, difference.category, difference.at) == ("auto", "chat", 2)
+    assert difference.is_near == is_near
+    assert words in measures.as_markdown(found)
+    assert command.check_texts(found) == (0 if is_near else command.DIFFERENT)
+    told = "which is a fault: auto in chat, prompt 1, from token 2 on"
+    assert (told in capsys.readouterr().err) == (not is_near)
 
 
 def test_the_geometric_mean_of_a_gain_and_its_inverse_is_one() -> None:

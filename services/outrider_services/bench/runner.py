@@ -145,6 +145,7 @@ class Bench:
             stats.mean_accepted_length,
             stats.target_busy,
             token_ids=ids,
+            margins=tuple(token.margin for token in answer.tokens),
         )
 
     async def _ask(self, arm: Arm, prompt: Prompt, *, trace: bool = False) -> Completion:

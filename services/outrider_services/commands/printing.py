@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from outrider.client import AsyncClient, Completion
+from outrider.core.sampling import NEAR
 from outrider.core.stats import Report
 from outrider.core.values import Fragment, Span
 from outrider.errors import ConfigError
@@ -106,12 +107,19 @@ def statistics(r: Report) -> str:
             f"Acceptance rate: {show(r.acceptance_rate, '.2%')} (accepted / verified)",
             f"Mean accepted length: {show(r.mean_accepted_length, '.2f')}",
             f"Overlap: {show(r.overlap, '.0%')} of draft compute",
+            f"Near-ties: {near_ties(r)}",
             f"Generation time: {show(r.decode_s, '.2f')}s "
             f"(prefill {show(r.prefill_s, '.2f')}s apart)",
             f"Tokens per second: {show(r.tokens_per_s, '.2f')}",
             f"Speed-up vs target alone: {sign}{show(r.speedup, '.2f')}x{kind}",
         )
     )
+
+
+def near_ties(r: Report) -> str:
+    """How many tokens another rounding might have chosen otherwise; see `sampling.decide`."""
+    closest = "" if r.smallest_margin is None else f", the closest by {r.smallest_margin:.3f}"
+    return f"{r.near_ties} (tokens that won by less than {NEAR:g} logits{closest})"
 
 
 def write_trace(path: str, lanes: tuple[Span, ...]) -> None:
