@@ -305,9 +305,9 @@ def test_closing_ends_what_other_threads_wait_for(served: Served) -> None:
 def test_ctrl_c_gives_the_answer_up(served: Served) -> None:
     with Client(served.ipc) as client:
         main = threading.get_ident()
-        threading.Timer(0.2, signal.pthread_kill, [main, signal.SIGINT]).start()
+        threading.Timer(0.05, signal.pthread_kill, [main, signal.SIGINT]).start()
         deadline = time.monotonic() + 2.0
         with pytest.raises(KeyboardInterrupt):
-            client.create_completion(PROMPT, max_tokens=1900)
+            client.create_completion(PROMPT, max_tokens=1900, mode="plain")
         while any(client.health()["requests"].values()):
             assert time.monotonic() < deadline
