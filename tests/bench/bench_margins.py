@@ -47,7 +47,7 @@ def main() -> None:
         before = leads(single, order)
         for block in BLOCKS:
             engine.rewind(0, len(text) - 1)
-            for at in range(0, COUNT - block + 1, block):
+            for at in range(0, len(tokens) - block + 1, block):
                 rows = engine.extend(0, tokens[at : at + block], block)
                 after = leads(rows, order[at : at + block])
                 moved[block] += list(np.abs(after - before[at : at + block]))

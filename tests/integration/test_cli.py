@@ -232,7 +232,7 @@ def statistics(text: str) -> dict[str, int]:
         rf"Acceptance rate: ({ratio}%|n/a) \(accepted / verified\)",
         rf"Mean accepted length: {ratio}",
         rf"Overlap: ({number}%|n/a) of draft compute",
-        rf"Near-ties: {number} \(tokens that won by less than 0.5 logits"
+        rf"Near-ties: {number} \(tokens that won by less than 1.0 logits"
         rf"(, the closest by {ratio})?\)",
         rf"Generation time: {ratio}s \(prefill {ratio}s apart\)",
         rf"Tokens per second: {ratio}",

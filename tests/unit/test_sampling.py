@@ -12,13 +12,16 @@ from hypothesis import strategies as st
 
 from outrider.core import sampling as under_test
 from outrider.core.sampling import (
+    FAR,
     HIGHEST_NOISE,
     LOWEST_NOISE,
+    NEAR,
     BadScores,
     Noise,
     Sampling,
     Scores,
     choose,
+    decide,
     gumbel,
     logprob,
     mix,
@@ -83,26 +86,35 @@ def kept_ids(row: Scores, given: Sampling) -> list[TokenId]:
 
 def full_choice(
     row: Scores, given: Sampling, history: Sequence[TokenId], position: int
-) -> tuple[TokenId, Noise]:
-    """The choice with noise for every surviving id, and the distribution it was drawn from."""
+) -> tuple[TokenId, Noise, float]:
+    """The choice with noise for every surviving id, its distribution, and by how much it won."""
     row = penalised(row, given, history)
     top = float(row.max())
     if given.temperature == 0:
         ids, scaled = np.arange(row.size), row.astype(np.float64) - top
-        winner = int(np.argmax(row))
+        noisy, winner = scaled, int(np.argmax(row))
     else:
         ids = np.array(kept_ids(row, given))
         scaled = (row[ids].astype(np.float64) - top) / given.temperature
-        winner = int(np.argmax(scaled + gumbel(given.seed, position, ids.astype(np.uint64))))
+        noisy = scaled + gumbel(given.seed, position, ids.astype(np.uint64))
+        winner = int(np.argmax(noisy))
     law = np.exp(scaled) / np.exp(scaled).sum()
-    return int(ids[winner]), law
+    rivals = np.delete(noisy, winner)
+    lead = noisy[winner] - rivals.max() if rivals.size else math.inf
+    return int(ids[winner]), law, float(lead) * (given.temperature or 1.0)
 
 
 def check(row: Scores, given: Sampling, history: Sequence[TokenId] = (), position: int = 0) -> None:
     before = row.copy()
     chosen = choose(row, given, history, position)
-    expected, _ = full_choice(row, given, history, position)
+    expected, _, margin = full_choice(row, given, history, position)
     assert chosen == expected
+    decided, by = decide(row, given, history, position)
+    assert decided == expected
+    if margin < NEAR:
+        assert by == pytest.approx(margin, rel=1e-6, abs=1e-5 * (given.temperature or 1.0))
+    else:
+        assert NEAR <= by <= FAR
     assert propose(row, given, history, position).token == expected
     assert row.tobytes() == before.tobytes()
 
@@ -229,6 +241,37 @@ def noisiest_wins(rule: Callable[[Scores, Sampling, int], TokenId]) -> None:
             scaled = (row.astype(np.float64) - float(row.max())) / temperature
             expected = int(np.argmax(scaled + gumbel(9, position, ids)))
             assert rule(row, Sampling(temperature=temperature, seed=9), position) == expected
+
+
+def test_the_margin_of_every_near_tie_is_seen() -> None:
+    close = 0
+    for row in (bell(20_000, 1, 2.0, 30), bell(20_000, 1, 0.2)):  # few leaders, and nothing but
+        for temperature in (0.3, 0.7, 1.0, 1.5):
+            for position in range(30):
+                given = Sampling(temperature=temperature, seed=9)
+                check(row, given, position=position)
+                close += full_choice(row, given, (), position)[2] < NEAR
+    assert close > 40
+
+
+def test_control_rivals_that_are_not_looked_for_are_missed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(under_test, "NEAR", 0.0)
+    with pytest.raises(AssertionError):
+        test_the_margin_of_every_near_tie_is_seen()
+
+
+@pytest.mark.parametrize(
+    ("row", "given"),
+    [
+        (scores(3.0), Sampling(temperature=0)),
+        (scores(1.0, 3.0, 2.0), Sampling(temperature=0.7, top_k=1)),
+    ],
+    ids=["one-id", "one-that-is-left"],
+)
+def test_a_choice_without_rivals_wins_by_far(row: Scores, given: Sampling) -> None:
+    assert decide(row, given, (), 0)[1] == FAR
 
 
 def test_the_race_is_exact_at_every_temperature() -> None:

@@ -119,7 +119,7 @@ def statistics(r: Report) -> str:
 def near_ties(r: Report) -> str:
     """How many tokens another rounding might have chosen otherwise; see `sampling.decide`."""
     closest = "" if r.smallest_margin is None else f", the closest by {r.smallest_margin:.3f}"
-    return f"{r.near_ties} (tokens that won by less than {NEAR:g} logits{closest})"
+    return f"{r.near_ties} (tokens that won by less than {NEAR} logits{closest})"
 
 
 def write_trace(path: str, lanes: tuple[Span, ...]) -> None:
