@@ -120,7 +120,7 @@ def test_control_waiting_at_ones_own_cost_is_caught(mode: InTurns, count: int) -
 
 
 def test_control_a_draft_would_rest_for_the_time_that_others_took() -> None:
-    """Where it is slower, and four share it: to a request that counts their time it does not pay."""
+    """Where it is slower and four share it: to one that counts the others' time it does not pay."""
     rested = [
         simulated("pipelined", 4, 0.0, session, 2 * TOKEN_S).seen["rested"]
         for session in (Session, WaitsAtItsOwnCost)
