@@ -196,8 +196,7 @@ class Coordinator:
         self._clients.add(peer)
         match message:
             case wire.Submit(call) if self._requests.find(peer, call) is None:
-                submitted = self._requests.add(peer, message, self._clock())
-                self._spawn(self._prepare(submitted))
+                self._submit(self._requests.add(peer, message, self._clock()))
             case wire.Cancel(call):
                 if request := self._requests.find(peer, call):
                     self._cancel(request)
@@ -242,16 +241,23 @@ class Coordinator:
         except OutriderError as exc:
             self._tell(peer, wire.Failed(question.call, exc.code, str(exc)))
 
-    async def _prepare(self, request: Request) -> None:
-        """Turn the prompt into tokens, then start the request or let it wait."""
+    def _submit(self, request: Request) -> None:
+        """Take it, or say why not; at once, for in a burst others are right behind it."""
         try:
             if self._stopping:
                 raise Overloaded("the pipeline is stopping")
             self._requests.check_room()
             Lengths.of(request.submit, self._defaults)
-            target = self._roster.target()
-            request.tokens = await self._tokens(target, request.submit)
-            request.check(target.hello)
+        except OutriderError as exc:
+            self._fail(request, exc)
+        else:
+            self._spawn(self._prepare(request))
+
+    async def _prepare(self, request: Request) -> None:
+        """Turn the prompt into tokens, then start the request or let it wait."""
+        try:
+            request.tokens = await self._tokens(self._roster.target(), request.submit)
+            request.check(self._roster.target().hello)  # it may have died with its answer
         except OutriderError as exc:
             self._fail(request, exc)
             return

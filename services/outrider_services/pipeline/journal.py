@@ -6,10 +6,11 @@ from collections.abc import Iterable
 from dataclasses import fields, is_dataclass
 from typing import Any
 
+from outrider.core.events import OpenDraft, Prefill
 from outrider.core.values import Value
 
-SHOWN = 16  # token ids of a block; a prompt is more, and nobody's to read
-HIDDEN = {"pieces", "text", "sampling", "logprobs", "margins", "floors", "ends"}
+SHOWN = 16  # token ids of a block; of a longer one, and of a prompt, only how many
+HIDDEN = {"piece", "pieces", "text", "sampling", "logprobs", "margins", "floors", "ends"}
 
 
 def line(number: int, event: Any, commands: Iterable[Any], state: str) -> str:
@@ -28,5 +29,7 @@ def brief(value: Any) -> str:
         return f"[{', '.join(map(brief, value))}]" if len(value) <= SHOWN else f"({len(value)})"
     else:
         return f"{value:.4g}" if isinstance(value, float) else f"{value}"
-    shown = [f"{name}={brief(getattr(value, name))}" for name in names if name not in HIDDEN]
-    return f"{type(value).__name__}({', '.join(shown)})"
+    shown = {name: brief(getattr(value, name)) for name in names if name not in HIDDEN}
+    if isinstance(value, Prefill | OpenDraft):
+        shown["tokens"] = f"({len(value.tokens)})"  # a prompt is nobody's to read
+    return f"{type(value).__name__}({', '.join(f'{n}={v}' for n, v in shown.items())})"

@@ -117,7 +117,10 @@ def vocabulary_of(target: wire.Hello) -> Vocabulary:
 
 @dataclass(slots=True)
 class Requests:
-    """All requests that have not had their outcome yet; iterate over them."""
+    """All requests that have not had their outcome yet.
+
+    Iterate over them, the last to come first: whoever ends several starts none of them for it.
+    """
 
     most: int
     running: dict[int, Request] = field(default_factory=dict)  # by id
@@ -131,7 +134,7 @@ class Requests:
         return len(self._all)
 
     def __iter__(self) -> Iterator[Request]:
-        return iter(list(self._all.values()))
+        return iter(list(self._all.values())[::-1])
 
     def __contains__(self, request: Request) -> bool:
         return self._all.get(request.key) is request

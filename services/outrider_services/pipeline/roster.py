@@ -117,10 +117,15 @@ class Roster:
     async def _join(self, peer: bytes, hello: wire.Hello) -> None:
         now = self._clock()
         member = Member(peer, hello, now, now)
-        other = self._members.get("draft" if hello.role == "target" else "target")
+        opposite: Role = "draft" if hello.role == "target" else "target"
+        other = compared = None
         try:
-            if other:
-                await self._check(*((member, other) if hello.role == "target" else (other, member)))
+            # while they are compared the other may leave, and another come
+            while (other := self._members.get(opposite)) is not compared:
+                if other:
+                    pair = (member, other) if hello.role == "target" else (other, member)
+                    await self._check(*pair)
+                compared = other
         except OutriderError as exc:
             if hello.role == "draft" or other is None:
                 self._refuse(peer, hello.role, exc)

@@ -1,0 +1,638 @@
+"""The coordinator between a client, a target and a draft that are nothing but their messages.
+
+No socket, and no time passes unless a test says so.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from outrider.core.engine import Vocabulary
+from outrider.core.events import Commit, OpenDraft, Prefill
+from outrider.core.sampling import Sampling
+from outrider.core.session import Session
+from outrider.core.values import Drafted, Proposal, Role, Verdict, Verify
+from outrider.errors import ProtocolError
+from outrider.wire import messages as wire
+from outrider.wire.transport import PeerGone
+from outrider_services.pipeline.coordinator import BAD_FRAMES, Coordinator, Defaults
+from outrider_services.pipeline.roster import BEAT_LOST_S
+
+VOCABULARY = Vocabulary("bpe", 400, None, 1, False, False, (1,), "digest")
+PROMPT = (10, 11, 12)
+CLIENT, TARGET, DRAFT = b"client", b"target", b"draft"
+
+
+def hello(role: Role, incarnation: int = 1, **changes: Any) -> wire.Hello:
+    curve_s = (0.1,) * 8 if role == "target" else (0.01,)
+    said = wire.Hello(
+        wire.PROTOCOL, "0", role, incarnation, role, VOCABULARY, 512, 2, "cpu", f"{role}:0", curve_s
+    )
+    return said.changed(**changes)
+
+
+def submit(call: int = 1, prompt: Any = PROMPT, count: int | None = 50, **more: Any) -> wire.Submit:
+    sampling = Sampling(temperature=0.0)
+    said = wire.Submit(
+        call, prompt, None, sampling, count, (), False, False, "pipelined", None, False, None, 0.01
+    )  # with a `p_min` blocks are as long as what was drafted, whatever things cost
+    return said.changed(**more)
+
+
+class Pipeline:
+    """A coordinator, and all that it has sent."""
+
+    def __init__(self, **defaults: Any) -> None:
+        self.now = 50.0
+        self.sent: list[tuple[bytes, wire.Message]] = []
+        self.gone: set[bytes] = set()
+        self.core = Coordinator(self.send, Defaults(**defaults), lambda: self.now)
+
+    def send(self, peer: bytes, message: wire.Message) -> None:
+        if peer in self.gone:
+            raise PeerGone("gone")
+        self.sent.append((peer, message))
+
+    async def says(self, peer: bytes, *messages: wire.Message) -> None:
+        for message in messages:
+            self.core.on_message(peer, message)
+        await turns()
+
+    async def join(self, draft: bool = True, **changes: Any) -> None:
+        await self.says(TARGET, hello("target", **changes))
+        if draft:
+            await self.says(DRAFT, hello("draft", 2))
+
+    async def begin(self, call: int = 1, **more: Any) -> int:
+        """Submit a request that starts at once: its id."""
+        await self.says(CLIENT, submit(call, **more))
+        prefill: wire.Do = self.orders(TARGET, Prefill)[-1]
+        return prefill.request
+
+    async def verdict(
+        self, request: int, *tokens: int, accepted: int | None = None, **changes: Any
+    ) -> None:
+        """The target has done what it was asked last, and committed these."""
+        asked: Any = [do.order for do in self.orders(TARGET) if do.request == request][-1]
+        first = isinstance(asked, Prefill)
+        done = Verdict(
+            accepted=len(tokens) - 1 if accepted is None else accepted,
+            tokens=tokens,
+            round=0 if first else asked.round,
+            base=len(asked.tokens) if first else asked.base,
+            pieces=(b"x",) * len(tokens),
+            margins=(1.0,) * len(tokens),
+            elapsed_s=0.1,
+        )
+        await self.says(TARGET, wire.Done(request, done.changed(**changes)))
+
+    async def drafted(self, request: int, position: int, *tokens: int) -> None:
+        opened = [do.order for do in self.orders(DRAFT, OpenDraft) if do.request == request]
+        lineage = opened[-1].lineage
+        proposal = Proposal(lineage, position, tuple(Drafted(t, 0.9) for t in tokens), 0.01)
+        await self.says(DRAFT, wire.Done(request, proposal))
+
+    def to(self, peer: bytes, *kinds: type) -> list[Any]:
+        return [
+            one for to, one in self.sent if to == peer and (not kinds or isinstance(one, kinds))
+        ]
+
+    def orders(self, peer: bytes, *kinds: type) -> list[Any]:
+        return [do for do in self.to(peer, wire.Do) if not kinds or isinstance(do.order, kinds)]
+
+    def started(self) -> list[int]:
+        return [one.call for one in self.to(CLIENT, wire.Started)]
+
+    def outcomes(self, peer: bytes = CLIENT) -> dict[int, list[str]]:
+        """By call, how it ended; each list is to have one entry."""
+        found: dict[int, list[str]] = {}
+        for to, one in self.sent:
+            if to == peer and isinstance(one, wire.Finished):
+                found.setdefault(one.call, []).append(one.reason)
+            elif to == peer and isinstance(one, wire.Failed):
+                found.setdefault(one.id, []).append(one.code)
+        return found
+
+
+async def turns() -> None:
+    """Let whatever can go on without time passing go on."""
+    for _ in range(8):
+        await asyncio.sleep(0)
+
+
+@pytest.fixture
+async def up() -> AsyncIterator[Pipeline]:
+    """With a target of two sequences, and a draft."""
+    pipeline = Pipeline()
+    await pipeline.join()
+    yield pipeline
+    await pipeline.core.close()
+
+
+@pytest.fixture
+async def bare() -> AsyncIterator[Pipeline]:
+    """No workers yet, and room for three requests."""
+    pipeline = Pipeline(queue=3)
+    yield pipeline
+    await pipeline.core.close()
+
+
+# ---- admission ----------------------------------------------------------------------------------
+
+
+async def test_a_request_begins_with_the_prompt_for_both_workers(up: Pipeline) -> None:
+    request = await up.begin()
+    assert up.to(CLIENT) == [wire.Started(1, "target", "pipelined", PROMPT)]
+    (prefill,), (opened,) = up.orders(TARGET), up.orders(DRAFT)
+    assert (prefill.request, prefill.order.tokens) == (request, PROMPT)
+    assert (opened.request, opened.order.tokens) == (request, PROMPT)
+
+
+async def test_text_is_turned_into_tokens_by_the_target_first(up: Pipeline) -> None:
+    await up.says(CLIENT, submit(prompt="the river"))
+    (question,) = up.to(TARGET, wire.Tokenize)
+    assert (question.text, question.special) == ("the river", True)
+    assert up.started() == []
+    await up.says(TARGET, wire.Tokens(question.call, (7, 8)))
+    assert up.orders(TARGET)[-1].order.tokens == (7, 8)
+
+
+async def test_without_a_target_a_request_fails_at_once(bare: Pipeline) -> None:
+    await bare.says(CLIENT, submit())
+    assert bare.outcomes() == {1: ["worker_unavailable"]}
+
+
+async def test_what_waits_starts_in_order_when_a_sequence_is_free(up: Pipeline) -> None:
+    await up.says(CLIENT, *(submit(call) for call in range(1, 6)))
+    assert up.started() == [1, 2]
+    assert up.core.health()["requests"] == {"running": 2, "waiting": 3}
+    await up.says(CLIENT, wire.Cancel(2))
+    assert up.started() == [1, 2, 3]
+    first = up.orders(TARGET, Prefill)[0].request
+    await up.verdict(first, 1)  # an end token
+    assert up.outcomes() == {1: ["stop"], 2: ["cancelled"]}
+    assert up.started() == [1, 2, 3, 4]
+    await up.says(CLIENT, wire.Cancel(3), wire.Cancel(4))
+    assert up.started() == [1, 2, 3, 4, 5]
+
+
+async def test_a_finished_request_is_closed_at_both_workers(up: Pipeline) -> None:
+    request = await up.begin()
+    await up.verdict(request, 1)
+    assert up.to(TARGET, wire.Close) == up.to(DRAFT, wire.Close) == [wire.Close(request)]
+
+
+async def test_more_than_the_queue_holds_is_busy(bare: Pipeline) -> None:
+    await bare.join()
+    for call in range(1, 6):
+        await bare.says(CLIENT, submit(call))
+    assert bare.outcomes() == {4: ["busy"], 5: ["busy"]}
+    await bare.says(CLIENT, wire.Cancel(3), submit(6))
+    assert bare.core.health()["requests"] == {"running": 2, "waiting": 1}
+    assert 6 not in bare.outcomes()
+
+
+async def test_of_a_burst_those_that_came_last_are_too_many(bare: Pipeline) -> None:
+    await bare.join()
+    await bare.says(CLIENT, *(submit(call) for call in range(1, 6)))
+    assert bare.outcomes() == {4: ["busy"], 5: ["busy"]}
+    assert bare.started() == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        pytest.param({"prompt": ()}, id="empty-prompt"),
+        pytest.param({"prompt": (400,)}, id="token-beyond-the-vocabulary"),
+        pytest.param({"prompt": tuple(range(2, 10)) * 64}, id="prompt-fills-the-context"),
+        pytest.param({"n_draft": 2, "n_min": 3}, id="n-min-above-n-draft"),
+        pytest.param(
+            {"sampling": Sampling(logit_bias=((400, 1.0),))}, id="bias-beyond-the-vocabulary"
+        ),
+    ],
+)
+async def test_what_cannot_be_served_fails_before_it_starts(
+    up: Pipeline, wrong: dict[str, Any]
+) -> None:
+    await up.says(CLIENT, submit(**wrong))
+    assert up.outcomes() == {1: ["invalid_request"]}
+    assert up.orders(TARGET) == []
+    assert up.core.health()["requests"] == {"running": 0, "waiting": 0}
+
+
+async def test_a_call_that_is_submitted_twice_runs_once(up: Pipeline) -> None:
+    await up.says(CLIENT, submit(), submit())
+    await up.says(CLIENT, submit())
+    assert up.started() == [1]
+    assert up.outcomes() == {}
+
+
+async def test_two_clients_may_use_the_same_number(up: Pipeline) -> None:
+    await up.says(CLIENT, submit())
+    await up.says(b"other", submit())
+    assert len(up.to(CLIENT, wire.Started)) == len(up.to(b"other", wire.Started)) == 1
+    await up.says(CLIENT, wire.Cancel(1))
+    assert (up.outcomes(), up.outcomes(b"other")) == ({1: ["cancelled"]}, {})
+
+
+# ---- rounds -------------------------------------------------------------------------------------
+
+
+async def test_what_was_drafted_is_verified_and_committed(up: Pipeline) -> None:
+    request = await up.begin()
+    await up.drafted(request, 3, 20, 21, 22)
+    await up.verdict(request, 20)
+    assert up.orders(TARGET)[-1].order.drafted == (21, 22)
+    await up.verdict(request, 21, 22, 23)
+    told = [commit for do in up.orders(DRAFT, Commit) for commit in do.order.tokens]
+    assert told == [20, 21, 22, 23]
+    progress = up.to(CLIENT, wire.Progress)
+    assert [token.id for one in progress for token in one.fragment.tokens] == told
+    assert [one.fragment.text for one in progress] == ["x", "xxx"]
+
+
+async def test_the_target_has_its_next_block_before_the_client_its_text(up: Pipeline) -> None:
+    request = await up.begin()
+    await up.drafted(request, 3, 20, 21)
+    before = len(up.sent)
+    await up.verdict(request, 20)
+    assert [(peer, type(one).__name__) for peer, one in up.sent[before:]] == [
+        (TARGET, "Do"),
+        (DRAFT, "Do"),
+        (CLIENT, "Progress"),
+    ]
+
+
+async def test_settling_comes_when_all_messages_are_on_their_way(
+    up: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent_before: list[int] = []
+    monkeypatch.setattr(Session, "settle", lambda self: sent_before.append(len(up.sent)))
+    request = await up.begin()
+    await up.drafted(request, 3, 20, 21)
+    assert sent_before == []
+    await up.verdict(request, 20)
+    assert sent_before == [len(up.sent)]
+    assert isinstance(up.orders(TARGET)[-1].order, Verify)
+
+
+async def test_what_comes_twice_or_late_counts_once(up: Pipeline) -> None:
+    request = await up.begin(count=2)
+    first = Verdict(0, (20,), 0, 3, (b"x",), (1.0,))
+    await up.says(TARGET, wire.Done(request, first), wire.Done(request, first))
+    assert len(up.to(CLIENT, wire.Progress)) == 1
+    asked = up.orders(TARGET)[-1].order
+    second = Verdict(0, (21,), asked.round, asked.base, (b"x",), (1.0,))
+    await up.says(TARGET, wire.Done(request, second), wire.Done(request, second))
+    await up.says(TARGET, wire.Failed(request, "internal_error", "it broke"))
+    await up.says(DRAFT, wire.Failed(request, "internal_error", "it broke"))
+    await up.says(CLIENT, wire.Cancel(1), wire.Cancel(1))
+    up.core.on_disconnect()
+    await up.says(TARGET, wire.Done(request + 99, second))
+    assert up.outcomes() == {1: ["length"]}
+    assert len(up.to(CLIENT, wire.Progress)) == 2
+    assert len(up.to(TARGET, wire.Close)) == 1
+
+
+async def test_a_target_that_contradicts_itself_fails_the_request_alone(up: Pipeline) -> None:
+    one, two = await up.begin(1), await up.begin(2)
+    await up.verdict(one, 20, 21, accepted=1)
+    assert up.outcomes() == {1: ["protocol_error"]}
+    await up.verdict(two, 20)
+    assert len(up.to(CLIENT, wire.Progress)) == 1
+
+
+async def test_a_request_goes_on_when_the_draft_has_let_its_deadline_pass(up: Pipeline) -> None:
+    request = await up.begin(n_draft=2, n_min=2)
+    await up.verdict(request, 20)
+    waiting = next(iter(up.core._requests.running.values()))
+    assert waiting.timer is not None
+    assert up.orders(TARGET, Verify) == []
+    up.now += 60
+    waiting.timer._run()  # as the event loop will
+    assert up.orders(TARGET)[-1].order == Verify(1, 4, ())
+    assert waiting.timer is None
+
+
+# ---- workers that are lost, and come ------------------------------------------------------------
+
+
+async def silence(up: Pipeline, peer: bytes) -> None:
+    """Everybody else beats, `peer` does not, and is missed."""
+    for _ in range(3):
+        up.now += BEAT_LOST_S / 2
+        for other in {TARGET, DRAFT} - {peer}:
+            await up.says(other, wire.Beat(1, False))
+        up.core.look()
+
+
+async def gone(up: Pipeline, peer: bytes) -> None:
+    up.gone.add(peer)
+    up.core.on_disconnect()
+    await turns()
+
+
+@pytest.mark.parametrize("leave", [silence, gone], ids=["silent", "disconnected"])
+async def test_a_target_lost_is_one_error_for_all_that_run_or_wait(
+    up: Pipeline, leave: Any
+) -> None:
+    await up.says(CLIENT, *(submit(call) for call in range(1, 5)))
+    await up.says(CLIENT, submit(5, prompt="text"))  # still being prepared
+    await up.verdict(up.orders(TARGET, Prefill)[0].request, 20)
+    await leave(up, TARGET)
+    await leave(up, TARGET)
+    assert up.outcomes() == {call: ["worker_unavailable"] for call in range(1, 6)}
+    assert up.started() == [1, 2]  # nothing was started to no end
+    assert up.core.health()["requests"] == {"running": 0, "waiting": 0}
+    assert up.core.health()["status"] == "loading"
+
+
+async def test_a_target_that_dies_with_its_answer_leaves_no_request_waiting(up: Pipeline) -> None:
+    await up.says(CLIENT, submit(prompt="text"))
+    (question,) = up.to(TARGET, wire.Tokenize)
+    up.gone.add(TARGET)
+    up.core.on_message(TARGET, wire.Tokens(question.call, (7, 8)))
+    up.core.on_disconnect()
+    await turns()
+    assert up.outcomes() == {1: ["worker_unavailable"]}
+
+
+async def test_after_a_target_was_lost_the_next_one_serves(up: Pipeline) -> None:
+    await up.begin(1)
+    await gone(up, TARGET)
+    await up.says(b"target2", hello("target", 3))
+    await up.says(CLIENT, submit(2))
+    assert up.started() == [1, 2]
+    assert [type(do.order) for do in up.orders(b"target2")] == [Prefill]
+
+
+@pytest.mark.parametrize("leave", [silence, gone], ids=["silent", "disconnected"])
+async def test_when_the_draft_is_lost_the_requests_go_on(up: Pipeline, leave: Any) -> None:
+    one, two = await up.begin(1), await up.begin(2)
+    await up.drafted(one, 3, 20, 21)
+    await leave(up, DRAFT)
+    assert up.outcomes() == {}
+    await up.verdict(one, 20)
+    await up.verdict(two, 30)
+    # what it had drafted is still good
+    blocks = [do.order.drafted for do in up.orders(TARGET, Verify)]
+    assert blocks == [(21,), ()]
+
+
+async def test_a_draft_that_comes_later_rides_with_what_runs(bare: Pipeline) -> None:
+    await bare.join(draft=False)
+    one, two = await bare.begin(1), await bare.begin(2)
+    await bare.verdict(one, 20)
+    await bare.says(DRAFT, hello("draft", 2))
+    opened = {do.request: do.order.tokens for do in bare.orders(DRAFT, OpenDraft)}
+    assert opened == {one: (*PROMPT, 20), two: PROMPT}
+    await bare.drafted(two, 3, 30, 31)
+    await bare.verdict(two, 30)
+    assert bare.orders(TARGET)[-1].order.drafted == (31,)
+
+
+async def test_a_draft_that_comes_back_goes_on_from_the_text(up: Pipeline) -> None:
+    request = await up.begin()
+    await gone(up, DRAFT)
+    await up.verdict(request, 20)
+    await up.says(b"draft2", hello("draft", 3))
+    (opened,) = up.orders(b"draft2")
+    assert opened.order.tokens == (*PROMPT, 20)
+    assert opened.order.lineage > up.orders(DRAFT, OpenDraft)[-1].order.lineage
+
+
+async def test_a_request_that_the_draft_gives_up_goes_on_without_it(up: Pipeline) -> None:
+    one, two = await up.begin(1), await up.begin(2)
+    await up.says(DRAFT, wire.Failed(one, "internal_error", "the cache is broken"))
+    await up.drafted(one, 3, 20, 21)
+    await up.drafted(two, 3, 20, 21)
+    await up.verdict(one, 20)
+    await up.verdict(two, 20)
+    assert [do.order.drafted for do in up.orders(TARGET, Verify)] == [(), (21,)]
+    assert up.outcomes() == {}
+
+
+async def test_a_request_that_the_target_gives_up_fails_alone(up: Pipeline) -> None:
+    one, two = await up.begin(1), await up.begin(2)
+    await up.says(TARGET, wire.Failed(one, "internal_error", "no logits"))
+    assert up.outcomes() == {1: ["internal_error"]}
+    await up.verdict(two, 20)
+    assert len(up.to(CLIENT, wire.Progress)) == 1
+
+
+async def test_a_target_that_beats_but_does_not_progress_is_given_up(up: Pipeline) -> None:
+    await up.begin()
+    for _ in range(200):
+        up.now += 0.25
+        for peer in (TARGET, DRAFT):
+            if not up.outcomes():
+                await up.says(peer, wire.Beat(5, peer == TARGET))
+        up.core.look()
+    assert up.outcomes() == {1: ["worker_unavailable"]}
+    (failed,) = up.to(CLIENT, wire.Failed)
+    assert "the target worker makes no progress" in failed.message
+    assert [one.reason for one in up.to(TARGET, wire.Refused)] == ["it makes no progress"]
+
+
+# ---- cancellations ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("at", ["asking", "waiting", "prefilling", "running"])
+async def test_a_request_is_cancelled_wherever_it_is(up: Pipeline, at: str) -> None:
+    if at == "waiting":
+        await up.begin(2)
+        await up.begin(3)
+    await up.says(CLIENT, submit(prompt="text" if at == "asking" else PROMPT))
+    if at == "running":
+        await up.verdict(up.orders(TARGET, Prefill)[-1].request, 20)
+    await up.says(CLIENT, wire.Cancel(1), wire.Cancel(1))
+    for question in up.to(TARGET, wire.Tokenize):
+        await up.says(TARGET, wire.Tokens(question.call, (7, 8)))
+    assert up.outcomes() == {1: ["cancelled"]}
+    closed = [one.request for one in up.to(TARGET, wire.Close)]
+    ran = at in ("prefilling", "running")
+    assert closed == ([up.orders(TARGET, Prefill)[-1].request] if ran else [])
+    assert (1 in up.started()) == ran
+
+
+async def test_who_cancels_what_is_not_theirs_changes_nothing(up: Pipeline) -> None:
+    await up.begin()
+    await up.says(b"other", wire.Cancel(1))
+    assert up.outcomes() == up.outcomes(b"other") == {}
+
+
+async def test_a_client_that_is_gone_does_not_want_its_requests(up: Pipeline) -> None:
+    await up.says(CLIENT, *(submit(call) for call in (1, 2, 3)))
+    await up.says(b"other", submit(1))
+    await gone(up, CLIENT)
+    assert up.core.health()["requests"] == {"running": 1, "waiting": 0}
+    assert len(up.to(b"other", wire.Started)) == 1
+    assert len(up.to(TARGET, wire.Close)) == 2
+
+
+# ---- nonsense -----------------------------------------------------------------------------------
+
+PROPOSAL = Proposal(1, 3, (Drafted(20, 0.9),), 0.01)
+VERDICT = Verdict(0, (66,), 0, 3, (b"x",), (1.0,))
+
+
+@pytest.mark.parametrize(
+    ("peer", "message"),
+    [
+        pytest.param(TARGET, wire.Done(1, PROPOSAL), id="a-proposal-from-the-target"),
+        pytest.param(DRAFT, wire.Done(1, VERDICT), id="a-verdict-from-the-draft"),
+        pytest.param(CLIENT, wire.Welcome(), id="a-welcome-from-a-client"),
+        pytest.param(CLIENT, wire.Started(1, "m", "plain", ()), id="a-start-from-a-client"),
+        pytest.param(DRAFT, wire.Do(1, Verify(1, 3, ())), id="an-order-from-the-draft"),
+    ],
+)
+async def test_a_peer_that_sends_what_is_not_its_to_say_is_not_listened_to_for_long(
+    up: Pipeline, peer: bytes, message: wire.Message
+) -> None:
+    request = await up.begin()
+    if isinstance(message, wire.Done):
+        message = message.changed(request=request)
+    await up.says(peer, *[message] * (BAD_FRAMES - 1))
+    assert up.outcomes() == {}
+    assert up.to(CLIENT, wire.Progress) == []
+    assert up.core.health()["requests"]["running"] == 1
+    assert set(up.core.health()["workers"]) == {"target", "draft"}
+    await up.says(peer, message)
+    health = up.core.health()
+    if peer == CLIENT:
+        assert health["requests"]["running"] == 0
+    else:
+        assert peer.decode() not in health["workers"]
+        assert up.outcomes() == ({1: ["worker_unavailable"]} if peer == TARGET else {})
+    said = len(up.sent)
+    again: Any = wire.Health(9) if peer == CLIENT else hello(peer.decode(), 9)  # type: ignore[arg-type]
+    await up.says(peer, again)
+    assert len(up.sent) == said
+
+
+async def test_frames_that_cannot_be_decoded_count_too(up: Pipeline) -> None:
+    for _ in range(BAD_FRAMES):
+        up.core.on_bad_frame(CLIENT, ProtocolError("undecodable"))
+    await up.says(CLIENT, wire.Health(1))
+    assert up.to(CLIENT) == []
+    await up.says(b"other", wire.Health(1))
+    assert len(up.to(b"other", wire.HealthReport)) == 1
+
+
+async def test_one_that_nobody_knows_changes_nothing_and_is_asked_who_it_is(up: Pipeline) -> None:
+    request = await up.begin()
+    await up.says(b"x", wire.Done(request, VERDICT), wire.Failed(request, "busy", "no"))
+    assert set(map(type, up.to(b"x"))) == {wire.Who}
+    assert up.to(CLIENT, wire.Progress) == []
+    assert up.outcomes() == {}
+
+
+# ---- questions, health, the end -----------------------------------------------------------------
+
+
+async def test_the_target_answers_what_a_client_asks(up: Pipeline) -> None:
+    await up.says(CLIENT, wire.Detokenize(77, (20, 21)))
+    (question,) = up.to(TARGET, wire.Detokenize)
+    assert question.tokens == (20, 21)
+    await up.says(TARGET, wire.Rendered(question.call, "ab"))
+    assert up.to(CLIENT) == [wire.Rendered(77, "ab")]
+
+
+async def test_a_question_that_fails_is_answered_so(up: Pipeline) -> None:
+    await up.says(CLIENT, wire.Render(77, (("judge", "x"),)))
+    (question,) = up.to(TARGET, wire.Render)
+    await up.says(TARGET, wire.Failed(question.call, "invalid_request", "no role judge"))
+    await up.says(b"other", wire.Tokenize(5, "x", True))
+    await gone(up, TARGET)
+    assert up.to(CLIENT, wire.Failed) == [wire.Failed(77, "invalid_request", "no role judge")]
+    assert up.outcomes(b"other") == {5: ["worker_unavailable"]}
+
+
+async def test_health_tells_what_is_there(bare: Pipeline) -> None:
+    assert bare.core.health()["status"] == "loading"
+    await bare.says(DRAFT, hello("draft", 2, protocol=99))
+    assert "protocol 99" in bare.core.health()["refused"]["draft"]
+    bare.now += 5
+    await bare.join()
+    await bare.says(CLIENT, *(submit(call) for call in (1, 2, 3)), wire.Health(8))
+    (report,) = bare.to(CLIENT, wire.HealthReport)
+    assert report.call == 8
+    health = report.report
+    assert health["status"] == "ok"
+    assert health["refused"] == {}
+    assert health["uptime_s"] == 5.0
+    assert health["workers"]["target"] == {
+        "model": "target",
+        "device": "cpu",
+        "context": 512,
+        "slots": 2,
+        "step_s": 0.1,
+    }
+    assert health["mode"] == "pipelined"
+    assert bare.core.health()["requests"] == {"running": 2, "waiting": 1}
+
+
+@pytest.mark.parametrize(
+    ("cores", "mode"),
+    [
+        pytest.param("host:0", "pipelined", id="cores-of-their-own"),
+        pytest.param("host:1", "sync", id="the-same-core"),
+    ],
+)
+async def test_what_is_best_depends_on_whether_the_workers_share_a_device(
+    bare: Pipeline, cores: str, mode: str
+) -> None:
+    await bare.says(TARGET, hello("target", cores="host:1"))
+    await bare.says(DRAFT, hello("draft", 2, cores=cores))
+    await bare.says(CLIENT, submit(mode=None))
+    assert [one.mode for one in bare.to(CLIENT, wire.Started)] == [mode]
+
+
+async def test_stop_lets_everything_that_was_asked_for_finish(up: Pipeline) -> None:
+    await up.says(CLIENT, submit(1), submit(2), submit(3), wire.Stop(9), submit(4))
+    assert up.outcomes() == {4: ["busy"]}
+    assert [one.call for one in up.to(CLIENT, wire.HealthReport)] == [9]
+    for _ in range(2):
+        await up.verdict(up.orders(TARGET, Prefill)[-1].request, 1)
+    assert not up.core.stopped.is_set()
+    (left,) = up.core._requests.running
+    await up.verdict(left, 1)
+    assert up.outcomes() == {4: ["busy"], 2: ["stop"], 3: ["stop"], 1: ["stop"]}
+    async with asyncio.timeout(5):
+        await up.core.stopped.wait()
+
+
+async def test_stop_ends_what_is_idle(up: Pipeline) -> None:
+    await up.says(CLIENT, wire.Stop(9))
+    async with asyncio.timeout(5):
+        await up.core.run()
+
+
+async def test_closing_ends_each_request_with_one_error(up: Pipeline) -> None:
+    await up.says(CLIENT, submit(1), submit(2), submit(3), submit(4, prompt="text"))
+    running = list(up.core._requests.running)
+    await up.core.close()
+    assert up.outcomes() == {call: ["worker_unavailable"] for call in (1, 2, 3, 4)}
+    assert up.started() == [1, 2]  # nothing was started to no end
+    await up.says(TARGET, wire.Done(running[0], VERDICT))
+    assert up.to(CLIENT, wire.Progress) == []
+
+
+async def test_while_it_runs_the_silent_are_missed_without_a_message(
+    up: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("outrider_services.pipeline.coordinator.LOOK_S", 0.0)
+    await up.begin()
+    running = asyncio.ensure_future(up.core.run())
+    await turns()
+    up.now += 1.5
+    for _ in range(20):
+        await turns()
+    assert up.outcomes() == {1: ["worker_unavailable"]}
+    up.core.stopped.set()
+    await running
+    assert up.to(CLIENT, wire.Ping)  # and who has left is found out
