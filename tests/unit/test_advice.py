@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from outrider_services import processor
+from outrider.engines import processor
 from outrider_services.models import library
 from outrider_services.tuning import advice, forecasts
 from outrider_services.tuning.decisions import Decision, Trial, Variant

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from outrider_services import processor
+from outrider.engines import processor
 
 INTEL = """processor\t: 0
 model name\t: Some Xeon @ 2.00GHz

@@ -19,8 +19,8 @@ from pathlib import Path
 
 from outrider.client import AsyncClient, Completion, connect
 from outrider.core.values import Span
+from outrider.engines import processor
 from outrider.errors import ConfigError
-from outrider_services import processor
 from outrider_services.bench import peers
 from outrider_services.bench.plan import Arm, Plan, Prompt
 from outrider_services.bench.results import Results, Sample, geometric_mean

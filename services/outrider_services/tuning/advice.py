@@ -5,7 +5,7 @@ Every figure is one that was measured on this machine, or the forecast that foll
 
 from __future__ import annotations
 
-from outrider_services import processor
+from outrider.engines import processor
 from outrider_services.models import library
 from outrider_services.tuning import forecasts
 from outrider_services.tuning.decisions import Decision, Trial, Variant

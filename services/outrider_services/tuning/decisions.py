@@ -19,8 +19,9 @@ from typing import Any
 
 import platformdirs
 
+from outrider.engines import processor
 from outrider.errors import ModelUnusable
-from outrider_services import options, processor
+from outrider_services import options
 from outrider_services.models import fetching, library
 from outrider_services.options import Settings
 

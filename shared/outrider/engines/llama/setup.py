@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import logging
 import os
@@ -18,6 +17,7 @@ from typing import Any
 
 import psutil
 
+from outrider.engines import processor
 from outrider.errors import ModelNotFound, ModelUnusable
 
 log = logging.getLogger("outrider.engines.llama.engine")
@@ -170,9 +170,7 @@ def reasons() -> str:
 def has_instructions(name: str, lib: Any) -> bool:
     """Whether the library was built with these, such as "amx_int8", and the processor has them."""
     built = f"{name.upper()} = 1".encode() in lib.llama_print_system_info()
-    with contextlib.suppress(OSError):
-        return built and name in Path("/proc/cpuinfo").read_text()
-    return False
+    return built and name in processor.instructions()
 
 
 def check_kind(lib: Any, path: Path, model: Any) -> None:
