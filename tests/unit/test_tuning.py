@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
+from outrider.engines import processor
 from outrider.engines.llama import quantise
 from outrider.errors import ConfigError, ModelNotFound, ModelUnusable, RequestTimeout, WorkerLost
-from outrider_services import options, processor
+from outrider_services import options
 from outrider_services.models import catalogue, library
 from outrider_services.options import Settings
 from outrider_services.tuning import advice, decisions, forecasts, probe, search
