@@ -38,6 +38,7 @@ def main() -> None:
     engine = LlamaEngine.load(path, LlamaSettings(context=1024, slots=1, threads=2))
     moved: dict[int, list[float]] = {block: [] for block in BLOCKS}
     for prompt in PROMPTS:
+        engine.rewind(0, 0)
         text = engine.tokenize(prompt, special=True)
         answer = list(islice(alone(engine, text, Sampling(temperature=0)), COUNT))
         engine.rewind(0, len(text) - 1)

@@ -1,7 +1,7 @@
 """The whole algorithm in one thread: read this first.
 
-The pipeline computes the same, with target and draft at work at the same time and messages between
-them. The text depends on target, prompt and sampling alone, whatever the drafter says.
+The pipeline computes the same with target and draft at work at the same time and messages between
+them. The text depends on target, prompt and sampling alone, not on what is drafted.
 """
 
 from __future__ import annotations
@@ -18,36 +18,38 @@ from outrider.core.values import TokenId
 def generate(
     target: Engine, drafter: Drafter, prompt: Sequence[TokenId], sampling: Sampling, n_draft: int
 ) -> Iterator[list[TokenId]]:
-    """What `target` says after `prompt`, block by block, with up to `n_draft` tokens drafted ahead.
+    """What `target` says after `prompt`, block by block, verifying up to `n_draft` tokens at once.
 
-    Both use their slot 0, which has to be free. Ends behind an end token; else whoever iterates
-    stops, before the target's context is full.
+    Both use their slot 0, which has to be empty. Ends after an end token; otherwise whoever
+    iterates stops before the target's context is full.
     """
-    text, stock = list(prompt), list[TokenId]()  # committed; drafted behind it, but not verified
-    ends = target.info.vocabulary.ends
+    text, stock = list(prompt), list[TokenId]()  # committed; drafted after it, not yet verified
+    ends, chunk = target.info.vocabulary.ends, target.info.chunk
+    for start in range(0, len(text) - 1, chunk):  # the prompt, but for its last token
+        target.extend(0, text[start:-1][:chunk], 0)
     drafter.open(0, sampling, target.info.vocabulary.size)
     while text[-1] not in ends or len(text) == len(prompt):
+        # the target evaluates its last token and a block of drafted ones in one pass …
         block = stock[:n_draft]
-        # the target evaluates its last token and the block in one pass …
-        for start in range(target.length(0), len(text) - 1, target.info.chunk):
-            target.extend(0, text[start : len(text) - 1][: target.info.chunk], 0)
         rows = target.extend(0, [text[-1], *block], len(block) + 1)
-        # … and meanwhile, in the pipeline at the same time, the draft rides on behind the block
-        while len(stock) <= 2 * n_draft and not set(stock) & set(ends):
-            read, drafted = drafter.read(0), drafter.propose(0, text + stock)
+        # … while, in the pipeline at the same time, the draft goes on: it guesses the token that
+        # the target will add to the block, and drafts the next block after that
+        while len(stock) < n_draft + 1 + n_draft and not set(stock) & set(ends):
+            known = drafter.read(0)
+            drafted = drafter.propose(0, text + stock)
             stock += [one.token for one in drafted]
-            if not drafted and drafter.read(0) == read:
-                break  # it has no idea
-        # the target chooses at each row, up to the first choice that was not drafted
+            if not drafted and drafter.read(0) == known:
+                break  # nothing to add
+        # the target chooses row by row, until its choice is not what was drafted there
         prefixes = (text + block[:n] for n in range(len(block) + 1))
         choices = (choose(row, sampling, p, len(p)) for row, p in zip(rows, prefixes, strict=True))
         committed = list(verify(block, choices, ends).tokens)
-        # a hit: all of it, the last token too, is what the draft has gone on from. Else a miss: the
-        # draft's text is rolled back to where it differs, and its stock is void
-        same = [one == other for one, other in zip(stock, committed, strict=False)]
-        if not all(same):
-            drafter.cut(0, len(text) + same.index(False))
+        # a hit: the stock begins with all of it, so the next block is there already. A miss: they
+        # differ somewhere; the draft is rolled back to there, and the next block is empty
+        agrees = [one == other for one, other in zip(stock, committed, strict=False)]
+        if not all(agrees):
+            drafter.cut(0, len(text) + agrees.index(False))
             stock = []
         text, stock = text + committed, stock[len(committed) :]
-        target.rewind(0, min(target.length(0), len(text) - 1))  # what it evaluated in vain
+        target.rewind(0, len(text) - 1)  # rolled back, too, where the block was not accepted whole
         yield committed
