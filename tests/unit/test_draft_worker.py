@@ -53,6 +53,7 @@ class ByHeart:
         self.opened: list[tuple[int, int]] = []
         self.forgotten: list[int] = []
         self.asked: list[tuple[int, tuple[TokenId, ...]]] = []
+        self.cuts: list[tuple[int, int]] = []
         self.is_cut = False
 
     def open(self, slot: int, sampling: Sampling, vocabulary: int) -> None:
@@ -61,6 +62,7 @@ class ByHeart:
         self.opened.append((slot, vocabulary))
 
     def cut(self, slot: int, length: int) -> None:
+        self.cuts.append((slot, length))
         self.texts[slot] = min(self.texts[slot], length)
 
     def read(self, slot: int) -> int:
@@ -202,6 +204,7 @@ async def test_where_the_target_said_something_else_a_lineage_begins(desk: Desk)
     (more,) = await desk.proposals()
     assert (more.lineage, more.position, ids_of(more.drafted)) == (2, 6, SONG[41:44])
     assert desk.drafter.asked[-1] == (0, (*SONG[:5], SONG[40]))
+    assert desk.drafter.cuts[-1] == (0, 5)
 
 
 async def test_a_commit_that_does_not_follow_is_not_believed(desk: Desk) -> None:
@@ -358,6 +361,13 @@ async def test_two_requests_take_turns_and_tell_how_long_they_waited(desk: Desk)
         (2, 7, 1.0, 1.0),
     ]
     assert desk.drafter.opened == [(0, 200), (1, 200)]
+
+
+async def test_having_waited_is_told_once(desk: Desk) -> None:
+    desk.open(1, until=7)
+    desk.open(2, text=SONG[20:24], until=10)
+    desk.drafter.meanwhile = lambda: desk.worker.handle(wire.Close(1))
+    assert [one.waited_s for one in await desk.proposals()] == [1.0, 0.0]
 
 
 async def test_time_in_which_nothing_was_to_be_drafted_is_no_waiting(desk: Desk) -> None:
