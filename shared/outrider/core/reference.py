@@ -20,8 +20,8 @@ def generate(
 ) -> Iterator[list[TokenId]]:
     """What `target` says after `prompt`, block by block, with up to `n_draft` tokens drafted ahead.
 
-    Both use their slot 0, which has to be free. Ends behind an end token; else whoever iterates
-    stops, before the target's context is full.
+    Both use their slot 0, which must be free. It ends behind an end token; otherwise the caller
+    must stop iterating before the target's context is full.
     """
     text, stock = list(prompt), list[TokenId]()  # committed; drafted behind it, but not verified
     ends = target.info.vocabulary.ends
@@ -42,12 +42,12 @@ def generate(
         prefixes = (text + block[:n] for n in range(len(block) + 1))
         choices = (choose(row, sampling, p, len(p)) for row, p in zip(rows, prefixes, strict=True))
         committed = list(verify(block, choices, ends).tokens)
-        # a hit: all of it, the last token too, is what the draft has gone on from. Else a miss: the
+        # a hit: the draft has gone on from all of these tokens, the last one too. A miss: the
         # draft's text is rolled back to where it differs, and its stock is void
         same = [one == other for one, other in zip(stock, committed, strict=False)]
         if not all(same):
             drafter.cut(0, len(text) + same.index(False))
             stock = []
         text, stock = text + committed, stock[len(committed) :]
-        target.rewind(0, min(target.length(0), len(text) - 1))  # what it evaluated in vain
+        target.rewind(0, min(target.length(0), len(text) - 1))  # drop what it evaluated in vain
         yield committed
