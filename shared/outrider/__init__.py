@@ -79,7 +79,7 @@ __all__ = [
 ]
 
 
-if not TYPE_CHECKING:  # which would let every misspelt name pass
+if not TYPE_CHECKING:  # else type checkers would let every misspelt name pass
 
     def __getattr__(name: str) -> object:
         """The client's names, on first use: the core can be had without sockets (PEP 562)."""

@@ -107,5 +107,5 @@ BY_CODE: dict[str, type[OutriderError]] = {
 
 
 def from_code(code: str, message: str) -> OutriderError:
-    """The error that a peer reported, as the class of ours that has its code."""
+    """The error that a peer reported, as our class with that code, else as InternalError."""
     return BY_CODE.get(code, InternalError)(message)

@@ -1,7 +1,7 @@
 """Which drafted tokens are accepted: those that the target chose itself.
 
-Verifying by equality keeps the text exactly the target's own, for `choose` draws each choice from
-the target's distribution with noise that depends on the position alone (`outrider.core.sampling`).
+Verifying by equality keeps the text exactly the target's own: `choose` draws each choice from the
+target's distribution, with noise that depends on the position alone (`outrider.core.sampling`).
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ def verify(
 ) -> Verdict:
     """Keep the longest prefix of `drafted` that the target chose itself, and its next own token.
 
-    `choices` is read up to the first difference, for later rows saw another prefix, or up to the
-    first of `ends`, for nothing follows an end token. An empty draft is plain decoding.
+    `choices` is read up to the first difference, because later rows saw another prefix, or up to
+    the first of `ends`, because nothing follows an end token. With nothing drafted this is plain
+    decoding. Raises ValueError if `choices` ends too early.
 
     >>> verdict = verify([1, 2, 3], [1, 2, 9])
     >>> verdict.accepted, verdict.tokens
@@ -40,7 +41,7 @@ def verify(
 def contradiction(
     verdict: Verdict, drafted: Sequence[TokenId], ends: Container[TokenId], vocabulary: int
 ) -> str | None:
-    """What makes this `verdict` on `drafted` impossible, if anything does.
+    """What makes this `verdict` on `drafted` impossible; None if it is possible.
 
     The target knows ids below `vocabulary`.
     """

@@ -9,19 +9,21 @@ PATIENCE_S = (0.02, 0.5)  # least and most wait for one drafted token
 
 
 class DraftState(Enum):
+    """The states are explained in `outrider.core.session`."""
+
     ABSENT, IDLE, DRAFTING, PAUSED, LATE = auto(), auto(), auto(), auto(), auto()
 
 
 @dataclass(slots=True)
 class DraftRecord:
-    """Positions are of the text, times on the session's clock."""
+    """Positions count tokens of the text; times are seconds on the session's clock."""
 
     state: DraftState = DraftState.ABSENT
     told: int = 0  # it knows the committed text up to here
     told_at: float = 0.0  # when the target last fell idle and the draft was told
     read: int = 0  # it has certainly taken in the text up to here
     until: int = 0  # its leave
-    granted: int = 0  # the most that ever was: a token may have been on its way
+    granted: int = 0  # the farthest that its leave ever was: such a token may be on its way
     floors: tuple[float, ...] = ()
     next_at: float = 0.0  # its next token is expected
     gap_s: float = PATIENCE_S[1] / 4  # its usual time for a token

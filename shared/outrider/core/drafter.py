@@ -1,8 +1,8 @@
-"""What a draft worker drives: whatever proposes tokens. A model over an engine is one of them.
+"""What a draft worker drives: anything that proposes tokens, such as a model over an engine.
 
-Nothing outside a drafter knows how it comes to its tokens: it need not have logits, a vocabulary
-or a file. The text of an answer never depends on it, so it may guess as it likes; what it says of
-its confidence is learnt against what the target then chose.
+Nothing outside a drafter knows how it finds its tokens: it need not have logits, a vocabulary or a
+file. The text of an answer never depends on it, so it may guess as it likes. How far to trust its
+confidences is learnt from what the target then chooses.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from outrider.core.values import Drafted, TokenId
 
 @dataclass(frozen=True, slots=True)
 class DrafterInfo:
+    """What a drafter is, and how much it can follow."""
+
     name: str
     vocabulary: Vocabulary | None  # None: it takes the target's ids as they are
     context: int  # tokens that one text can have
@@ -33,23 +35,23 @@ class Drafter(Protocol):
     """
 
     info: DrafterInfo
-    token_s: float  # what one drafted token takes, measured when it was made
+    token_s: float  # what one drafted token takes, measured when the drafter was made
 
     def open(self, slot: int, sampling: Sampling, vocabulary: int) -> None:
         """A text begins in `slot`; ids from `vocabulary` on do not exist in the target."""
 
     def cut(self, slot: int, length: int) -> None:
-        """From position `length` on, the text has become another (a rollback)."""
+        """The text has changed from position `length` on (a rollback)."""
 
     def read(self, slot: int) -> int:
-        """How many tokens of the text it has taken in."""
+        """How many tokens of the text in `slot` it has taken in."""
 
     def propose(self, slot: int, text: Sequence[TokenId]) -> tuple[Drafted, ...]:
-        """One or more tokens to follow `text`, one behind the other.
+        """One or more tokens to follow `text`, in order; none if it has no idea.
 
-        Nothing, if it has no idea, or if it could not take in all of a long text at once: then
-        `read` is below len(text), and it is to be asked again. Raises `Cancelled` where `cancel`
-        cut it short, `EngineFault` where it failed, ValueError for a text that it cannot follow.
+        There is none, either, if it could not take in all of a long text at once: `read` is then
+        below len(text), and it must be asked again. Raises `Cancelled` where `cancel` cut it short,
+        `EngineFault` where it failed, ValueError for a text that it cannot follow.
         """
 
     def forget(self, slot: int) -> None:

@@ -21,7 +21,7 @@ class EngineFault(Exception):
 
 
 class Vocabulary(Value, frozen=True):
-    """The fingerprint by which two models are known to speak the same tokens."""
+    """The fingerprint of a vocabulary: models with equal ones mean the same text by each id."""
 
     kind: Word  # "bpe", "spm", ..., as the model file says
     size: Count
@@ -35,6 +35,8 @@ class Vocabulary(Value, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
+    """What an engine holds, and how much of it can be used."""
+
     name: str
     vocabulary: Vocabulary
     context: int  # tokens that one sequence can hold
@@ -55,14 +57,17 @@ class Engine(Protocol):
     def extend(self, slot: int, tokens: Sequence[TokenId], rows: int) -> Scores:
         """Append `tokens` to the sequence in `slot`; return the logits that follow the last ones.
 
-        The result has shape (rows, vocabulary), float32, the last row following the last token;
-        `rows` ≤ len(tokens), 0 for none. It is a view that the next `extend` overwrites.
+        The result is float32 of shape (rows, vocabulary); its last row follows the last token.
+        `rows` is from 0 to len(tokens). It is a view that the next `extend` overwrites.
         Raises `Cancelled`, `EngineFault`, or ValueError for arguments out of range (checked before
         anything is touched).
         """
 
     def rewind(self, slot: int, length: int) -> None:
-        """Keep only the first `length` tokens of the sequence in `slot`; 0 frees it."""
+        """Keep only the first `length` tokens of the sequence in `slot`; 0 frees it.
+
+        Raises ValueError where it holds fewer, `EngineFault` where the cache cannot be cut.
+        """
 
     def length(self, slot: int) -> int:
         """How many tokens the sequence in `slot` holds."""
@@ -83,7 +88,7 @@ class Engine(Protocol):
         """The vocabulary's own text of `token`, also of control tokens: to compare, to show."""
 
     def render(self, messages: Sequence[tuple[str, str]]) -> str:
-        """The chat template around (role, content) pairs, ending where the answer begins."""
+        """The chat template applied to (role, content) pairs; it ends where the answer begins."""
 
     def close(self) -> None:
         """Free the model and its cache."""

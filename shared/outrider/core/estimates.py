@@ -1,4 +1,4 @@
-"""What a rule is told: what things cost, and how likely drafted tokens are accepted."""
+"""What rules decide by: what things cost, and how likely drafted tokens are accepted."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 
 Values = NDArray[np.float64]
 
-LONGEST = 15  # most drafted tokens of a block that prices are worked out for
+LONGEST = 15  # the longest block, in drafted tokens, that prices are worked out for
 
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """What things take, in seconds."""
+    """What each step takes, in seconds."""
 
     verify_s: tuple[float, ...]  # a pass over 1, 2, 3 … rows
     draft_s: float  # one drafted token
@@ -25,7 +25,7 @@ class Costs:
     turn_s: float = 0.0  # added to the first drafted token where draft and target take turns
 
     def passes(self, longest: int) -> Values:
-        """Seconds of a round with 0 … `longest` drafted tokens."""
+        """Seconds of a round with 0 … `longest` drafted tokens: [longest + 1]."""
         rows = np.arange(1, longest + 2)
         known = np.arange(1, len(self.verify_s) + 1)
         slope = max(0.0, self.verify_s[-1] - self.verify_s[-2]) if len(self.verify_s) > 1 else 0.0
@@ -35,13 +35,13 @@ class Costs:
 
 
 class CostModel:
-    """The costs of a pair of workers: calibrated when they were loaded, followed ever after.
+    """The costs of a pair of workers: measured when they are loaded, then kept up to date.
 
-    A measurement moves the number of rows that it is of, and a little all others with it, as a
-    machine that has become slower is so for all. Of the draft only a few passes were measured at
-    load, maybe while the target was loaded too: what its first tokens take counts for more. `costs`
-    stay as they are until one is off by 5 % and 0.5 % of a plain step, so that what is solved for
-    them can be kept.
+    A measurement moves the cost of its own number of rows, and a little those of all others: a
+    machine that has become slower is slower for all. Only a few passes of the draft are measured at
+    load, perhaps while the target is loading too, so its first tokens count for more. `costs` only
+    change when one is off by more than 5 % and more than 0.5 % of a plain step: until then whatever
+    was solved for them still holds.
     """
 
     OWN, SHARED, OFF, NEGLIGIBLE = 0.2, 0.05, 0.05, 0.005
@@ -51,11 +51,12 @@ class CostModel:
         self._draft = math.log(max(draft_s, 1e-6))
         self._link = math.log(link_s)
         self._turn = self._draft + math.log(0.3)
-        self._tokens = 4  # drafted so far; what was measured at load counts for as many
+        self._tokens = 4  # drafted so far; the measurement at load counts as the first four
         self._changed = False
         self._hold(np.exp([*self._verify, self._draft, self._link, self._turn]))
 
     def verified(self, rows: int, elapsed_s: float, round_trip_s: float) -> None:
+        """A pass over `rows` rows took `elapsed_s`, and `round_trip_s` with its messages."""
         if not 1 <= rows <= len(self._verify):
             return
         error = _bounded(math.log(max(elapsed_s, 1e-6)) - self._verify[rows - 1])
@@ -66,10 +67,10 @@ class CostModel:
         self._changed = True
 
     def drafted(self, each_s: float, count: int = 1, turn_s: float | None = None) -> None:
-        """`count` tokens took `each_s`, and the draft's turn took `turn_s` beside them."""
+        """`count` tokens took `each_s` each; beginning a turn, if they did, took `turn_s`."""
         self._tokens += count
         weight = max(1 - (1 - self.SHARED) ** count, count / self._tokens)
-        # faster than it can be is no disturbance, so only what is slower is bounded
+        # disturbances only make it slower, so only that side is bounded
         self._draft += weight * min(math.log(max(each_s, 1e-6)) - self._draft, math.log(2))
         if turn_s is not None:
             self._turn += self.SHARED * _bounded(math.log(max(turn_s, 1e-5)) - self._turn)
@@ -94,24 +95,24 @@ class CostModel:
 
 
 def _bounded(error: float) -> float:
-    """One measurement that was disturbed must not count for more than a doubling."""
+    """At most a doubling or halving: one disturbed measurement must not count for more."""
     return min(max(error, -math.log(2)), math.log(2))
 
 
-# How often tokens of a doubt were accepted, fitted to the default pair: draft as q4_0, greedy,
-# 1,644 tokens of six kinds of text, as `outrider bench --record` wrote them (tests/sim has the
-# file). Other pairs are near; what differs, `Acceptance.trust` follows. To refit: scripts/refit.
+# How often tokens of each `doubt` were accepted. Fitted to the default pair: draft as q4_0, greedy,
+# 1,644 tokens of six kinds of text, recorded by `outrider bench --record` (the file is in
+# tests/sim). Other pairs are close; `Acceptance.trust` follows the rest. To refit: scripts/refit.
 DOUBTS = (0.0, 0.5, 1.5, 2.5, 3.5, 4.5, 6.0)
 CAME_TRUE = (0.22, 0.5, 0.70, 0.86, 0.925, 0.965, 0.995)
 
 
 def doubt(confidence: float) -> float:
-    """How unsure a draft is, in halvings of the probability that it is wrong; at most 13.3."""
+    """How sure a draft is: how often its probability of being wrong was halved, at most 13.3."""
     return -math.log2(max(1 - confidence, 1e-4))
 
 
 def usual_acceptance(confidence: float) -> float:
-    """How often tokens of this confidence were accepted, of drafts in general."""
+    """How often drafted tokens of this confidence are accepted, whatever the pair."""
     at = doubt(confidence)
     above = bisect.bisect(DOUBTS, at, 1, len(DOUBTS) - 1)
     low, high = DOUBTS[above - 1], DOUBTS[above]
@@ -128,7 +129,7 @@ class Acceptance:
         self._came, self._foretold = weight, weight
 
     def observe(self, good: bool, confidence: float) -> None:
-        """A drafted token of this confidence was accepted or not."""
+        """A drafted token of this confidence was accepted (`good`) or not."""
         fade = 1 - 1 / self._memory
         self._good, self._seen = self._good * fade + good, self._seen * fade + 1
         self._came = self._came * fade + good
@@ -140,11 +141,12 @@ class Acceptance:
 
     @property
     def trust(self) -> float:
-        """How much of the accepted tokens that the confidences foretold there were; at most 1."""
+        """Tokens accepted lately, as a share of those that the confidences foretold; at most 1."""
         weight = self._weight
         return min(1.0, (self._came + weight) / (self._foretold + weight))
 
     def of(self, confidences: Sequence[float]) -> Values:
+        """The acceptances that these confidences foretell, in the same order: [tokens]."""
         trust = self.trust
         return np.array([trust * usual_acceptance(confidence) for confidence in confidences])
 
@@ -154,7 +156,7 @@ BETWEEN = tuple(map(float, (LEVELS[1:] + LEVELS[:-1]) / 2))
 
 
 class Spread:
-    """How the acceptances of drafted tokens are spread lately: the weight of each of `LEVELS`."""
+    """How the acceptances of recent drafted tokens are spread: a weight for each of `LEVELS`."""
 
     OFF = 0.1
 
@@ -169,6 +171,7 @@ class Spread:
         self._held = self.weights
 
     def observe(self, likely: Iterable[float]) -> None:
+        """Tokens with these acceptances were drafted."""
         for acceptance in likely:
             self._seen = [seen * self._fade for seen in self._seen]
             self._seen[bisect.bisect_left(BETWEEN, acceptance)] += 1
@@ -180,7 +183,7 @@ class Spread:
 
     @property
     def steady(self) -> tuple[float, ...]:
-        """The weights, or what they were before, while that is off by little: see `CostModel`."""
+        """The weights, unchanged as long as they are off by little: see `CostModel`."""
         weights = self.weights
         pairs = zip(weights, self._held, strict=True)
         if sum(abs(weight - held) for weight, held in pairs) > self.OFF:

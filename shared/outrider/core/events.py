@@ -1,6 +1,6 @@
-"""What a session is told (events), and what it says is to be done (commands).
+"""What a session is told (events), and what it wants done (commands).
 
-Some are values that a worker sends or is sent: those are in `outrider.core.values`, or orders here.
+Those that a worker sends or receives are values: see `outrider.core.values`, and the orders here.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Task:
     """What is to be generated."""
 
     prompt: tuple[TokenId, ...]
-    n_predict: int | None  # exact number of tokens; None: until the context is full
+    n_predict: int | None  # most tokens to generate; None: until the context is full
     stop: tuple[str, ...]
     ends: frozenset[TokenId]
     context: int  # most tokens of prompt and answer together
@@ -59,7 +59,7 @@ class DraftReady:
 
 @dataclass(frozen=True, slots=True)
 class DraftLost:
-    """It died, hung or refused: what it drafted is still good to verify."""
+    """The draft worker died, hung or refused; what it drafted may still be verified."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,9 +94,9 @@ class Prefill(Order, frozen=True):
 
 
 class OpenDraft(Order, frozen=True):
-    """The draft is to go on from `tokens`, up to but not including position `until`.
+    """The draft is to go on behind `tokens`, up to but not including position `until`.
 
-    Those from position `base` on are not committed yet: the next `Commit` begins there.
+    Tokens from position `base` on are not committed yet: the next `Commit` begins there.
     """
 
     lineage: Count
@@ -112,8 +112,8 @@ class OpenDraft(Order, frozen=True):
 class Commit(Order, frozen=True):
     """The text from `base` on; where it differs from what was drafted, a new lineage starts.
 
-    With n drafted tokens ahead of it, the draft goes on only if the product of their usual
-    acceptances (`outrider.core.estimates`) is at least the n-th of `floors`, or there is no n-th.
+    The draft, n drafted tokens ahead of it, goes on only if the product of their usual acceptances
+    (`outrider.core.estimates`) is at least the n-th of `floors`, or if there is no n-th.
     """
 
     base: Count

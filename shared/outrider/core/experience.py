@@ -1,4 +1,4 @@
-"""What the requests of a pipeline learn from each other, and when a draft that loses is to rest."""
+"""What the requests of a pipeline learn from each other, and when a losing draft rests."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from outrider.core import stopping
 from outrider.core.estimates import LEVELS, LONGEST, Acceptance, CostModel, Spread
 
 CERTAIN = (0.0,) * (len(LEVELS) - 1) + (1.0,)  # the spread of a draft that is nearly always right
-PROBES = (8, 24, 72, 512)  # plain steps until a draft that fails is tried again: each time longer
-DOUBT = 1 / 32  # of the time of plain steps: to try a draft that has failed, or could never pay
+PROBES = (8, 24, 72, 512)  # plain steps before a failing draft is tried again, longer each time
+DOUBT = 1 / 32  # most that a trial may take, as a share of the plain steps since the last one
 
 
 class Experience:
-    """Each request of a pipeline starts where the last one has ended.
+    """What was learnt so far: each request starts where the last one has ended.
 
-    There is one for each mode, for in turns a drafted token also costs its messages.
+    There is one for each mode, because in sync mode a drafted token also costs its messages.
     """
 
     def __init__(self, costs: CostModel) -> None:
@@ -23,13 +23,13 @@ class Experience:
         self.acceptance = Acceptance(memory=300)
         self.spread = Spread(memory=300)
         self.guard = Guard()
-        # what the guard reckons in: the cost model moves a plain step with passes over more rows
+        # the guard's unit: only plain steps move it; in the cost model every pass moves every cost
         self.step_s = costs.costs.verify_s[0] + costs.costs.link_s
         self.plain_steps, self.patience = PROBES[0], PROBES[0]  # the first probe is at once
-        self.prompt_steps = 0.0  # what the draft took for the prompt of the last request
+        self.prompt_steps = 0.0  # what the last prompt took the draft, in plain steps
 
     def begin(self) -> None:
-        """A request begins: on another text a draft may pay that did not on the last."""
+        """A request begins: a draft that did not pay on the last text may pay on this one."""
         self.guard.begin()
         if self.patience < PROBES[-1]:
             self.plain_steps = self.patience
@@ -39,9 +39,9 @@ class Experience:
         self.step_s += 0.2 * (min(elapsed_s, 2 * self.step_s) - self.step_s)
 
     def probes(self, block: int | None) -> bool:
-        """Whether a draft that did not pay (`block` 0) is to be tried again, ever less often.
+        """Whether to try a draft again that did not pay (`block` is 0); ever less often.
 
-        Nothing else would show that it has become better, or never cost what it did at load.
+        Nothing else would show that it has become better, or that it cost too much only at load.
         """
         if block != 0:
             self.plain_steps, self.patience = 0, PROBES[0]
@@ -66,8 +66,8 @@ class Experience:
 class Guard:
     """Keeps account of the time that drafts have saved or lost, and lets them rest when they lose.
 
-    Costs and confidences can mislead, such as those of a draft that is sure and wrong. The account
-    cannot: it is in plain steps of the target, and stands for at most `CREDIT` of them.
+    Costs and confidences can mislead: a draft may be sure and wrong. The account cannot. It counts
+    in plain steps of the target and never exceeds `CREDIT` of them.
     """
 
     LOSS, CREDIT, RESTS = 2.5, 6.0, (24, 256)
@@ -82,17 +82,17 @@ class Guard:
         return self._left > 0
 
     def begin(self) -> None:
-        """A request begins: it may not lose what others have saved.
+        """A request begins: it may not spend what others have saved.
 
-        A draft that has gained lately is not to rest for what it lost on another text; one that
-        has gained nothing in spite of several attempts is.
+        A draft that has gained lately need not rest for what it lost on another text. One that has
+        gained nothing in several attempts must.
         """
         self._saved = min(self._saved, 0.0)
         if self._rest <= 2 * self.FORGIVEN:  # the next would be twice as long
             self._left = 0
 
     def excuse(self, steps: float) -> None:
-        """What had to be paid once counts for nothing."""
+        """Do not count `steps` that had to be paid once, such as for a prompt."""
         self._saved += steps
 
     def committed(self, tokens: int, spent_s: float, step_s: float) -> None:

@@ -1,17 +1,17 @@
-"""The price of time while the draft goes on: how much to verify now, or whether to wait.
+"""The price of time in pipelined mode: how many drafted tokens to verify now, or whether to wait.
 
-Let `rate` be the tokens per second that the best rule reaches on text like the recent one. A second
-then costs `rate` tokens, and an action is worth the tokens that it is expected to commit, minus
-rate times the seconds that it takes, plus the value of the drafted stock that it leaves. This is an
+Let `rate` be the tokens per second that the best rule reaches on text like the recent text. Then a
+second costs `rate` tokens. An action is worth the tokens that it is expected to commit, minus the
+cost of the seconds that it takes, plus the value of the stock that it leaves. This is an
 average-reward semi-Markov decision process (Howard, "Dynamic Programming and Markov Processes",
-1960) whose state is the stock. It is solved twice: once for stocks of equally good tokens, which
-gives the rate and the value of drafts that do not exist yet; then, at each decision, for the very
-tokens that are there, each with the acceptance that its confidence foretells. No block length is
-tuned; where drafts are bad, it is 0.
+1960) whose state is the stock. It is solved twice. The first solution is for stocks of equally good
+tokens: it gives the rate and the value of tokens not drafted yet. The second, at each decision, is
+for the tokens really in stock, each with the acceptance that its confidence foretells. No block
+length is tuned; where drafts are bad, the best one is 0.
 
 Where draft and target take turns, the stopping rule of `outrider.core.stopping` decides instead.
 
-Array axes: `stock` = 0 … DEEPEST drafted tokens there, `block` = 0 … LONGEST of them verified.
+Array axes: `stock` = 0 … DEEPEST drafted tokens in stock, `block` = 0 … LONGEST of them verified.
 Values are in tokens, times in seconds.
 """
 
@@ -26,15 +26,15 @@ from numpy.typing import NDArray
 
 from outrider.core.estimates import LONGEST, Costs, Values
 
-DEEPEST = 24  # drafted tokens ahead that are told apart: more add nothing
+DEEPEST = 24  # a stock of more drafted tokens counts as one of so many: more add nothing
 FARTHEST = 16  # drafted tokens in stock that a decision looks at one by one
-WAIT_GAIN = 0.005  # tokens: waiting for less only adds decisions
-GRID = 0.02  # acceptances are rounded to this, so that few processes are ever solved
-LEAST, MOST = 0.3, 0.96  # acceptances beyond are taken for these
+WAIT_GAIN = 0.005  # tokens; waiting for a smaller gain only adds decisions
+GRID = 0.02  # acceptances are rounded to multiples of this, so that few processes are solved
+LEAST, MOST = 0.3, 0.96  # acceptances outside this range are moved to its ends
 
 
 def rounded(acceptance: float) -> float:
-    """The acceptance that stands for this one in `solve`."""
+    """The acceptance on the grid that stands for this one in `solve`."""
     return min(max(round(acceptance / GRID) * GRID, LEAST), MOST)
 
 
@@ -43,25 +43,25 @@ def rounded(acceptance: float) -> float:
 
 @functools.lru_cache(maxsize=256)
 def solve(costs: Costs, acceptance: float) -> tuple[float, Values]:
-    """The best rate, and the value of a stock of tokens of this `acceptance` each, by its size.
+    """The best rate, in tokens per second, and the values of stocks by their size: [stock].
 
-    The values have shape [stock]. A draft that fails leaves no stock, so every failure begins the
-    process anew.
+    Every token has this `acceptance`. One that is not accepted empties the stock, so that the
+    process begins anew.
     """
     stock = np.arange(DEEPEST + 1)[:, None]
     block = np.arange(LONGEST + 1)[None, :]
     seconds = costs.passes(LONGEST)[None, :]
     gain = (1 - acceptance ** (block + 1)) / (1 - acceptance)  # [1, block]
-    # what is left if all goes well, the draft having gone on meanwhile: [stock, block]
+    # the stock left after a hit, with what is drafted during the pass: [stock, block]
     left = stock - block - 1 + np.minimum(seconds / costs.draft_s, DEEPEST - stock)
     hit = np.where(left >= 0, acceptance ** (block + 1), 0.0)
     left = np.clip(left, 0, DEEPEST)
-    low = np.minimum(left.astype(int), DEEPEST - 1)  # and `part` of the way from there to low + 1
+    low = np.minimum(left.astype(int), DEEPEST - 1)  # and `part` of the way to low + 1
     part = left - low
     barred = np.where(block <= stock, 0.0, -1e9)
 
-    # policy iteration (Howard 1960): the rate and values of a policy are the solution of linear
-    # equations in which the value of no stock is 0, so the rate can take its place
+    # policy iteration (Howard 1960): a policy's rate and values solve a system of linear equations;
+    # the value of an empty stock is 0 and not unknown, so the rate takes its place in the system
     here = np.arange(DEEPEST + 1)
     chosen = np.minimum(here, LONGEST)  # the block to verify, by stock
     for _ in range(50):
@@ -81,7 +81,7 @@ def solve(costs: Costs, acceptance: float) -> tuple[float, Values]:
 
 
 def forecast(costs: Costs, acceptance: float, pipelined: bool) -> float:
-    """Tokens per second, were every drafted token accepted so often; never below the target alone.
+    """Tokens per second if drafted tokens have this acceptance; never less than the target alone.
 
     `pipelined`: the draft goes on while the target verifies; otherwise they take turns.
     """
@@ -101,8 +101,8 @@ def plan(
 ) -> int | None:
     """How many drafted tokens to verify now while the draft goes on; None: wait for the next.
 
-    `likely` [tokens in stock] are their acceptances, `average` that of tokens to come; at most
-    `limit` may be verified. The next token is there in `next_s` seconds (None: no more can come).
+    `likely` [tokens in stock] are their acceptances, `average` is that of later tokens. At most
+    `limit` may be verified. The next token comes in `next_s` seconds; None: none can come.
     """
     appraisal = appraise(costs, average, likely, limit)
     if next_s is not None and len(likely) < min(limit, FARTHEST):
@@ -113,17 +113,17 @@ def plan(
 
 
 class Appraisal(NamedTuple):
-    """Values are tokens."""
+    """What can be done with a stock, and what that is worth in tokens."""
 
     block: int  # the best number of drafted tokens to verify now
-    now: float  # the value of doing so
+    now: float  # the value of verifying so many now
     with_one_more: float  # the value of the same stock and one more token of average acceptance
 
 
 def appraise(costs: Costs, average: float, likely: Values, limit: int) -> Appraisal:
     """What the stock is worth; arguments as in `plan`.
 
-    Done between a verdict and the target's next pass, hence the tables.
+    It is called between a verdict and the target's next pass, so it must be fast: hence the tables.
     """
     acceptance = rounded(average)
     known, rows = min(len(likely), FARTHEST), min(LONGEST, limit) + 1
@@ -131,15 +131,15 @@ def appraise(costs: Costs, average: float, likely: Values, limit: int) -> Apprai
     if not known:
         return Appraisal(0, prospect.alone, float(prospect.unknown[0, min(1, limit)]))
     likely = np.concatenate((likely[:known], np.full(rows, acceptance)))
-    # worth[i, m]: the value of what is left when i of the tokens in stock are committed and m more
-    # have been drafted behind the last one; filled from the last token in stock to the first
+    # worth[i, m]: the value of the stock when its first i tokens are committed and m more are
+    # drafted behind its last one. Rows are filled from the last token in stock to the first
     worth = np.concatenate((np.empty((known, DEEPEST + 1)), prospect.unknown[: rows + 1]))
     block = 0
     for start in range(known - 1, -1, -1):
         left = _leftovers(costs)[known - start]
-        # nothing is drafted behind the known tokens yet: the first is verified now, or after one
+        # two values are asked for of the whole stock: with nothing drafted behind it, and with one
         of = np.s_[:rows, : DEEPEST + 1 if start else 2]
-        reach = likely[start : start + rows].cumprod()  # [block]: all of it is accepted
+        reach = likely[start : start + rows].cumprod()  # [block]: chance that all is accepted
         gain = reach.cumsum() - reach
         behind = worth[start + 1 :].ravel()
         fewer = behind.take(left.at[of])
@@ -154,16 +154,16 @@ def appraise(costs: Costs, average: float, likely: Values, limit: int) -> Apprai
 
 @dataclass(frozen=True, slots=True)
 class Leftover:
-    """What a block leaves of a stock: arrays [block, tokens drafted behind the stock]."""
+    """What a block leaves of a stock. Axes: [block, tokens drafted behind the stock]."""
 
     at: NDArray[np.intp]  # index into the flattened rows of `worth` in `appraise`
-    part: Values  # how much of the way from there to one drafted token more
+    part: Values  # how far on from there, towards one drafted token more
     barred: Values  # 0, or -inf where the block is longer than the stock
 
 
 @functools.lru_cache(maxsize=8)
 def _leftovers(costs: Costs) -> tuple[Leftover, ...]:
-    """Those of 0, 1, … FARTHEST known tokens."""
+    """The leftovers of stocks of 0, 1, … FARTHEST known tokens."""
     drafted = (costs.passes(LONGEST) / costs.draft_s)[:, None]  # during the pass: [block, 1]
     block, more = np.arange(LONGEST + 1)[:, None], np.arange(DEEPEST + 1)[None, :]
     found = []
@@ -178,11 +178,11 @@ def _leftovers(costs: Costs) -> tuple[Leftover, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Prospect:
-    """What holds of every stock at these costs; values are tokens."""
+    """What is the same for every stock at these costs; values are in tokens."""
 
     price: Values  # [block]: what a pass costs beyond the token that it always gives
     alone: float  # the value of a plain step
-    unknown: Values  # [tokens taken, tokens drafted]: the value of what is left, none of it known
+    unknown: Values  # [tokens taken, tokens drafted]: the value of a rest of unknown tokens
 
 
 @functools.lru_cache(maxsize=256)
@@ -192,6 +192,6 @@ def _prospect(costs: Costs, acceptance: float) -> Prospect:
     stock = costs.passes(0)[0] / costs.draft_s - 1
     alone = acceptance * np.interp(stock, np.arange(DEEPEST + 1), value) - price[0]
     unknown = np.zeros((LONGEST + 2, DEEPEST + 1))
-    for taken in range(LONGEST + 2):  # shorter by as many as the block took of it
+    for taken in range(LONGEST + 2):  # by the block, out of those drafted
         unknown[taken, taken:] = value[: DEEPEST + 1 - taken]
     return Prospect(price, float(alone), unknown)

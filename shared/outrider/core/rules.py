@@ -1,8 +1,9 @@
 """When to verify and how far to draft: the modes are settings of one mechanism, not separate loops.
 
-A session asks its rule: verify how many of these drafted tokens now, or wait for more? And: how far
-beyond the committed text may the draft run? `FixedRule` answers by fixed numbers, `PricedRule` by
-what things cost and what acceptance the drafts' confidences foretell (`price`, `stopping`).
+A session asks its rule two questions: how many drafted tokens to verify now, or whether to wait for
+more; and how far ahead of the committed text the draft may run. `FixedRule` answers with fixed
+numbers. `PricedRule` answers from measured costs and from the acceptance that the draft's
+confidences foretell (`price`, `stopping`).
 """
 
 from __future__ import annotations
@@ -17,69 +18,69 @@ from outrider.core.estimates import LONGEST, Acceptance, Spread
 from outrider.core.experience import Experience
 from outrider.core.values import Mode
 
-MOST_DRAFTED = 64  # tokens in a block, whatever is asked for
+MOST_DRAFTED = 64  # most tokens in a block, whatever is asked for
 
 
 class Rule(Protocol):
-    """What a session asks, and what it tells; telling is free to be ignored.
+    """What a session asks its rule and what it tells it; a rule may ignore what it is told.
 
-    Times are seconds of the session's clock, without those in which a worker worked for others.
+    Times are seconds on the session's clock, less the time that workers spent on other requests.
     """
 
     mode: Mode
 
     @property
     def drafts(self) -> bool:
-        """Whether a draft is wanted at all: else it need not even know the prompt."""
+        """Whether drafts are wanted at all; if not, the draft need not even read the prompt."""
 
     def lead(self, busy: bool) -> int:
-        """How many tokens the draft may run ahead of the text, the target being `busy` or idle."""
+        """How many tokens the draft may run ahead of the text, by whether the target is `busy`."""
 
     @property
     def floors(self) -> tuple[float, ...]:
-        """Below which joint acceptance the draft stops by itself; see `events.Commit`."""
+        """The joint acceptances below which the draft stops by itself; see `events.Commit`."""
 
     def block_s(self, behind: int) -> float:
-        """How much longer than for a token to wait for a draft that sends whole blocks.
+        """The extra seconds to wait for a draft that sends whole blocks, not single tokens.
 
-        It has `behind` tokens of the text to catch up with.
+        The draft still has `behind` tokens of the text to read.
         """
 
     def decide(self, confidences: Sequence[float], limit: int, next_s: float | None) -> int | None:
-        """Verify how many of the drafted tokens now; None: wait for the next.
+        """How many of the drafted tokens to verify now; None: wait for the next one.
 
-        `confidences` belong to the drafted tokens in stock, `limit` is how many the length of the
-        answer leaves room for. The next token is expected in `next_s`; None: none can come.
+        `confidences` are those of the drafted tokens in stock; the answer has room for `limit` of
+        them. The next token is expected in `next_s` seconds; None: none can come.
         """
 
     def settle(self) -> None:
-        """Let what was observed count from now on.
+        """Use what was observed from now on.
 
-        That may take milliseconds of solving anew: time in which the target had better be busy.
+        Call it while the target is busy: solving anew may take milliseconds.
         """
         return None
 
     def observe(self, good: bool, confidence: float) -> None:
-        """A drafted token of this confidence was what the target chose, or not."""
+        """The target chose a drafted token of this confidence itself (`good`), or another."""
         return None
 
     def verified(self, rows: int, elapsed_s: float, round_trip_s: float) -> None:
-        """A pass over `rows` took so long, and so long with its messages."""
+        """A pass over `rows` rows took `elapsed_s`, and `round_trip_s` with its messages."""
         return None
 
     def committed(self, tokens: int, spent_s: float) -> None:
-        """`tokens` were committed, `spent_s` after those before them."""
+        """`tokens` more tokens were committed, `spent_s` after the commit before."""
         return None
 
     def drafted(self, each_s: float, confidences: Sequence[float], turn_s: float | None) -> None:
-        """Tokens took `each_s`, and if they began a turn of the draft, that took `turn_s` more."""
+        """Each token took `each_s`; beginning a turn of the draft, if they did, took `turn_s`."""
         return None
 
 
 class FixedRule(Rule):
-    """At most `n_max` drafted tokens in a block, `n_min` at least while the draft can deliver.
+    """Blocks of at most `n_max` drafted tokens, and at least `n_min` if the draft can deliver.
 
-    A block ends before a token that the draft itself gave less than `p_min`. Nothing is learnt.
+    A block ends before a token whose confidence is below `p_min`. Nothing is learnt.
     """
 
     def __init__(self, mode: Mode, n_max: int = 5, n_min: int = 0, p_min: float = 0.0) -> None:
@@ -90,9 +91,9 @@ class FixedRule(Rule):
         return self.mode != "plain" and self.n_max > 0
 
     def lead(self, busy: bool) -> int:
-        """In turns one block, and only while the target is idle.
+        """In sync mode one block, and only while the target is idle.
 
-        Pipelined: the block being verified, the next one, and the bonus between.
+        Pipelined: the block that is being verified, the next one, and the bonus between them.
         """
         if self.mode == "sync":
             return 0 if busy else self.n_max
@@ -117,9 +118,9 @@ class FixedRule(Rule):
 
 
 class PricedRule(Rule):
-    """Answers by the price of time; `n_max` bounds a block, no length is tuned.
+    """Answers from the price of time: no block length is tuned, `n_max` only bounds it.
 
-    What is observed goes to the `experience` of all requests too, and counts after `settle`.
+    Observations also go to the `experience` that all requests share; they count after `settle`.
     """
 
     def __init__(
@@ -138,9 +139,9 @@ class PricedRule(Rule):
         return not self._guard.resting
 
     def lead(self, busy: bool) -> int:
-        """In turns the draft runs until it is told to stop; else as far as makes a difference.
+        """In sync mode one block, and only while the target is idle.
 
-        That is counted from behind the block that is being verified.
+        Pipelined: as far as makes a difference, counted from the end of the block being verified.
         """
         if self._guard.resting or (self.mode == "sync" and busy):
             return 0
@@ -151,7 +152,7 @@ class PricedRule(Rule):
 
     @property
     def floors(self) -> tuple[float, ...]:
-        """In turns the draft stops by itself: asking first would cost it a round of messages."""
+        """In sync mode the draft stops by itself: asking first would cost it a pair of messages."""
         if self.mode != "sync":
             return ()
         floors = self._turn.floors
@@ -159,7 +160,7 @@ class PricedRule(Rule):
         return tuple(floor / trust ** (n + 1) for n, floor in enumerate(floors))
 
     def block_s(self, behind: int) -> float:
-        tokens = LONGEST + behind / 2  # to read one takes less than to draft one
+        tokens = LONGEST + behind / 2  # reading one takes less time than drafting one
         return tokens * self._costs.costs.draft_s if self.mode == "sync" else 0.0
 
     def decide(self, confidences: Sequence[float], limit: int, next_s: float | None) -> int | None:
@@ -178,7 +179,7 @@ class PricedRule(Rule):
         self._settled = costs = self._costs.costs
         if self.mode == "pipelined":
             self._average = price.rounded(self._acceptance.average)
-            # any stock will do: it is for the solution and the tables, which are kept
+            # with any stock: this only fills the caches of the solution and the tables
             price.appraise(costs, self._average, np.ones(1), LONGEST)
         else:
             self._turn = stopping.solve(costs, self._spread.steady)
@@ -200,7 +201,7 @@ class PricedRule(Rule):
         if self._prefilled:
             in_turns = self.mode == "sync"
             self._costs.drafted(each_s, len(confidences), turn_s if in_turns else None)
-        else:  # with the first came the prompt
+        else:  # the first proposal includes reading the prompt
             prompt_s = max(0.0, each_s - costs.draft_s) * len(confidences)
             self._experience.prompt_steps = prompt_s / costs.verify_s[0]
             self._guard.excuse(self._experience.prompt_steps)

@@ -9,9 +9,9 @@ Communication and Drafter-Invariant Speculative Decoding", arXiv 2408.07978.
 The order is llama-server's: logit bias, penalties, top-k, top-p, min-p, and temperature last.
 
 Noise for a whole vocabulary would cost more than all the rest, so `choose` computes it only where
-it can matter. Uniforms of 52 bits bound the noise from both sides: an id so far behind that it
-would need more than the highest noise against the lowest cannot win (see `_race`). The result is
-exactly that of the full computation.
+it can matter. Uniforms of 52 bits bound the noise from both sides. An id cannot win if it is
+further behind than the highest noise is above the lowest (see `_race`). The result is exactly that
+of the full computation.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ IdArray: TypeAlias = NDArray[np.uint64]
 Scores: TypeAlias = NDArray[np.float32]
 Noise: TypeAlias = NDArray[np.float64]
 
-# logits: a choice that won by less may fall otherwise where a pass has other rows. On a processor,
-# llama.cpp built by gcc 12 for AVX-512, default target: the lead of the first over the second moved
-# by up to 0.56 in 2,300 choices, 1 in 100 by more than 0.4 (tests/bench/bench_margins.py)
+# logits: a choice that won by less may fall otherwise in a pass with other rows. On a processor
+# (llama.cpp built by gcc 12 for AVX-512, default target), the lead of the first over the second
+# moved by up to 0.56 in 2,300 choices, in 1 of 100 by more than 0.4 (tests/bench/bench_margins.py)
 NEAR = 1.0
 FAR = 1000.0  # logits: the margin of a choice that had no rival
 BIASES = 4096  # most tokens of a logit bias
@@ -55,7 +55,7 @@ class Sampling(Value, frozen=True):
     top_p: Share = 1.0  # 1: off
     min_p: Share = 0.0  # 0: off
     repeat_penalty: Annotated[float, Meta(ge=0.01, le=100)] = 1.0  # 1: off
-    # tokens that the three penalties look back on; 0: none, -1: all
+    # how many tokens back the three penalties look; 0: none, -1: all
     repeat_last_n: Annotated[int, Meta(ge=-1, le=(1 << 31) - 1)] = 64
     presence_penalty: Penalty = 0.0
     frequency_penalty: Penalty = 0.0
@@ -75,7 +75,7 @@ _WHOLE = {"top_k", "repeat_last_n", "seed"}
 
 @lru_cache(maxsize=1)
 def _bounds() -> dict[str, Meta]:
-    """By field, what its annotation says of a number."""
+    """The bounds of each number, by its field: those in its annotation."""
     hints = get_type_hints(Sampling, include_extras=True)
     return {name: _meta(hint) for name, hint in hints.items() if name != "logit_bias"}
 
@@ -105,7 +105,7 @@ _12, _27, _30, _31 = np.uint64(12), np.uint64(27), np.uint64(30), np.uint64(31)
 
 HIGHEST_NOISE = -math.log(-math.log1p(-(2.0**-53)))  # 36.74
 LOWEST_NOISE = -math.log(53 * math.log(2))  # -3.60
-_SPAN = HIGHEST_NOISE - LOWEST_NOISE + 1e-6  # what noise can make up for, rounding included
+_SPAN = HIGHEST_NOISE - LOWEST_NOISE + 1e-6  # the gap that noise can close, rounding included
 
 
 def mix(x: IdArray) -> IdArray:
@@ -117,7 +117,7 @@ def mix(x: IdArray) -> IdArray:
 
 
 def gumbel(seed: int, position: int, ids: IdArray) -> Noise:
-    """The noise of each of `ids` at `position`, whichever others survived the filters."""
+    """The noise of each of `ids` at `position`, one number each; other ids do not matter."""
     return _noise(_key(seed, position), ids)
 
 
@@ -154,10 +154,10 @@ def choose(
 def decide(
     row: Scores, sampling: Sampling, history: Sequence[TokenId], position: int
 ) -> tuple[TokenId, float]:
-    """What `choose` would, and its margin: by how many logits the token won, noise included.
+    """The choice of `choose`, and its margin: by how many logits it won, noise included.
 
-    That is how far one logit may move before another token is chosen, the filters aside. Margins
-    of `NEAR` and more may be overstated (rivals that far off are not looked for), at most `FAR`.
+    Filters aside, one logit may move that far before another token is chosen. A margin of `NEAR` or
+    more may be overstated, as rivals that far off are not looked for; it is at most `FAR`.
     """
     with np.errstate(over="ignore"):  # -inf is right for what is too far behind for a float
         row = _adjust(row, sampling, history)
@@ -176,12 +176,12 @@ def propose(
     *,
     n_vocab: int | None = None,
 ) -> Drafted:
-    """What `choose` would, and how clearly: the softmax of the logits with their noise.
+    """The choice of `choose`, and its confidence: its softmax among logits plus noise.
 
-    The noise is weighed by the temperature, as it is in the choice, so what is judged is the lead
-    that another model's logits must overcome to choose otherwise. At temperature 0 that is the
-    token's probability. A probability of the tempered distribution would say little: at a low
-    temperature it is near 1 for nearly every token.
+    The noise is scaled by the temperature, as in the choice. So the confidence judges the lead that
+    another model's logits must overcome to choose otherwise. At temperature 0 it is the token's
+    probability. The probability at the given temperature would say little: at a low one it is near
+    1 for nearly every token.
     """
     with np.errstate(over="ignore"):
         row = _adjust(row[:n_vocab], sampling, history)
@@ -201,7 +201,7 @@ def propose(
 
 
 def _draw(row: Scores, sampling: Sampling, position: int, top: float) -> tuple[TokenId, float]:
-    temperature = max(sampling.temperature, 1e-30)  # below that, float32 has no more to tell
+    temperature = max(sampling.temperature, 1e-30)  # below that, float32 logits tell no more apart
     ids, logits = _survivors(row, sampling, top)
     return _race(ids, logits, top, temperature, _key(sampling.seed, position))
 
@@ -214,7 +214,7 @@ def logprob(row: Scores, token: TokenId) -> float:
 
 
 def _likeliest(row: Scores) -> tuple[TokenId, float]:
-    """The id of the highest logit, the lowest on a tie, and that logit."""
+    """The id of the highest logit (the lowest on a tie), and that logit. Raises BadScores."""
     token = int(row.argmax()) if row.size else 0  # a NaN counts as the highest
     top = float(row[token]) if row.size else math.nan
     if not math.isfinite(top):
@@ -287,18 +287,18 @@ def _all_ids(size: int) -> IdArray:
 
 
 def _top_k(row: Scores, k: int) -> NDArray[np.intp]:
-    """Where the `k` highest are, the lower index on a tie, ascending."""
+    """The indices of the `k` highest, ascending; on a tie the lower index stays."""
     width = 8 * k
     near = row
     if row.size >= 4 * width:
-        # `width` disjoint groups: the k-th highest of their maxima is reached by k logits at least
+        # of the maxima of `width` disjoint groups, the k-th highest is reached by at least k logits
         groups = row[: row.size - row.size % width].reshape(-1, width).max(axis=0)
         near = row[row >= np.partition(groups, width - k)[width - k]]
     return _highest_ones(row, k, np.partition(near, near.size - k)[near.size - k])
 
 
 def _top_p(logits: Scores, p: float, top: float) -> NDArray[np.intp]:
-    """Where the fewest are, from the highest down, that hold `p` of the mass; at least one."""
+    """The indices of the fewest highest that hold `p` of the mass, ascending; at least one."""
     needed = p * _mass(logits, top)
     for depth in (2.0, 4.0, 8.0, 16.0, math.inf):  # sort only as deep as it takes
         near = np.sort(logits[logits >= np.float32(top - depth)])[::-1]
@@ -310,7 +310,7 @@ def _top_p(logits: Scores, p: float, top: float) -> NDArray[np.intp]:
 
 
 def _highest_ones(logits: Scores, count: int, last: np.float32) -> NDArray[np.intp]:
-    """Where the `count` highest are, ascending, of which `last` is the lowest."""
+    """The indices of the `count` highest, ascending; `last` is the lowest of them."""
     kept = np.flatnonzero(logits >= last)
     if kept.size > count:  # a tie at the end: its lowest ids stay
         tied = np.flatnonzero(logits[kept] == last)
@@ -320,23 +320,23 @@ def _highest_ones(logits: Scores, count: int, last: np.float32) -> NDArray[np.in
 
 # --- the race ------------------------------------------------------------------------------------
 
-_RIVALS = 64  # of the likeliest tokens the noise is known where a choice is judged
+_RIVALS = 64  # a choice is judged by the noise of so many of the likeliest tokens
 _FEW = 4096  # ids whose noise costs less than avoiding it
-_LEADS = (8.0, 4.0, 2.0, 1.0, 0.0)  # nats behind the likeliest: within, an id counts as a leader
+_LEADS = (8.0, 4.0, 2.0, 1.0, 0.0)  # nats behind the likeliest: the leaders
 _BLOCK = 8192  # ids hashed at once: few enough to stay in a core's own cache
 
 
 def _race(
     ids: IdArray, logits: Scores, top: float, temperature: float, key: IdArray
 ) -> tuple[TokenId, float]:
-    """The id that maximises (logit - top) / temperature + noise, the lowest one on a tie.
+    """The id that maximises (logit - top) / temperature + noise (the lowest on a tie); its margin.
 
-    And by how many logits it did so, see `decide`: whoever came within `NEAR` is among the rivals.
+    The margin is that of `decide`: no rival within `NEAR` is missed.
 
     An id further behind the likeliest than the whole span of the noise cannot win. At a low
-    temperature that leaves few. Otherwise the leaders run first, and the others join only if their
-    hash promises the noise that they need to beat the best leader: noise -log(-log u) above x takes
-    1 - u < exp(-x), which is seen without a logarithm.
+    temperature that leaves few ids. Otherwise the leaders run first. Another id joins them only if
+    its hash promises enough noise to beat the best leader: for noise -log(-log u) above x,
+    1 - u < exp(-x) must hold, which is tested without a logarithm.
     """
     if ids.size > _FEW:
         near = _within(logits, top, temperature * _SPAN + NEAR)
@@ -352,15 +352,15 @@ def _race(
 def _contenders(
     ids: IdArray, logits: Scores, top: float, temperature: float, key: IdArray
 ) -> NDArray[np.intp]:
-    """Where the winner and its near rivals must be, ascending.
+    """The indices, ascending, among which the winner and its near rivals are.
 
-    The leaders, and those whose noise may bring them within `NEAR` logits of the best leader.
+    They are the leaders, and the ids whose noise may bring them within `NEAR` logits of the best.
     """
     for behind in _LEADS:
         leaders = _within(logits, top, temperature * behind)
         if leaders.size <= _FEW:
             break
-    leaders = leaders[:_FEW]  # any will do; what is left out is not further behind than 0
+    leaders = leaders[:_FEW]  # if more are level with the top, any will do: the rest may join
     ahead = _scale(logits[leaders], top, temperature) + _noise(key, ids[leaders])
     needed = behind + float(ahead.max()) - NEAR / temperature
     chance = math.exp(min(-needed, 0.0)) * (1 + 1e-6) + 2.0**-40  # rounding included
@@ -373,7 +373,7 @@ def _contenders(
 
 
 def _within(logits: Scores, top: float, gap: float) -> NDArray[np.intp]:
-    """Where logits are at most `gap` below `top`; rounding lets in too many rather than too few."""
+    """The indices of logits at most `gap` below `top`; rounding may add some, but loses none."""
     floor = np.float32(max(top - gap, float(np.finfo(np.float32).min)))
     return np.flatnonzero(logits >= np.nextafter(floor, np.float32(-np.inf)))
 

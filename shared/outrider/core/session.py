@@ -2,12 +2,12 @@
 
 Words
     text         the prompt, then what the target has committed: `tokens`
-    stock        drafted tokens ahead of the text, in order; the first may be under verification
+    stock        drafted tokens ahead of the text, in order; those under verification come first
     block        the drafted tokens that the target verifies in one pass
     round        one pass of the target over a block, which may be empty (a plain step)
     lineage      an unbroken run of drafting: it ends where the draft's stream differs from the text
-    leave        the position that the draft may not reach, told to it with each commit
-    hit          a drafted token, not verified, that the target then chose itself
+    leave        the first position that the draft may not fill; each commit tells it
+    hit          a drafted token that was not verified, and that the target then chose itself
 
 Two rounds, a hit and a miss (`stock.py` and `stream.py` have the rule that both sides follow)
     draft        drafts d1 d2 d3                   d4  d5                  (cut) e1
@@ -21,12 +21,12 @@ States
     phase        NEW        nothing has happened yet
                  VERIFYING  the target computes: the prompt (round 0) or a block
                  WAITING    the target is idle until the draft has more, or the deadline passes
-                 OVER       Finish or Fault was commanded; nothing that comes has an effect
+                 OVER       Finish or Fault was commanded; later events have no effect
     draft        ABSENT     there is no draft worker
                  IDLE       there is one, but it does not draft for this request
                  DRAFTING   it does
-                 PAUSED     it was in too much doubt to go on: nothing comes before the next commit
-                 LATE       it let a deadline pass: it is not waited for until it is heard of
+                 PAUSED     it was too unsure to go on: it sends nothing before the next commit
+                 LATE       it missed a deadline: nobody waits for it until it sends something
 
     event        in phase              leads to
     Start        NEW                   VERIFYING
@@ -37,8 +37,7 @@ States
     DraftLost    any but OVER          the same or VERIFYING, the draft ABSENT
     Cancel, Failure   any but OVER     OVER
 
-Nothing that the draft worker sends or fails to send can change a token: it only changes how many
-rows the target's next pass has.
+The draft worker can change no token, only how many rows the target's next pass has.
 """
 
 from __future__ import annotations
@@ -85,9 +84,9 @@ from outrider.core.values import (
 )
 from outrider.errors import ProtocolError
 
-BLOCK_PATIENCE_S = 2.0  # most wait for a block that is sent as a whole
-UNTOLD = 256  # committed tokens that an idle draft worker may not know of
-OFFENCES = 3  # malformed proposals after which a request does without its draft worker
+BLOCK_PATIENCE_S = 2.0  # longest wait for a block that is sent as a whole
+UNTOLD = 256  # committed tokens that a draft worker without leave may not know of yet
+OFFENCES = 3  # after this many malformed proposals a request goes on without its draft
 
 
 class Phase(Enum):
@@ -104,15 +103,15 @@ class Session:
         self.draft = DraftRecord()
         self.phase = Phase.NEW
         self.round = 0
-        self.block = 0  # drafted tokens in the pass that the target was asked for last
+        self.block = 0  # drafted tokens in the latest pass that the target was asked for
         self.deadline: float | None = None  # when `Timer` is wanted
         self.trace: list[Span] = []
         self._sent = 0.0  # when that pass was asked for
-        self._waited_s = 0.0  # since the last commit, while a worker worked for other requests
+        self._waited_s = 0.0  # time since the last commit that workers spent on other requests
         self._text = TextStream(task.stop)
 
     def handle(self, event: Event, now: float) -> list[Command]:
-        """What is to be done, in this order, now that `event` has happened at `now` (seconds)."""
+        """Take in `event`, which happened at `now` (seconds); return what to do, in order."""
         if self.phase is Phase.OVER:
             return []
         match event:
@@ -135,19 +134,18 @@ class Session:
                 return self._end(Fault(error))
 
     def settle(self) -> None:
-        """Let what was observed count for the next decision; see `Rule.settle`."""
+        """Have the next decision use what was observed; see `Rule.settle`."""
         self.rule.settle()
 
     # ---- events ---------------------------------------------------------------------------------
 
     def _start(self, draft: bool, now: float) -> list[Command]:
-        task = self.task
         self.phase, self.stats.started = Phase.VERIFYING, now
-        prefill = Prefill(task.prompt, task.sampling, task.logprobs)
+        prefill = Prefill(self.task.prompt, self.task.sampling, self.task.logprobs)
         return [prefill, *(self._on_draft_ready() if draft else [])]
 
     def _on_draft_ready(self) -> list[Command]:
-        """Let the draft catch up with the text, now or when it is needed."""
+        """If the rule wants drafts, let the draft catch up with the text; else it stays idle."""
         draft, task = self.draft, self.task
         if draft.rides:
             return []
@@ -158,18 +156,17 @@ class Session:
         draft.told, draft.read = len(self.tokens), 0
         stream = self.stock.open(self.tokens)
         self._grant()
-        return [
-            OpenDraft(
-                lineage=self.stock.lineage,
-                base=len(self.tokens),
-                tokens=stream,
-                sampling=task.sampling,
-                vocabulary=task.vocabulary,
-                ends=tuple(sorted(task.ends)),
-                until=draft.until,
-                floors=draft.floors,
-            )
-        ]
+        order = OpenDraft(
+            lineage=self.stock.lineage,
+            base=len(self.tokens),
+            tokens=stream,
+            sampling=task.sampling,
+            vocabulary=task.vocabulary,
+            ends=tuple(sorted(task.ends)),
+            until=draft.until,
+            floors=draft.floors,
+        )
+        return [order]
 
     def _on_proposal(self, proposal: Proposal, now: float) -> list[Command]:
         draft, count = self.draft, len(proposal.drafted)
@@ -213,7 +210,7 @@ class Session:
         return self._go_on(fragment, now)
 
     def _go_on(self, fragment: Fragment, now: float) -> list[Command]:
-        """The target is idle again: its next block, what the draft is to know, and the client."""
+        """The target is idle again: give it its next block, then tell the draft and the client."""
         draft = self.draft
         joining = self._on_draft_ready() if draft.state is DraftState.IDLE else []
         following, before = self._verify(now), draft.until
@@ -250,7 +247,7 @@ class Session:
     # ---- the text -------------------------------------------------------------------------------
 
     def _commit(self, verdict: Verdict) -> tuple[Fragment, Reason | None]:
-        """Append what was chosen up to the end of the answer, and say why that was reached."""
+        """Append the verdict's tokens, up to the end of the answer; say why it ended, if it did."""
         block, accepted = self.block, verdict.accepted
         own: Kind = "plain" if not block else "bonus" if accepted == block else "corrected"
         logprobs = verdict.logprobs or (None,) * len(verdict.tokens)
@@ -285,7 +282,7 @@ class Session:
     # ---- what is learnt -------------------------------------------------------------------------
 
     def _learn(self, judged: Judged, reason: str) -> None:
-        """Of drafted tokens that the text has shown to be good or not."""
+        """Learn from the drafted tokens that the text has shown to be right or wrong."""
         for one in judged.agreed:
             self.rule.observe(True, one.confidence)
         if judged.differed:
@@ -294,7 +291,7 @@ class Session:
         self.stats.discarded[reason] += judged.discarded
 
     def _learn_costs(self, proposal: Proposal, now: float) -> None:
-        """Of what drafting took. Waiting behind other requests is nobody's cost."""
+        """Learn what drafting costs. Waiting behind other requests is not part of it."""
         draft, elapsed_s = self.draft, proposal.elapsed_s
         if not proposal.drafted:
             return
@@ -309,7 +306,7 @@ class Session:
         self.rule.drafted(each_s, confidences, turn_s if begins_turn else None)
 
     def _measure(self, verdict: Verdict, now: float) -> None:
-        """What the round took, and how much of it was the target's own."""
+        """Record how long the round took, and how much of that the target computed."""
         stats, block, last_commit = self.stats, self.block, self.stats.last_commit
         stats.computed(stats.target, now, verdict.elapsed_s)
         self._trace(verdict, now)
@@ -318,27 +315,27 @@ class Session:
             spent_s = max(0.0, now - last_commit - self._waited_s - verdict.waited_s)
             self.rule.verified(block + 1, verdict.elapsed_s, round_trip_s)
             self.rule.committed(len(verdict.tokens), spent_s)
-            if not block:  # no others: what a pass over one row takes is not seen in them
+            if not block:  # only such a round shows what a pass over one row takes
                 stats.step_s += 0.2 * (now - self._sent - stats.step_s)
         self._waited_s = 0.0
         stats.count(block, verdict.accepted, now)
 
     def _trace(self, done: Proposal | Verdict, now: float) -> None:
-        """Record, if asked to, when the worker computed what it has `done`."""
+        """If a trace is wanted, record when the worker computed what it has `done`."""
         if self.task.trace:
             lane = "target" if isinstance(done, Verdict) else "draft"
-            # a report that was delayed may not push its lane over the one that follows
+            # spans of a lane never overlap, even if the report before this one was delayed
             ended = next((span.end for span in reversed(self.trace) if span.lane == lane), 0.0)
             began = max(now - done.elapsed_s, ended)
             self.trace.append(span_of(done, self.block + 1, began, now))
 
-    # ---- the draft ------------------------------------------------------------------------------
+    # ---- the draft, and the next pass -----------------------------------------------------------
 
     def _is_possible(self, proposal: Proposal) -> bool:
         """Whether a draft worker that keeps the rules could have sent this."""
         return bool(
             self.stock.may_be(proposal, self.tokens)
-            and (proposal.drafted or proposal.paused)  # without tokens it says that none will come
+            and (proposal.drafted or proposal.paused)  # without tokens it must say that none come
             and len(proposal.drafted) <= self.draft.granted - proposal.position
             and all(one.token < self.task.vocabulary for one in proposal.drafted)
             and all(math.isfinite(one.confidence) for one in proposal.drafted)
@@ -360,23 +357,20 @@ class Session:
         draft.floors = self.rule.floors if lead else ()
 
     def _tell(self) -> Commit:
-        """What the draft does not know yet of the text, and its leave."""
+        """The text that the draft does not know yet, and its leave."""
         draft = self.draft
         base, draft.told = draft.told, len(self.tokens)
         return Commit(base, tuple(self.tokens[base:]), draft.until, draft.floors)
-
-    # ---- the next pass --------------------------------------------------------------------------
 
     def _advance(self, now: float) -> list[Command]:
         """If the target is idle, give it its next block, unless the rule waits for the draft."""
         if self.phase is not Phase.WAITING:
             return []
-        draft = self.draft
-        self.deadline = None
+        draft, self.deadline = self.draft, None
         following = self._verify(now)
         before, drafted_to = draft.until, len(self.tokens) + len(self.stock)
         self._grant()
-        # what the draft would not find out by itself: it may go further, or is to stop early
+        # the draft is told only what it cannot know: that it may go further, or must stop early
         goes_further = draft.until > before
         stops_early = drafted_to < before and draft.until != before
         settle = [Settle()] if following else []
@@ -388,7 +382,7 @@ class Session:
 
     @property
     def _has_ended(self) -> bool:
-        """Whether the draft has come to an end of its own: it will not go on behind it."""
+        """Whether the stock ends with an end token, behind which the draft does not go on."""
         return bool(self.stock.drafted) and self.stock.drafted[-1].token in self.task.ends
 
     def _verify(self, now: float) -> list[Command]:

@@ -1,6 +1,6 @@
 """What a request counts and times; the words are defined once, here.
 
-created = verified + discarded + hits, once the request is over, and
+Once a request is over, created = verified + discarded + hits, and
 generated = (accepted - truncated) + corrections + bonuses + plain.
 """
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from outrider.core.sampling import FAR, NEAR
 from outrider.core.values import Token, Value
 
-Interval = tuple[float, float]
+Interval = tuple[float, float]  # from, to; seconds
 
 
 class Lane:
@@ -29,7 +29,7 @@ class Lane:
 
 
 class Report(Value, frozen=True):
-    """A request's figures as everybody sees them; None where a ratio is not defined (yet)."""
+    """A request's figures as everybody sees them; a ratio is None where it is not defined yet."""
 
     generated_tokens: int
     drafted_tokens: int  # created: received from the draft worker
@@ -56,22 +56,22 @@ class Report(Value, frozen=True):
     mode: str
     seed: int
     near_ties: int  # tokens that won by less than `sampling.NEAR` logits
-    smallest_margin: float | None  # by how many logits the closest of them won; None: no rival
+    smallest_margin: float | None  # logits by which the closest token won; None: none had a rival
 
 
 @dataclass(slots=True)
 class Stats:
     """What a session counts; seconds are on the coordinator's clock.
 
-    Workers report how long they computed, and the interval is taken to end when the report came:
-    on another machine both lanes are late by their link's latency.
+    Workers report only how long they computed. The interval is taken to end when the report comes,
+    so a worker on another machine seems late by the latency of its link.
     """
 
     mode: str = "plain"
     seed: int = 0
     submitted: float = 0.0
     started: float = 0.0
-    step_s: float = 0.0  # one plain step of the target: when it was loaded, then as it changes
+    step_s: float = 0.0  # one plain step of the target: measured at load, then followed
     created: int = 0
     verified: int = 0
     accepted: int = 0
@@ -93,7 +93,7 @@ class Stats:
         return self.accepted - self.truncated + self.own.total()
 
     def count(self, block: int, accepted: int, now: float) -> None:
-        """A target pass has returned: `accepted` of the `block` drafted tokens were verified."""
+        """A target pass has verified `block` drafted tokens and accepted `accepted` of them."""
         self.prefilled = now if self.prefilled is None else self.prefilled
         self.last_commit = now
         self.rounds += block > 0
@@ -101,7 +101,7 @@ class Stats:
         self.accepted += accepted
 
     def committed(self, tokens: Iterable[Token], truncated: int) -> None:
-        """These are part of the answer; `truncated` accepted ones lie behind its end."""
+        """`tokens` are part of the answer; `truncated` accepted ones lie behind its end."""
         self.truncated += truncated
         for token in tokens:
             if token.kind != "drafted":
@@ -115,12 +115,12 @@ class Stats:
             return
         start = max(ended - elapsed_s, self.prefilled)
         if lane.recent:
-            start = max(start, lane.recent[-1][1])  # a report that was delayed on its way
+            start = max(start, lane.recent[-1][1])  # the report before was delayed on its way
         if start >= ended:
             return
         lane.add((start, ended))
         other = self.draft if lane is self.target else self.target
-        # whichever report comes second counts what the two intervals share
+        # of two reports, the later one counts what their intervals share
         self.both_s += sum(
             max(0.0, min(ended, b) - max(start, a)) for a, b in _since(other.recent, start)
         )
@@ -128,7 +128,7 @@ class Stats:
     def report(self) -> Report:
         """The figures so far."""
         decode_s = _difference(self.last_commit, self.prefilled)
-        # alone, the target would have taken a step for each token but prefill's
+        # alone, the target would have taken a step for each token but the first, which is prefill's
         speedup = _ratio((self.generated - 1) * self.step_s, decode_s)
         return Report(
             generated_tokens=self.generated,

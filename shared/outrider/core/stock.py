@@ -1,9 +1,8 @@
 """The session's half of the commit rule: what has been drafted ahead of the committed text.
 
-`outrider.core.stream` is the other half, in the draft worker. A drafted token is good if its
-lineage is the current one and the text at its position, as far as there is any, agrees. The first
-that does not is where the draft will have cut its stream, or is about to: what it still sends of
-that lineage is stale.
+`outrider.core.stream` is the other half, in the draft worker. A drafted token is good if it is of
+the current lineage and does not differ from the text at its position. At the first one that differs
+the draft cuts its stream, once it hears of it. What it still sends of the old lineage is stale.
 """
 
 from __future__ import annotations
@@ -16,11 +15,11 @@ from outrider.core.values import Drafted, Proposal, TokenId, Verdict, ids_of
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """What the text has shown of drafted tokens."""
+    """Which drafted tokens the text has shown to be right, and which wrong."""
 
     agreed: Sequence[Drafted]
-    differed: Drafted | None = None  # the first; what stood behind it says nothing
-    hits: int = 0  # agreed without having been verified
+    differed: Drafted | None = None  # the first that does; those behind it show nothing
+    hits: int = 0  # those that agreed and were never verified
     broken: bool = False  # a new lineage has begun
     discarded: int = 0
 
@@ -31,13 +30,13 @@ class Stock:
     def __init__(self) -> None:
         self.drafted: list[Drafted] = []
         self.lineage = 0
-        self._next = 0  # where the lineage's next token may stand, at the earliest
+        self._next = 0  # the earliest position of the lineage's next token
 
     def __len__(self) -> int:
         return len(self.drafted)
 
     def open(self, text: Sequence[TokenId]) -> tuple[TokenId, ...]:
-        """A draft worker is to go on behind what there is: the stream that it begins with."""
+        """Begin a lineage behind text and stock; return both, a draft worker's first stream."""
         stream = (*text, *ids_of(self.drafted))
         self.lineage += 1
         self._next = len(stream)
@@ -49,7 +48,7 @@ class Stock:
         return proposal.lineage == self.lineage and self._next <= proposal.position <= end
 
     def take(self, proposal: Proposal, text: Sequence[TokenId]) -> Judged:
-        """Add what was drafted. Where the text has come that far, it is judged by it at once."""
+        """Add drafted tokens; those at positions that the text has reached are judged at once."""
         agreed: list[Drafted] = []
         for at, one in enumerate(proposal.drafted):
             where = proposal.position + at
@@ -59,12 +58,18 @@ class Stock:
                 agreed.append(one)
             else:
                 unseen = len(proposal.drafted) - at
-                return Judged(agreed, one, len(agreed), True, unseen + self._break(where))
+                return Judged(
+                    agreed,
+                    differed=one,
+                    hits=len(agreed),
+                    broken=True,
+                    discarded=unseen + self._break(where),
+                )
             self._next = where + 1
         return Judged(agreed, hits=len(agreed))
 
     def commit(self, block: int, verdict: Verdict, text: Sequence[TokenId]) -> Judged:
-        """Drop what the verdict on the first `block` tokens covers, and all of it if it differs.
+        """Drop what the `verdict` on the first `block` tokens decides; all if the text differs.
 
         `text` ends with the verdict's tokens.
         """
@@ -72,7 +77,7 @@ class Stock:
         agreed, rest = self.drafted[:accepted], self.drafted[accepted:]
         if accepted < block:
             self.drafted = self.drafted[block:]
-            return Judged(agreed, rest[0], 0, True, self._break(last))
+            return Judged(agreed, differed=rest[0], broken=True, discarded=self._break(last))
         if not rest:
             self.drafted = []
             return Judged(agreed)
@@ -80,13 +85,10 @@ class Stock:
             self.drafted = rest[1:]
             return Judged([*agreed, rest[0]], hits=1)
         self.drafted = rest
-        return Judged(agreed, rest[0], 0, True, self._break(last))
+        return Judged(agreed, differed=rest[0], broken=True, discarded=self._break(last))
 
     def _break(self, where: int) -> int:
-        """The draft's stream differs from the text at position `where`: its lineage ends there.
-
-        Returns how many tokens are void.
-        """
+        """End the lineage, which differs from the text at `where`; return how many are void."""
         void = len(self.drafted)
         self.drafted = []
         self.lineage += 1

@@ -1,10 +1,10 @@
-"""When to stop drafting where draft and target take turns, and so pay for each other's time.
+"""When to stop drafting where draft and target take turns, so that each waits for the other.
 
-An optimal stopping problem (Chow, Robbins and Siegmund, "Great Expectations", 1971): each drafted
-token costs its drafting and its row of the pass, and shows how sure the draft is of it. Going on is
-worth what the best rule makes of the confidences that are to be expected. Every round begins the
-problem anew, so the price of time (see `outrider.core.price`) is where a round is worth as much as
-its time.
+This is an optimal stopping problem (Chow, Robbins and Siegmund, "Great Expectations", 1971). Each
+drafted token costs its drafting and its row of the pass, and shows how sure the draft is of it.
+Going on is worth what the best rule gains from it, averaged over the confidences to be expected.
+Every round begins the problem anew. So the price of time (see `outrider.core.price`) is the one at
+which a round is worth exactly what its time costs.
 
 Array axes: `notch` n stands for a joint acceptance of 2^(-NOTCH n), `level` for `estimates.LEVELS`,
 `block` for 0 … LONGEST drafted tokens. Values are in tokens, times in seconds.
@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 
 from outrider.core.estimates import LEVELS, LONGEST, Costs, Values
 
-NOTCH, NOTCHES = 0.25, 25  # joint acceptances are told apart in quarters of a halving
-LEAST_GAIN = 1e-3  # tokens: what makes no more difference is left
+NOTCH, NOTCHES = 0.25, 25  # a notch is a quarter of a halving of the joint acceptance
+LEAST_GAIN = 1e-3  # tokens; a first token that promises less is not drafted
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class StoppingRule:
 
     rate: float  # tokens per second
     first: float  # the value of drafting a first token
-    floors: tuple[float, ...]  # with 1, 2, … drafted: how likely all are accepted, to go on
+    floors: tuple[float, ...]  # with 1, 2, … drafted: the least joint acceptance to go on with
 
 
 def plan(costs: Costs, rule: StoppingRule, likely: Values, limit: int) -> int | None:
@@ -41,10 +41,10 @@ def plan(costs: Costs, rule: StoppingRule, likely: Values, limit: int) -> int | 
     """
     longest = min(LONGEST, limit)
     there = min(len(likely), longest)
-    reach = np.cumprod(np.concatenate(([1.0], likely[:there])))  # [block]: all of it is accepted
+    reach = np.cumprod(np.concatenate(([1.0], likely[:there])))  # [block]: joint acceptance
     gain = np.cumsum(reach)
     worth = gain - rule.rate * costs.passes(longest)[: there + 1]
-    # a token left over may meet the target's own
+    # the first token behind the block may be a hit, which spares drafting it again
     worth[:-1] += rule.rate * costs.draft_s * reach[1:]
     block = int(np.argmax(worth))
     if there == longest:
@@ -58,9 +58,9 @@ def plan(costs: Costs, rule: StoppingRule, likely: Values, limit: int) -> int | 
 
 @functools.lru_cache(maxsize=256)
 def solve(costs: Costs, spread: tuple[float, ...]) -> StoppingRule:
-    """The best rule if acceptances are spread like this: `spread` [level] are their weights.
+    """The best rule for acceptances that have the weights `spread` [level].
 
-    The rate is found by Newton's method: a round's profit falls by its time as the rate rises.
+    Newton's method finds the rate at which a round's profit is 0; its slope is minus the time.
     """
     passes, draft_s = costs.passes(LONGEST), costs.draft_s
     rate = 1 / float(passes[0])
@@ -72,7 +72,7 @@ def solve(costs: Costs, spread: tuple[float, ...]) -> StoppingRule:
         rate += profit / time_s
     reach = 2.0 ** (-NOTCH * np.arange(NOTCHES))
     stop = np.repeat(-rate * passes[1:LONGEST, None], NOTCHES, axis=1)
-    # a single token may as well be left for the target's own to meet
+    # a single token need not be verified: left in stock, it may be a hit
     stop[0] = np.maximum(stop[0], -reach * (1 - rate * draft_s) - rate * passes[0])
     floors = tuple(_floor(reach, gain) for gain in going_on[1:] - stop)
     return StoppingRule(rate, 1 + float(going_on[0, 0]), floors)
@@ -81,13 +81,13 @@ def solve(costs: Costs, spread: tuple[float, ...]) -> StoppingRule:
 def _values_of_going_on(
     costs: Costs, spread: tuple[float, ...], rate: float
 ) -> tuple[Values, float]:
-    """Of drafting one more token with 0 … LONGEST - 1 drafted: [block, notch], and a round's time.
+    """The values of drafting one more token, [block, notch], and the seconds of a whole round.
 
-    Backwards from the longest block, at this `rate`. The time is what the rule takes from the start
-    of a round on.
+    `block` is how many are drafted already, 0 … LONGEST - 1. Worked out at this `rate`, backwards
+    from the longest block.
     """
     reach = 2.0 ** (-NOTCH * np.arange(NOTCHES))
-    then = reach[:, None] * LEVELS[None, :]  # [notch, level]: with a token of that level behind it
+    then = reach[:, None] * LEVELS[None, :]  # [notch, level]: joint acceptance with one token more
     at = np.clip(-np.log2(then) / NOTCH, 0, NOTCHES - 1 - 1e-9)
     low = at.astype(np.intp)
     part = at - low
@@ -109,7 +109,7 @@ def _values_of_going_on(
 
 
 def _floor(reach: NDArray[Any], gain: NDArray[Any]) -> float:
-    """The least reach from which on going on gains; 2 if it never does. Both arrays: [notch]."""
+    """The least joint acceptance (`reach`) at which going on gains; 2: none. Arrays: [notch]."""
     losing = np.flatnonzero(gain <= 0)
     if not len(losing):
         return 0.0

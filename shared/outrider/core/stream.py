@@ -1,7 +1,7 @@
-"""The draft's half of the commit rule: its text, and where it has to be cut for the target's.
+"""The draft's half of the commit rule: its text, and where that is cut to follow the target's.
 
 `outrider.core.stock` is the other half. Both apply the same rule to the same messages, so they
-agree on lineages and positions without a word about it.
+agree on lineages and positions without asking each other.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from outrider.core.estimates import usual_acceptance
 from outrider.core.events import Commit, OpenDraft
 from outrider.core.values import Drafted, TokenId
 
-AT_ONCE = 128  # tokens of the text: more are read even while nothing may be drafted
-CUT_SHORT = 16  # most tokens whose reading is given up halfway to free the cores
+AT_ONCE = 128  # unread tokens of the text: more are read even without leave to draft
+CUT_SHORT = 16  # a reading of at most so many tokens is given up halfway, to free the cores
 
 
 @dataclass(frozen=True, slots=True)
 class Begun:
-    """Which text a drafter was asked about; by the time it answers, that may be another."""
+    """The text that a drafter was asked about; it may have changed when the answer comes."""
 
     lineage: int
-    read: int  # so much of it is what the drafter has taken in before
+    read: int  # the drafter has taken in so many of its tokens before
     tokens: tuple[TokenId, ...]
-    may_draft: bool  # there is leave to: else it is only to be taken in
+    may_draft: bool  # else the text is only to be taken in
 
 
 @dataclass(slots=True)
@@ -86,20 +86,20 @@ class Stream:
     # ---- what it drafts -------------------------------------------------------------------------
 
     def begin(self) -> Begun:
-        """The text that is to be gone on from."""
+        """The text to go on from, as it is now."""
         return Begun(self.lineage, self.read, tuple(self.tokens), self.may_draft)
 
     def took(self, begun: Begun, read: int, drafted: Sequence[Drafted]) -> tuple[Drafted, ...]:
-        """Append what was drafted behind the text `begun`, of which `read` tokens are taken in.
+        """Append what was `drafted` behind the text `begun`, now taken in up to position `read`.
 
-        Returns how much of it counts: nothing if the text has become another or there was no leave,
-        else the first token and as many as leave, floors and an end token allow by now.
+        Returns the part that counts: nothing if the text has changed or there was no leave; else
+        the first token, and as many more as leave, floors and an end token now allow.
         """
         if begun.lineage != self.lineage:
             return ()
         self.read = read
         if len(begun.tokens) != len(self.tokens) or not begun.may_draft:
-            return ()  # perhaps the target said what comes here
+            return ()  # perhaps the target has said what comes here
         self.is_silent = not drafted and read == len(self.tokens)
         taken: list[Drafted] = []
         for one in drafted:
@@ -112,20 +112,22 @@ class Stream:
 
     @property
     def has_work(self) -> bool:
-        """Whether there is a token to draft, or a long text to read before one may be."""
+        """Whether there is a token to draft, or a long text to read beforehand."""
         return self.may_draft or len(self.tokens) - self.read > AT_ONCE
 
     @property
     def may_draft(self) -> bool:
+        """Whether it may draft a token now."""
         return not (self.is_full or self.is_paused or self.has_ended or self.is_silent)
 
     @property
     def is_full(self) -> bool:
+        """Whether it has used up its leave."""
         return len(self.tokens) >= self.until
 
     @property
     def is_paused(self) -> bool:
-        """Whether what it drafted is too doubtful to go on from."""
+        """Whether what it drafted is too unlikely to be accepted for going on."""
         drafted = len(self.likely)
         return 0 < drafted <= len(self.floors) and math.prod(self.likely) < self.floors[drafted - 1]
 
@@ -136,5 +138,5 @@ class Stream:
 
     @property
     def is_to_stop(self) -> bool:
-        """Whether what it reads is for a token beyond its leave; a long reading goes on."""
+        """Whether to give up reading for a token beyond its leave; a long reading goes on."""
         return self.until <= len(self.tokens) <= self.read + CUT_SHORT

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 class TextStream:
     """Releases text as soon as no later byte can change it.
 
-    Held back are incomplete UTF-8 sequences and endings that may be the beginning of a stop string.
+    It holds back incomplete UTF-8 sequences, and endings that may begin a stop string.
     """
 
     def __init__(self, stops: Sequence[str] = ()) -> None:

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self, TypeAlias
 
 import msgspec
-from msgspec import Meta as Meta  # bounds; whoever annotates gets them here
+from msgspec import Meta as Meta  # bounds; other modules import it from here
 
 BLOCK_LIMIT = 1 << 10  # most tokens of a block on the wire
 
@@ -48,7 +48,7 @@ class Value(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=
     """A frozen record; on the wire an array of its fields."""
 
     def changed(self, **fields: Any) -> Self:
-        """The same with other values in these fields."""
+        """A copy with other values in these fields."""
         return msgspec.structs.replace(self, **fields)
 
     def as_dict(self) -> dict[str, Any]:
@@ -57,7 +57,7 @@ class Value(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=
 
 
 class Order(Value, frozen=True, tag=str.lower):
-    """A value that goes to a worker, or comes from one: on the wire its name stands in front."""
+    """A value sent to a worker, or by one: on the wire its name stands before its fields."""
 
 
 class Drafted(Value, frozen=True):
@@ -71,17 +71,17 @@ Stretch: TypeAlias = Annotated[tuple[Drafted, ...], Meta(max_length=BLOCK_LIMIT)
 
 
 class Proposal(Order, frozen=True):
-    """`drafted` stand at `position` and behind it, in the lineage that the draft worker is in."""
+    """Tokens drafted in `lineage`: the first at `position`, the others in order behind it."""
 
     lineage: Count
     position: Count
     drafted: Stretch
     elapsed_s: Seconds  # drafting them took this long
-    waited_s: Seconds = 0.0  # before, the drafter worked for other requests
-    paused: bool = False  # by the floors of `events.Commit`: nothing follows before the next commit
+    waited_s: Seconds = 0.0  # before that, the drafter worked for other requests
+    paused: bool = False  # nothing follows before the next commit; see `events.Commit`
 
     def joined(self, later: Proposal) -> Proposal:
-        """Both as one, the `later` one being what follows."""
+        """This proposal and the `later` one that follows it, as one."""
         return self.changed(
             drafted=(*self.drafted, *later.drafted),
             elapsed_s=self.elapsed_s + later.elapsed_s,
@@ -98,11 +98,11 @@ class Verify(Order, frozen=True):
 
 
 class Verdict(Order, frozen=True):
-    """The outcome of a round: `tokens` are to be committed, the first `accepted` as drafted.
+    """The outcome of a round: the `tokens` to commit, the first `accepted` of them as drafted.
 
-    Behind the accepted ones comes one token of the target's own, a correction or, after a block
-    accepted whole, a bonus. Only an accepted end token has nothing behind it. `decoding.verify`
-    says which tokens; the target worker adds where, and all else.
+    Behind those comes one token of the target's own: a correction, or a bonus if the whole block
+    was accepted. Only an accepted end token has nothing behind it. `decoding.verify` sets
+    `accepted` and `tokens`; the target worker sets the other fields.
     """
 
     accepted: Count
@@ -117,14 +117,14 @@ class Verdict(Order, frozen=True):
     ] = ()  # see `sampling.decide`
     logprobs: Annotated[tuple[float, ...], Meta(max_length=BLOCK_LIMIT)] | None = None
     elapsed_s: Seconds = 0.0  # the pass took this long
-    waited_s: Seconds = 0.0  # before, the target worked for other requests
+    waited_s: Seconds = 0.0  # before that, the target worked for other requests
 
 
 class Token(Value, frozen=True):
     """A committed token."""
 
     id: TokenId
-    piece: bytes  # what it adds to the text, perhaps a part of a character
+    piece: bytes  # what it adds to the text, perhaps only part of a character
     position: Count
     kind: Kind
     margin: float  # by how much it won, in logits; see `sampling.decide`
@@ -137,9 +137,9 @@ class Token(Value, frozen=True):
 
 
 class Fragment(Value, frozen=True):
-    """One committed block. `text` is whole characters, so it may lag behind `tokens`.
+    """What one round committed. `text` has whole characters only, so it may lag behind `tokens`.
 
-    `drafted` is the block that was verified to get it.
+    `drafted` is the block that was verified in that round.
     """
 
     round: Count
@@ -166,8 +166,24 @@ def ids_of(drafted: Sequence[Drafted]) -> tuple[TokenId, ...]:
 
 
 def span_of(done: Proposal | Verdict, rows: int, start: float, end: float) -> Span:
-    """The span in which a worker has `done` this; `rows` are those of a target pass."""
+    """The span in which a worker has `done` this; `rows` are those of the pass, if it was one."""
     if isinstance(done, Verdict):
-        return Span("target", start, end, rows, done.round, done.base, done.tokens)
+        return Span(
+            lane="target",
+            start=start,
+            end=end,
+            rows=rows,
+            number=done.round,
+            base=done.base,
+            tokens=done.tokens,
+        )
     ids = ids_of(done.drafted)
-    return Span("draft", start, end, len(ids), done.lineage, done.position, ids)
+    return Span(
+        lane="draft",
+        start=start,
+        end=end,
+        rows=len(ids),
+        number=done.lineage,
+        base=done.position,
+        tokens=ids,
+    )
