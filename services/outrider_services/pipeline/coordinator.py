@@ -1,7 +1,7 @@
 """The coordinator: turns messages into events of sessions, and their commands into messages.
 
-It holds no socket: `send` and `on_message` are joined to a ROUTER by `pipeline.processes`, and to
-workers in the same process by tests. It waits for nothing but answers, and for none long.
+It holds no socket: `pipeline.processes` joins `send` and `on_message` to a ROUTER, tests join them
+to stand-ins. It waits only for answers to its own questions, and never for long.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ __all__ = ["Coordinator", "Defaults"]
 
 log = logging.getLogger(__name__)
 
-LOOK_S = 0.25
+LOOK_S = 0.25  # between two looks at the workers
 PING_S = 1.0
-BAD_FRAMES = 8  # after which a peer is not listened to any more
+BAD_FRAMES = 8  # after so many a peer is no longer listened to
 
 Send = Callable[[bytes, wire.Message], None]
 Clock = Callable[[], float]  # seconds, never going back
@@ -122,7 +122,7 @@ class Coordinator:
         self._roster.look()
 
     async def close(self) -> None:
-        """End what still runs, each request with one error; whoever leaves now may."""
+        """End every request with an error; cancel what is being prepared or asked for."""
         self._closed = True
         for task in self._tasks:
             task.cancel()
@@ -164,9 +164,9 @@ class Coordinator:
     def _on_joined(self, role: Role) -> None:
         target, draft = self._roster.get("target"), self._roster.get("draft")
         if target and draft:
-            curves = target.hello.curve_s, draft.hello.curve_s[0]
+            verify_s, draft_s = target.hello.curve_s, draft.hello.curve_s[0]
             modes: tuple[Mode, ...] = ("sync", "pipelined")
-            self._experience = {mode: Experience(CostModel(*curves)) for mode in modes}
+            self._experience = {mode: Experience(CostModel(verify_s, draft_s)) for mode in modes}
         if role == "draft":
             for request in list(self._requests.running.values()):
                 self._advance(request, DraftReady())
@@ -208,7 +208,7 @@ class Coordinator:
                 self._stop_if_idle()
 
     def health(self) -> dict[str, Any]:
-        """What `outrider ps` shows; `status` is "ok" as soon as requests can be served."""
+        """What `outrider ps` shows; its "status" is "ok" while requests can be served."""
         workers = {
             member.hello.role: {
                 "model": member.hello.model,
@@ -219,21 +219,19 @@ class Coordinator:
             }
             for member in self._roster.members
         }
+        requests = {"running": len(self._requests.running), "waiting": len(self._requests.waiting)}
         return {
             "status": "ok" if "target" in workers else "loading",
             "version": outrider.__version__,
             "mode": self._mode(None),
             "workers": workers,
             "refused": dict(self._roster.refusals),
-            "requests": {
-                "running": len(self._requests.running),
-                "waiting": len(self._requests.waiting),
-            },
+            "requests": requests,
             "uptime_s": self._clock() - self._began,
         }
 
     async def _forward(self, peer: bytes, question: Any) -> None:
-        """Let the target worker answer a client."""
+        """Put a client's question to the target worker, and pass the answer on."""
         try:
             target = self._roster.target()
             answer = await self._roster.ask(target, lambda call: question.changed(call=call))
@@ -242,7 +240,7 @@ class Coordinator:
             self._tell(peer, wire.Failed(question.call, exc.code, str(exc)))
 
     def _submit(self, request: Request) -> None:
-        """Take it, or say why not; at once, for in a burst others are right behind it."""
+        """Take it or say why not, without waiting: in a burst, others are right behind it."""
         try:
             if self._stopping:
                 raise Overloaded("the pipeline is stopping")
@@ -280,7 +278,7 @@ class Coordinator:
         return tokens
 
     def _admit(self) -> None:
-        """Start what waits, as far as the target has sequences free."""
+        """Start waiting requests while the target has sequences free."""
         while target := self._roster.get("target"):
             request = self._requests.next(target.hello.slots)
             if request is None:
@@ -294,18 +292,17 @@ class Coordinator:
         task = request.task(target)
         stats = Stats(mode, task.sampling.seed, request.submitted, step_s=target.curve_s[0])
         request.session = Session(task, self._rule(mode, lengths), stats)
-        started = wire.Started(submit.call, target.model, mode, request.tokens)
-        self._tell(request.client, started)
+        self._tell(request.client, wire.Started(submit.call, target.model, mode, request.tokens))
         self._advance(request, Start(draft=self._roster.get("draft") is not None))
 
     def _rule(self, mode: Mode, lengths: Lengths) -> Rule:
-        """Fixed numbers where they are asked for, else what the measured costs say."""
+        """Fixed numbers where somebody has set them, else what the measured costs say."""
         if mode == "plain" or lengths.are_fixed or mode not in self._experience:
             return FixedRule(mode, lengths.n_max, lengths.n_min, lengths.p_min)
         return PricedRule(mode, lengths.n_max, self._experience[mode])
 
     def _mode(self, mode: str | None) -> Mode:
-        """`auto`: pipelined where draft and target have devices of their own, else synchronous."""
+        """The mode to use. `auto` is pipelined if the workers share no device, else sync."""
         match mode or self._defaults.mode:
             case "plain" | "sync" | "pipelined" as chosen:
                 return chosen
@@ -360,8 +357,7 @@ class Coordinator:
                 report = session.stats.report()
                 self._end(request, wire.Finished(request.submit.call, reason, report, trace))
             case Fault(error):
-                failed = wire.Failed(request.submit.call, error.code, str(error))
-                self._end(request, failed)
+                self._end(request, wire.Failed(request.submit.call, error.code, str(error)))
 
     def _fail(self, request: Request, error: OutriderError) -> None:
         if request.session:
@@ -370,7 +366,7 @@ class Coordinator:
             self._end(request, wire.Failed(request.submit.call, error.code, str(error)))
 
     def _end(self, request: Request, last: wire.Message) -> None:
-        """The one outcome of a request; whatever it held is free again."""
+        """Give a request its one outcome; free whatever it held."""
         if not self._requests.end(request):
             return
         if self._requests.running.pop(request.id, None):
@@ -382,16 +378,14 @@ class Coordinator:
 
     def _stop_if_idle(self) -> None:
         if self._stopping and not self._requests:
-            # a moment for the last messages to leave
+            # the last messages need a moment to leave
             asyncio.get_running_loop().call_later(0.05, self.stopped.set)
-
-    # ---- sending --------------------------------------------------------------------------------
 
     def _tell(self, peer: bytes, message: wire.Message) -> None:
         try:
             self._send(peer, message)
         except PeerGone:
-            # not at once: the caller may be in the middle of what this changes
+            # later: the caller may be in the middle of what this changes
             asyncio.get_running_loop().call_soon(self._on_gone, peer)
         except ProtocolError as exc:
             log.error("not sent: %s", exc)

@@ -1,7 +1,7 @@
 """The draft worker: lets its drafter ride ahead, and follows what the target commits.
 
-The owner thread drafts on without asking the loop, which meanwhile takes what the target commits
-and sends what was drafted: `_lock` is around whatever both touch, and held for no computation.
+The owner thread drafts on without asking the loop. Meanwhile the loop takes what the target commits
+and sends what was drafted. `_lock` guards whatever both touch; nobody computes while holding it.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from outrider_services.pipeline.worker import Curve, Worker, failure
 
 @dataclass(slots=True)
 class Ride:
-    """A request that is drafted for."""
+    """A request that this worker drafts for."""
 
     request: int
     slot: int
     stream: Stream
     sampling: Sampling
     vocabulary: int  # ids from here on do not exist in the target
-    asked: float  # `computed_s` when there was something to draft
+    asked: float  # `computed_s` when it began to wait for its turn
     is_new: bool = True  # the drafter does not know its text yet
     is_open: bool = True
 
@@ -50,7 +50,7 @@ class DraftWorker(Worker[Drafter]):
     def __init__(self, model: Drafter, owner: ThreadPoolExecutor, curve_s: Curve) -> None:
         super().__init__(model, owner, curve_s)
         self._rides: dict[int, Ride] = {}  # by request
-        self._turns: deque[Ride] = deque()  # the same, whose turn is next comes first
+        self._turns: deque[Ride] = deque()  # the same; the first has the next turn
         self._running: Ride | None = None
         self._lock = threading.Lock()
 
@@ -95,8 +95,14 @@ class DraftWorker(Worker[Drafter]):
             self.send(failure(request, exc))
             return
         stream = Stream.opened(order, self.model.info.context)
-        asked = self.computed_s
-        ride = Ride(request, slot, stream, order.sampling, order.vocabulary, asked)
+        ride = Ride(
+            request=request,
+            slot=slot,
+            stream=stream,
+            sampling=order.sampling,
+            vocabulary=order.vocabulary,
+            asked=self.computed_s,
+        )
         self._rides[request] = ride
         self._turns.append(ride)
         self.wake()
@@ -144,9 +150,9 @@ class DraftWorker(Worker[Drafter]):
             self._running, ride.asked = None, self.computed_s
 
     def _draft(self, ride: Ride, waited_s: float, post: Callable[[Proposal], None]) -> None:
-        """On the owner thread: draft until the stream has to wait, or another one may want to.
+        """On the owner thread: draft until the stream has to wait, or another ride may want a turn.
 
-        Where draft and target take turns nobody waits for a single token: they are sent together.
+        In sync mode nobody waits for single tokens, so they are sent together.
         """
         stream = ride.stream
         unsent: Proposal | None = None
@@ -170,7 +176,7 @@ class DraftWorker(Worker[Drafter]):
             with self._lock:
                 taken = stream.took(begun, self.model.read(ride.slot), drafted)
                 if not taken and not stream.is_silent:
-                    continue  # more of the text to come, or the target said what comes here
+                    continue  # there is more text to read, or the target has said what comes here
                 proposal = Proposal(
                     lineage=begun.lineage,
                     position=len(begun.tokens),
@@ -182,7 +188,7 @@ class DraftWorker(Worker[Drafter]):
                 unsent, waited_s = unsent.joined(proposal) if unsent else proposal, 0.0
 
     def _propose(self, ride: Ride, read: int, text: tuple[TokenId, ...]) -> tuple[Drafted, ...]:
-        """What the drafter says behind `text`, of which it knows the first `read` tokens."""
+        """What the drafter proposes behind `text`, of which it knows the first `read` tokens."""
         if ride.is_new:
             self.model.open(ride.slot, ride.sampling, ride.vocabulary)
             ride.is_new = False

@@ -1,4 +1,4 @@
-"""Events and commands of sessions as lines for the log: what was said, without anybody's text."""
+"""Events and commands of sessions as lines for the log, without anybody's text."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from typing import Any
 from outrider.core.events import OpenDraft, Prefill
 from outrider.core.values import Value
 
-SHOWN = 16  # token ids of a block; of a longer one, and of a prompt, only how many
+SHOWN = 16  # most items of a tuple to write out; of a longer one only their number is written
 HIDDEN = {"piece", "pieces", "text", "sampling", "logprobs", "margins", "floors", "ends"}
 
 
 def line(number: int, event: Any, commands: Iterable[Any], state: str) -> str:
-    """`request 3: Verdict(…) -> Verify(…), Commit(…); VERIFYING, draft DRAFTING`."""
+    """A line such as `request 3: Verdict(…) -> Verify(…), Commit(…); VERIFYING, draft DRAFTING`."""
     led_to = ", ".join(map(brief, commands)) or "nothing"
     return f"request {number}: {brief(event)} -> {led_to}; {state}"
 
 
 def brief(value: Any) -> str:
-    """The value and its short fields."""
+    """The value with its short fields; text is left out."""
     if isinstance(value, Value):
         names: Iterable[str] = value.__struct_fields__
     elif is_dataclass(value):

@@ -1,7 +1,7 @@
 """Starts, watches, restarts and stops the processes of one pipeline on this machine.
 
-However the launcher ends, its children end too: each reads from a pipe whose writing end only the
-launcher has. A child tells its state in lines of JSON on stdout, such as `["ready", 1.0]`; what it
+However the launcher ends, its children end too: each watches a pipe whose writing end only the
+launcher has. A child tells its state in lines of JSON on stdout, such as `["ready", 1.0]`. What it
 writes to stderr is shown line by line, with its role in front.
 """
 
@@ -32,8 +32,8 @@ from outrider_services.options import Settings, TargetOptions, to_flags
 from outrider_services.pipeline.places import share_cores
 
 STOP_S = 5.0  # between SIGTERM and SIGKILL
-BACKOFF_S = (0.1, 5.0)  # before the first restart; at most
-RESTARTS = (5, 60.0)  # a worker that was restarted so often in so many seconds stays down
+BACKOFF_S = (0.1, 5.0)  # the wait before a restart: at first, at most
+RESTARTS = (5, 60.0)  # after so many restarts within so many seconds a worker stays down
 
 Report = Callable[[str, str, float], None]  # role, state, share of the model that is loaded
 Log = Callable[[str, str], None]  # role, line
@@ -54,8 +54,9 @@ class Child:
 class Launcher:
     """`async with Launcher(...)`: inside, the pipeline `name` is up.
 
-    Entering raises OutriderError if it does not come up in time. `failed` is done once the pipeline
-    has ended by itself: with None if a client stopped it, else with the error.
+    Entering raises an OutriderError if it does not come up in time: WorkerLost, or a child's own.
+    `failed` is done once the pipeline has ended by itself: with None if a client stopped it, else
+    with the error.
     """
 
     def __init__(
@@ -95,7 +96,7 @@ class Launcher:
                 await self._until_ready(coordinator)
                 for worker in workers:
                     await self._start(worker)
-                    if share_cores(self.settings):  # each measures its costs undisturbed
+                    if share_cores(self.settings):  # each measures its costs alone
                         await self._until_ready(worker)
                 for worker in workers:
                     await self._until_ready(worker)
@@ -139,12 +140,12 @@ class Launcher:
         if not self.failed.done():
             self.failed.cancel()
         elif not self.failed.cancelled():
-            self.failed.exception()  # it was told, or nobody asked
+            self.failed.exception()  # mark it as seen, or asyncio complains
 
     # ---- one child ------------------------------------------------------------------------------
 
     async def _claim_name(self) -> None:
-        """A socket that nobody answers on is left over from a pipeline that was killed."""
+        """Remove a dead pipeline's socket. Raises ConfigError if somebody answers on it."""
         if not self._socket.exists():
             return
         try:
@@ -187,7 +188,7 @@ class Launcher:
             self.failed.result()
 
     async def _until_joined(self, roles: set[str]) -> None:
-        """Wait until the coordinator has them all: a draft that does not fit is refused then."""
+        """Wait until the coordinator has all `roles`: only then is a draft known to fit."""
         async with connect(f"ipc://{self._socket}") as client:
             while not roles <= (await client.health())["workers"].keys():
                 await first_of(asyncio.ensure_future(asyncio.sleep(0.02)), self.failed)
@@ -256,17 +257,17 @@ class Launcher:
     async def _forward(self, child: Child, stream: asyncio.StreamReader) -> None:
         async for line in stream:
             if self._stopping and child.role == "coordinator":
-                continue  # it misses the workers that we have just ended
+                continue  # it complains of the workers that we have just ended
             self._log(child.role, line.decode("utf-8", "replace").rstrip())
 
 
 async def first_of(*futures: asyncio.Future[Any]) -> None:
-    """Wait until one of them is done, well or with an error."""
+    """Wait until one of them is done, with a result or an error."""
     await asyncio.wait(futures, return_when=asyncio.FIRST_COMPLETED)
 
 
 def own_settings(role: str, settings: Settings) -> Settings:
-    """The settings of a worker of `role`, in which its own model is the target."""
+    """The settings for a worker of `role`: its own model is their target."""
     draft = settings.draft
     if role == "draft":
         own = replace(
@@ -282,6 +283,6 @@ def own_settings(role: str, settings: Settings) -> Settings:
 
 
 def worker_arguments(role: str, settings: Settings, address: str) -> list[str]:
-    """The arguments by which `outrider` becomes that worker."""
+    """The arguments that make `outrider` a worker of `role`."""
     flags = to_flags(own_settings(role, settings), ("target", "pipeline", "toy", "log"))
     return ["worker", role, f"--connect={address}", *flags]

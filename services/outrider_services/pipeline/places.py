@@ -1,4 +1,4 @@
-"""Whether two workers compute in the same place, so that one of them has to wait.
+"""Whether two workers compute in the same place, so that one must wait for the other.
 
 A place is written "host:0,1" for processor cores and "host:gpu0" for a GPU.
 """
@@ -15,10 +15,10 @@ EVERY_GPU = "gpu*"
 
 
 def place(device: str) -> str:
-    """The place of this process, whose engine calls its device `device`; "" for a made-up one."""
+    """The place of this process, given its engine's `device`; "" for a made-up device."""
     if device.startswith("cpu"):
         units = ",".join(map(str, sorted(os.sched_getaffinity(0))))
-    elif device.startswith("gpu"):  # llama.cpp spreads a model over all that it can see
+    elif device.startswith("gpu"):  # llama.cpp spreads a model over all GPUs that it sees
         seen = next(filter(None, map(os.environ.get, VISIBLE)), "*")
         units = ",".join(f"gpu{name.strip()}" for name in seen.split(","))
     else:
@@ -27,7 +27,7 @@ def place(device: str) -> str:
 
 
 def shared(one: str, other: str) -> bool:
-    """Whether two places have a core or a GPU in common; "" has nothing in common with any."""
+    """Whether two places have a core or a GPU in common; "" shares nothing."""
     if not one or not other:
         return False
     (host, mine), (other_host, others) = (_units(place) for place in (one, other))
@@ -39,7 +39,7 @@ def shared(one: str, other: str) -> bool:
 
 
 def share_cores(settings: Settings) -> bool:
-    """Whether target and draft, both to be started here, may use a processor core in common."""
+    """Whether target and draft, both started here, may use a processor core in common."""
     if settings.pipeline.backend == "toy":
         return False
     allowed = os.sched_getaffinity(0)

@@ -39,7 +39,7 @@ def coordinator(settings: Settings, name: str, parent_fd: int | None) -> None:
 
 
 def worker(role: str, settings: Settings, address: str, parent_fd: int | None) -> None:
-    """A worker process, whose own model is the target of `settings`, whatever its role."""
+    """A worker process. Whatever its role, its own model is the target of `settings`."""
     cores = options.cores(settings.target.cores)
     if cores:
         os.sched_setaffinity(0, cores)
@@ -85,7 +85,7 @@ async def _coordinate(settings: Settings, name: str) -> None:
         await core.run()
     finally:
         await core.close()
-        await asyncio.sleep(0.05)  # a moment for the last messages to leave
+        await asyncio.sleep(0.05)  # the last messages need a moment to leave
         router.close()
         path.unlink(missing_ok=True)
 
@@ -95,7 +95,8 @@ def _run(
 ) -> None:
     """Run `main` until it is done, a signal comes, or the launcher is gone.
 
-    The launcher is gone once `parent_fd` can be read. Then `clean_up` is called, and nothing else.
+    The launcher is gone when `parent_fd` becomes readable; then only `clean_up` runs. Without a
+    launcher an OutriderError is raised, else it is reported and the process exits with its status.
     """
 
     async def wrapped() -> None:
@@ -103,7 +104,7 @@ def _run(
         task = asyncio.ensure_future(main)
 
         def end() -> None:
-            if not task.cancelling():  # a second signal may not cut short what cleans up
+            if not task.cancelling():  # a second signal must not interrupt the cleaning up
                 task.cancel()
 
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -119,7 +120,7 @@ def _run(
             await task
 
     if parent_fd is not None:
-        # for a loop that hangs and does not read the pipe: the kernel ends us as well
+        # in case the loop hangs and does not see the pipe, the kernel ends us, too
         with contextlib.suppress(AttributeError, OSError):
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     try:

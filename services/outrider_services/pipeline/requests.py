@@ -21,10 +21,10 @@ NEVER = -1e6  # the bias that keeps end tokens from being chosen
 
 @dataclass(frozen=True, slots=True)
 class Defaults:
-    """What a request gets that does not say."""
+    """What a request gets where it does not say."""
 
     mode: str = "auto"
-    n_draft: int | None = None  # most drafted tokens in a block; None: what the costs say
+    n_draft: int | None = None  # most drafted tokens in a block; None: by the costs
     n_min: int = 0
     p_min: float = 0.0
     queue: int = 64  # requests that may run or wait at once
@@ -40,7 +40,7 @@ class Lengths:
 
     @classmethod
     def of(cls, submit: wire.Submit, defaults: Defaults) -> Lengths:
-        """What the client asked for, else the defaults. Raises BadRequest."""
+        """What the client asked for, else the defaults. Raises BadRequest if they contradict."""
         n_max = defaults.n_draft if submit.n_draft is None else submit.n_draft
         n_max = MOST_DRAFTED if n_max is None else min(n_max, MOST_DRAFTED)
         if submit.n_min is not None and submit.n_min > n_max:
@@ -51,7 +51,7 @@ class Lengths:
 
     @property
     def are_fixed(self) -> bool:
-        """Whether somebody has set numbers, rather than leave the lengths to the costs."""
+        """Whether somebody has set numbers; else the costs decide on the lengths."""
         return self.n_min > 0 or self.p_min > 0
 
 
@@ -60,7 +60,7 @@ class Request:
     """A client's request: first its prompt is prepared, then it waits, then it has a session."""
 
     id: int
-    number: int  # for people: the first of this coordinator is 1
+    number: int  # for people to read: the first of this coordinator is 1
     client: bytes
     submit: wire.Submit
     submitted: float
@@ -73,7 +73,7 @@ class Request:
         return self.client, self.submit.call
 
     def check(self, target: wire.Hello) -> None:
-        """Whether `target` can serve it, its prompt being known. Raises BadRequest."""
+        """Raise BadRequest if `target` cannot serve it; its prompt must be known by now."""
         tokens, context, size = self.tokens, target.context, vocabulary_of(target).size
         biased = [token for token, _ in self.submit.sampling.logit_bias if token >= size]
         if biased:
@@ -119,14 +119,14 @@ def vocabulary_of(target: wire.Hello) -> Vocabulary:
 class Requests:
     """All requests that have not had their outcome yet.
 
-    Iterate over them, the last to come first: whoever ends several starts none of them for it.
+    Iterating begins with the last to come: ending them in this order starts none that still waits.
     """
 
     most: int
     running: dict[int, Request] = field(default_factory=dict)  # by id
     waiting: deque[Request] = field(default_factory=deque)
     _all: dict[tuple[bytes, int], Request] = field(default_factory=dict)
-    # ids start at random, so that none can be of an earlier coordinator; questions use low ones
+    # ids start at random, so that none was used by an earlier coordinator; questions use low ones
     _first_id: int = field(default_factory=lambda: secrets.randbits(61) + (1 << 61))
     _count: int = 0
 
@@ -144,17 +144,23 @@ class Requests:
 
     def add(self, client: bytes, submit: wire.Submit, now: float) -> Request:
         self._count += 1
-        request = Request(self._first_id + self._count, self._count, client, submit, now)
+        request = Request(
+            id=self._first_id + self._count,
+            number=self._count,
+            client=client,
+            submit=submit,
+            submitted=now,
+        )
         self._all[request.key] = request
         return request
 
     def check_room(self) -> None:
-        """Raises Overloaded."""
+        """Raise Overloaded if one request too many is there."""
         if len(self._all) > self.most:
             raise Overloaded(f"{self.most} requests are running or waiting already")
 
     def next(self, slots: int) -> Request | None:
-        """The next one that may run, where `slots` may at once."""
+        """Let the next one run and return it; None if none waits or `slots` are running."""
         if not self.waiting or len(self.running) >= slots:
             return None
         request = self.waiting.popleft()
@@ -162,7 +168,7 @@ class Requests:
         return request
 
     def end(self, request: Request) -> bool:
-        """Forget it; False if it was over already."""
+        """Forget it; False if it was over before."""
         if request not in self:
             return False
         del self._all[request.key]

@@ -24,7 +24,7 @@ from outrider_services.pipeline.vocabularies import check_pair
 
 log = logging.getLogger(__name__)
 
-ANSWER_S = 10.0  # for a question to a worker
+ANSWER_S = 10.0  # most that a worker may take to answer a question
 BEAT_LOST_S = 1.0  # four missing heartbeats
 
 Tell = Callable[[bytes, wire.Message], None]
@@ -32,7 +32,7 @@ Tell = Callable[[bytes, wire.Message], None]
 
 @dataclass(slots=True)
 class Member:
-    """A worker that was welcomed, on the one connection that speaks for it."""
+    """A worker that was welcomed, and the one connection that speaks for it."""
 
     peer: bytes
     hello: wire.Hello
@@ -41,7 +41,7 @@ class Member:
     steps: int = 0
 
     def stall_s(self) -> float:
-        """No evaluation takes longer: 128 rows at the price of single ones, and half more."""
+        """Most seconds of an evaluation: 128 rows at the price of single ones, and half more."""
         return max(8.0, 200 * self.hello.curve_s[0])
 
 
@@ -60,7 +60,7 @@ class Roster:
         self._clock = clock
         self._members: dict[Role, Member] = {}
         self._joining: dict[bytes, asyncio.Task[None]] = {}
-        self._answers: dict[int, tuple[bytes, asyncio.Future[Any]]] = {}  # of whom, and to whom
+        self._answers: dict[int, tuple[bytes, asyncio.Future[Any]]] = {}  # asked peer, who waits
         self._questions = 0
 
     # ---- who is there ---------------------------------------------------------------------------
@@ -73,7 +73,7 @@ class Roster:
         return list(self._members.values())
 
     def target(self) -> Member:
-        """Raises WorkerLost where there is none."""
+        """The target worker. Raises WorkerLost if there is none."""
         if target := self._members.get("target"):
             return target
         refused = self.refusals.get("target")
@@ -81,7 +81,7 @@ class Roster:
         raise WorkerLost(f"no target worker is connected{why}", "target")
 
     def role_of(self, peer: bytes) -> Role | None:
-        """The role that `peer` speaks for. One that nobody knows is asked who it is."""
+        """The role that `peer` speaks for; an unknown peer is asked who it is."""
         for role, member in self._members.items():
             if member.peer == peer:
                 member.heard = self._clock()
@@ -93,10 +93,11 @@ class Roster:
     # ---- joining --------------------------------------------------------------------------------
 
     def on_hello(self, peer: bytes, hello: wire.Hello) -> None:
+        """Refuse the worker, or compare it with the other one and then welcome it."""
         known = self._members.get(hello.role)
         again = known is not None and known.hello.incarnation == hello.incarnation
         if peer in self._joining or (known and again and known.peer == peer):
-            return  # it is being looked at, or was welcomed already
+            return  # it is being compared, or was welcomed already
         if hello.protocol != wire.PROTOCOL:
             reason = (
                 f"the {hello.role} worker speaks protocol {hello.protocol} (outrider "
@@ -120,17 +121,18 @@ class Roster:
         opposite: Role = "draft" if hello.role == "target" else "target"
         other = compared = None
         try:
-            # while they are compared the other may leave, and another come
+            # while the two are compared, the other may leave and a new one come: compare again
             while (other := self._members.get(opposite)) is not compared:
                 if other:
-                    pair = (member, other) if hello.role == "target" else (other, member)
-                    await self._check(*pair)
+                    is_target = hello.role == "target"
+                    target, draft = (member, other) if is_target else (other, member)
+                    await self._check(target, draft)
                 compared = other
         except OutriderError as exc:
             if hello.role == "draft" or other is None:
                 self._refuse(peer, hello.role, exc)
                 return
-            # the target is what matters: the draft has to go
+            # nothing goes without a target, so the draft must leave
             self._refuse(other.peer, "draft", exc)
             self.lose("draft", str(exc))
         finally:
@@ -158,7 +160,7 @@ class Roster:
             return ask
 
         ours, theirs = target.hello.vocabulary, draft.hello.vocabulary
-        if ours and theirs:  # else the draft takes whatever ids there are
+        if ours and theirs:  # else the draft takes the target's ids as they are
             await check_pair(ours, theirs, texts(target), texts(draft))
 
     def _refuse(self, peer: bytes, role: Role, error: OutriderError) -> None:
@@ -174,7 +176,7 @@ class Roster:
             member.steps, member.moved = beat.steps, member.heard
 
     def look(self) -> None:
-        """Drop whoever has fallen silent or makes no progress; called a few times a second."""
+        """Drop workers that are silent or make no progress; to be called a few times a second."""
         now = self._clock()
         for role, member in list(self._members.items()):
             if now - member.heard > BEAT_LOST_S:
@@ -192,6 +194,7 @@ class Roster:
                 self.lose(role, f"the {role} worker is gone")
 
     def lose(self, role: Role, why: str) -> None:
+        """Forget the worker of `role`; whoever waits for its answers gets WorkerLost."""
         if member := self._members.pop(role, None):
             log.warning("%s", why)
             for peer, answer in self._answers.values():
@@ -202,7 +205,7 @@ class Roster:
     # ---- questions ------------------------------------------------------------------------------
 
     async def ask(self, member: Member, question: Callable[[int], wire.Message]) -> Any:
-        """Send the question under a number of its own and wait for the answer, but not for long."""
+        """Ask under a new number and wait. Raises RequestTimeout, WorkerLost or its error."""
         self._questions += 1
         call = self._questions
         answer = asyncio.get_running_loop().create_future()
@@ -219,7 +222,7 @@ class Roster:
             del self._answers[call]
 
     def on_answer(self, peer: bytes, message: wire.Message) -> bool:
-        """Whether `message` answers a question to `peer`; then whoever asked has it now."""
+        """Whether `message` answers a question to `peer`; if so, give it to whoever asked."""
         match message:
             case wire.Tokens(call) | wire.Rendered(call) | wire.LabelTexts(call):
                 result: Any = message

@@ -20,13 +20,13 @@ from outrider.errors import BadRequest, OutriderError, ProtocolError
 from outrider.wire import messages as wire
 from outrider_services.pipeline.worker import Curve, Worker, failure
 
-CHUNK = 128  # most tokens of one evaluation while prefilling: so long a cancellation may wait
-ROWS = (1, 2, 3, 4, 6, 8, 12, 16)  # of the passes that are measured at load
+CHUNK = 128  # most tokens of one prefill pass: a cancellation may have to wait for it
+ROWS = (1, 2, 3, 4, 6, 8, 12, 16)  # rows of the passes that are measured at load
 
 
 @dataclass(slots=True)
 class Sequence:
-    """A request's text, and the block that waits to be verified behind it."""
+    """A request's committed text, and the block behind it that waits to be verified."""
 
     slot: int
     tokens: list[TokenId]
@@ -48,7 +48,7 @@ class TargetWorker(Worker[Engine]):
         super().__init__(model, owner, curve_s)
         self.chunk = min(CHUNK, model.info.chunk)
         self._sequences: dict[int, Sequence] = {}
-        self._turns: deque[int] = deque()  # requests with something to compute, in turn
+        self._turns: deque[int] = deque()  # requests with something to compute; the first is next
         self._running: int | None = None
         self._questions: set[asyncio.Task[None]] = set()
 
@@ -82,7 +82,11 @@ class TargetWorker(Worker[Engine]):
             self.send(failure(request, exc))
             return
         self._sequences[request] = Sequence(
-            slot, list(order.tokens), order.sampling, order.logprobs, self.computed_s
+            slot=slot,
+            tokens=list(order.tokens),
+            sampling=order.sampling,
+            logprobs=order.logprobs,
+            asked=self.computed_s,
         )
         self._turns.append(request)
         self.wake()
@@ -135,7 +139,7 @@ class TargetWorker(Worker[Engine]):
             return True
         if verdict is None:
             sequence.asked = self.computed_s
-            self._turns.append(request)  # the rest of the prompt, after the others' turns
+            self._turns.append(request)  # the rest of the text, after the turns of the others
             return True
         sequence.tokens.extend(verdict.tokens)
         sequence.drafted, sequence.elapsed_s, sequence.waited_s = None, 0.0, 0.0
@@ -145,14 +149,14 @@ class TargetWorker(Worker[Engine]):
     async def _pass(
         self, request: int, sequence: Sequence, drafted: tuple[TokenId, ...]
     ) -> Verdict | None:
-        """One pass; None where there is more to evaluate, or the request was closed."""
+        """One pass; None if there is more to evaluate, or the request was closed."""
         self._running = request
         try:
             return await self.owned(lambda: self._evaluate(sequence, drafted))
         except Cancelled:
-            return None  # closed, which the next turn finds
+            return None  # the request was closed; the next turn finds out
         except (EngineFault, OutriderError, ValueError) as exc:
-            # the sequence is empty now; what it held is evaluated again, but not forever
+            # the slot is empty now: its text is evaluated again, but only once
             sequence.faults += 1
             if sequence.faults > 1:
                 self.send(failure(request, exc))
@@ -162,7 +166,7 @@ class TargetWorker(Worker[Engine]):
             self._running = None
 
     def _evaluate(self, sequence: Sequence, drafted: tuple[TokenId, ...]) -> Verdict | None:
-        """On the owner thread: one pass; None while there is text before the block to evaluate."""
+        """On the owner thread: one pass; None if it only brought the text nearer to the block."""
         began = time.perf_counter()
         base, slot = len(sequence.tokens), sequence.slot
         known = self.model.length(slot)
@@ -196,9 +200,9 @@ class TargetWorker(Worker[Engine]):
     def _choices(
         sequence: Sequence, drafted: tuple[TokenId, ...], rows: Scores, margins: list[float]
     ) -> Iterator[TokenId]:
-        """The target's choice at each row, given the prefix which that row really has.
+        """The target's choice at each row, given the prefix that this row was evaluated with.
 
-        By how much it won is appended to `margins`.
+        The margin of each choice is appended to `margins`.
         """
         history = list(sequence.tokens)
         for at, row in enumerate(rows):
@@ -225,18 +229,18 @@ class TargetWorker(Worker[Engine]):
                 return
         try:
             self.send(await asyncio.to_thread(ask))
-        except Exception as exc:  # whatever a text does to the tokenizer, the worker goes on
+        except Exception as exc:  # no text may end the worker
             self.send(failure(call, exc))
 
     def _chat(self, messages: tuple[tuple[str, str], ...]) -> list[TokenId]:
-        """The template's markers become control tokens, those that somebody typed do not."""
+        """Token ids: the template's markers become control tokens, markers in contents do not."""
         engine = self.model
         contents = [content for _, content in messages]
         if all(
             engine.tokenize(c, special=True) == engine.tokenize(c, special=False) for c in contents
         ):
             return engine.tokenize(engine.render(messages), special=True)
-        # private-use characters in the contents' places, to cut the rendered text there
+        # render private-use characters in place of the contents, then cut the text there
         places = [chr(0xE000) + f"{n}" + chr(0xE001) for n in range(len(messages))]
         rendered = engine.render([(role, p) for (role, _), p in zip(messages, places, strict=True)])
         tokens: list[TokenId] = []

@@ -1,7 +1,7 @@
-"""Whether a draft fits a target: both must mean the same text by every token id.
+"""Whether a draft fits a target: every token id must mean the same text in both.
 
-Equal fingerprints fit. Otherwise the type of vocabulary, the begin and the end tokens must be
-equal; one vocabulary may have up to 128 ids more than the other, for models are padded; and every
+Equal fingerprints fit. Otherwise the type of vocabulary and the begin and end tokens must be equal.
+One vocabulary may have up to 128 ids more than the other, because models are padded. Every common
 id from 5 on must have the same text. That is llama.cpp's rule for its own speculative decoding,
 with the end tokens added.
 """
@@ -23,7 +23,7 @@ Texts = Callable[[int, int], Awaitable[tuple[str, ...]]]  # of ids start … sta
 async def check_pair(
     target: Vocabulary, draft: Vocabulary, target_texts: Texts, draft_texts: Texts
 ) -> None:
-    """Raises IncompatiblePair with the first difference. Token texts are fetched only if needed."""
+    """Raise IncompatiblePair for the first difference. Token texts are fetched only if needed."""
     if target == draft:
         return
     for name, ours, theirs in (

@@ -1,7 +1,7 @@
 """What both workers are: a loop that talks to the coordinator, and one thread that owns the model.
 
-The loop never computes. It takes every message at once, so a cancellation reaches a decode that is
-running, and heartbeats go on while the model works.
+The loop never computes. It takes every message at once: a cancellation reaches a running decode,
+and heartbeats go on while the model works.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ log = logging.getLogger(__name__)
 
 BEAT_S = 0.25
 RETRY_S = 0.05
-SILENCE_S = 60.0  # a worker whose coordinator is silent for so long ends
+SILENCE_S = 60.0  # a worker ends if its coordinator is silent for so long
 Curve = tuple[float, ...]
 Status = Callable[[str, float | str], None]
 T = TypeVar("T")
 
 
 class Model(Protocol):
-    """What every worker asks of what it drives, an engine or a drafter."""
+    """What every worker needs of the engine or drafter that it drives."""
 
     @property
     def info(self) -> ModelInfo | DrafterInfo: ...
@@ -55,11 +55,11 @@ class Connection:
 
     address: str
     timeout_s: float  # for the first answer
-    delay_s: float = 0.0  # of each message either way: a made-up link
+    delay_s: float = 0.0  # added to each message, either way: a made-up link
 
 
 class Worker(ABC, Generic[M]):
-    """One role: subclasses say what to do with its messages and what to compute next."""
+    """A worker of one role; subclasses handle its messages and choose what to compute next."""
 
     role: ClassVar[Role]
 
@@ -68,7 +68,7 @@ class Worker(ABC, Generic[M]):
         self.steps = 0
         self.slots = Slots(model.info.slots)
         self._computed_s = 0.0
-        self._since: float | None = None  # when what is being computed was begun
+        self._since: float | None = None  # when the running computation began; None: there is none
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._owner = owner
         self._curve_s = curve_s
@@ -83,11 +83,11 @@ class Worker(ABC, Generic[M]):
 
     @abstractmethod
     def handle(self, message: wire.Message) -> None:
-        """Take one message of this role's; must not wait."""
+        """Take one message that is meant for this role; must not wait."""
 
     @abstractmethod
     async def compute(self) -> bool:
-        """Do one piece of work; False: there is none."""
+        """Do one piece of work; False if there is none."""
 
     @abstractmethod
     def forget(self) -> None:
@@ -96,10 +96,10 @@ class Worker(ABC, Generic[M]):
     @staticmethod
     @abstractmethod
     def measured(model: M) -> Curve:
-        """What `Hello.curve_s` is to say; on the owner thread."""
+        """The seconds for `Hello.curve_s`, measured on the owner thread."""
 
     def admit(self, tokens: Sequence[TokenId]) -> int:
-        """A slot for a new request with this text. Raises OutriderError."""
+        """A slot for a new request with this text. Raises BadRequest or Overloaded."""
         info = self.model.info
         if not 0 < len(tokens) < info.context:
             raise BadRequest(f"{len(tokens)} tokens do not fit the context of {info.context}")
@@ -108,7 +108,7 @@ class Worker(ABC, Generic[M]):
         return self.slots.take()
 
     def send(self, message: wire.Message) -> None:
-        """Send, or do without: a coordinator that is gone has forgotten the request too."""
+        """Send if possible: a coordinator that is gone has forgotten the request, too."""
         if self._delay_s:
             asyncio.get_running_loop().call_later(self._delay_s, self._send_now, message)
         else:
@@ -133,9 +133,9 @@ class Worker(ABC, Generic[M]):
 
     @property
     def computed_s(self) -> float:
-        """Seconds that the model has computed so far, for whichever request.
+        """Seconds that the model has computed so far, for all requests together.
 
-        By how much this has grown since a request asked is how long it waited behind others.
+        The growth since a request asked for work is the time that it waited behind others.
         """
         if self._since is None:
             return self._computed_s
@@ -148,7 +148,7 @@ class Worker(ABC, Generic[M]):
     # ---- running --------------------------------------------------------------------------------
 
     async def run(self, connection: Connection, status: Status) -> None:
-        """Serve until cancelled or refused. Raises OutriderError."""
+        """Serve until cancelled. Raises OutriderError if refused, or without a coordinator."""
         self._delay_s = connection.delay_s
         self._link = Link(connection.address, self._on_arrival)
         tasks = [asyncio.ensure_future(c) for c in (self._beat(), self._compute_forever())]
@@ -161,7 +161,7 @@ class Worker(ABC, Generic[M]):
                 if task.done():
                     task.result()
         finally:
-            self.forget()  # what computes ends
+            self.forget()  # so that nothing is left to compute
             self.model.cancel()
             for task in tasks:
                 task.cancel()
@@ -264,7 +264,7 @@ async def serve(
 
 
 class Slots:
-    """The engine's sequences. What one held is forgotten on the owner thread, before it is used."""
+    """The model's sequences; those given back are cleaned, on the owner thread, before reuse."""
 
     def __init__(self, count: int) -> None:
         self._free = list(range(count))
@@ -275,6 +275,7 @@ class Slots:
         return bool(self._used)
 
     def take(self) -> int:
+        """A free slot. Raises Overloaded."""
         if not self._free:
             raise Overloaded("every sequence of the worker is taken")
         return self._free.pop(0)
@@ -284,11 +285,12 @@ class Slots:
         self._used.add(slot)
 
     def clean(self, forget: Callable[[int], None]) -> None:
-        """On the owner thread."""
+        """On the owner thread: `forget` what the slots given back still hold."""
         while self._used:
             forget(self._used.pop())
 
 
 def failure(request: int, exc: Exception) -> wire.Failed:
+    """The message that tells of `exc`, its text cut to 1,000 characters."""
     code = exc.code if isinstance(exc, OutriderError) else "internal_error"
     return wire.Failed(request, code, f"{exc!s:.1000}")

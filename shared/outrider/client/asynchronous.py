@@ -27,8 +27,8 @@ from outrider.wire import messages as wire
 from outrider.wire.codec import check
 from outrider.wire.transport import Link, PeerGone, address_of
 
-SILENCE_S = 5.0  # the coordinator pings every second: silent for so long, it is gone
-ANSWER_S = 15.0
+SILENCE_S = 5.0  # the coordinator pings every second; after so long a silence it is gone
+ANSWER_S = 15.0  # most that a question may take
 
 Answer = TypeVar("Answer", wire.Tokens, wire.Rendered, wire.HealthReport)
 Inbox = asyncio.Queue[wire.Message | OutriderError]
@@ -54,7 +54,7 @@ class Stream:
     async def __anext__(self) -> Fragment:
         while self.finish_reason is None:
             if self._error:
-                raise self._error  # its one outcome, to whoever asks again
+                raise self._error  # again and again: it has no other outcome
             match await self._client._next(self._inbox):
                 case wire.Started(_, model, _, prompt):
                     self.model, self.prompt_token_ids = model, prompt
@@ -76,7 +76,7 @@ class Stream:
             self._client._send(wire.Cancel(self._call))
 
     async def result(self) -> Completion:
-        """Read to the end, and return all there is. Raises OutriderError if the request failed."""
+        """Read to the end and return the whole answer. Raises OutriderError if there is none."""
         async for _ in self:
             pass
         return self._whole()
@@ -112,8 +112,8 @@ class Stream:
 class AsyncClient:
     """A connection to a pipeline, by name ("default") or address (ipc://…, tcp://…).
 
-    Every method raises OutriderError: BadRequest, naming the argument, for what is wrong with it,
-    and ConnectionFailed without a coordinator, or outside of `async with`.
+    Every method may raise an OutriderError: BadRequest names the argument that is wrong, and
+    ConnectionFailed means that there is no coordinator, or no `async with` around the call.
     """
 
     def __init__(self, pipeline: str = "default", *, timeout_s: float = 3.0) -> None:
@@ -154,7 +154,7 @@ class AsyncClient:
         await self.close()
 
     async def close(self) -> None:
-        """End the connection, and whatever still waits for an answer. May be called again."""
+        """End the connection; whoever still waits gets ConnectionFailed. May be called again."""
         link, self._link = self._link, None
         for inbox in self._inboxes.values():
             inbox.put_nowait(ConnectionFailed("the client was closed before the answer ended"))
@@ -218,7 +218,7 @@ class AsyncClient:
         stream: bool | None = None,
         **settings: Unpack[CompletionSettings],
     ) -> Completion | Stream:
-        """As `create_completion`, after the model's chat template around `messages`."""
+        """As `create_completion`, with `messages` in the model's chat template as the prompt."""
         return await self._answer("", asked.conversation(messages), stream, settings)
 
     async def _answer(
@@ -257,17 +257,17 @@ class AsyncClient:
         return (await self._ask(lambda call: wire.Detokenize(call, ids), wire.Rendered)).text
 
     async def apply_template(self, messages: Messages) -> str:
-        """The model's chat template around `messages`, ending where the answer begins."""
+        """`messages` in the model's chat template, up to where the answer begins."""
         pairs = asked.conversation(messages)
         return (await self._ask(lambda call: wire.Render(call, pairs), wire.Rendered)).text
 
     async def health(self, *, timeout_s: float = ANSWER_S) -> dict[str, Any]:
-        """State of coordinator, workers and requests."""
+        """The state of coordinator, workers and requests."""
         timeout_s = asked.number("timeout_s", timeout_s)
         return (await self._ask(wire.Health, wire.HealthReport, timeout_s)).report
 
     async def stop(self) -> None:
-        """End the pipeline, once what it is generating is finished."""
+        """End the pipeline as soon as it has finished what it is generating."""
         await self._ask(wire.Stop, wire.HealthReport)
 
     async def _ask(
@@ -323,7 +323,7 @@ class AsyncClient:
                 self._forget(call)
 
     async def _next(self, inbox: Inbox) -> wire.Message | OutriderError | None:
-        """What comes next; None after a second of nothing, if the coordinator still lives."""
+        """The next message; None after a second without one, if the coordinator still lives."""
         try:
             async with asyncio.timeout(1.0):  # wait_for (3.11) may swallow a cancellation
                 return await inbox.get()
@@ -336,5 +336,5 @@ class AsyncClient:
 
 
 def connect(pipeline: str = "default", *, timeout_s: float = 3.0) -> AsyncClient:
-    """`async with outrider.connect() as client`: a pipeline by name or address."""
+    """A client to enter: `async with outrider.connect() as client`; see `AsyncClient`."""
     return AsyncClient(pipeline, timeout_s=timeout_s)

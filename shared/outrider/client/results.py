@@ -1,4 +1,4 @@
-"""What a completion comes to: the shape of OpenAI's object, and what outrider knows besides."""
+"""A whole answer: the shape of OpenAI's object, and what outrider knows besides."""
 
 from __future__ import annotations
 

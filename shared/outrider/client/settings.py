@@ -1,4 +1,4 @@
-"""What a user asks for, checked: whatever is wrong is a BadRequest that names the argument.
+"""Checks of what a user asks for: anything wrong raises a BadRequest that names the argument.
 
 Numbers may be NumPy's, ids may come as an array, and None stands for a setting's default.
 """
@@ -56,19 +56,19 @@ class CompletionSettings(TypedDict, total=False):
     top_p: Number | None
     """Choose among the likeliest tokens that together have this probability. Default: 1, all."""
     min_p: Number | None
-    """Leave out tokens less likely than this share of the likeliest. Default: 0, none."""
+    """Leave out tokens less likely than this share of the likeliest one. Default: 0, none."""
     repeat_penalty: Number | None
     """Divides the logits of tokens already in the text. Default: 1, which changes nothing."""
     repeat_last_n: Whole | None
-    """How many tokens the three penalties look back on; -1: all. Default: 64."""
+    """How many tokens back the three penalties look; -1: all. Default: 64."""
     presence_penalty: Number | None
-    """Taken off the logits of tokens already in the text. Default: 0."""
+    """Subtracted from the logits of tokens already in the text. Default: 0."""
     frequency_penalty: Number | None
-    """Taken off the logits of tokens for each time they are in the text. Default: 0."""
+    """Subtracted from a token's logit for each time it is in the text. Default: 0."""
     logit_bias: LogitBias | None
     """Added to the logits of these token ids."""
     seed: Whole | None
-    """The same seed gives the same text. Default, and below 0: a random one, in `stats.seed`."""
+    """The same seed gives the same text. Default, or if negative: random, see `stats.seed`."""
     stop: str | Sequence[str] | None
     """The answer ends before the first of these texts, 16 at most."""
     logprobs: bool | None
@@ -83,13 +83,13 @@ class CompletionSettings(TypedDict, total=False):
     n_min: Whole | None
     """Fewest drafted tokens of a block. Default: as the pipeline is set."""
     p_min: Number | None
-    """Drafting stops at a token that the draft gave less than this probability. Default: as the
-    pipeline is set."""
+    """A block ends before a token whose confidence is below this. Default: as the pipeline is
+    set."""
     trace: bool | None
     """Whether the answer has a `trace`: when which worker computed."""
 
 
-# ---- checks: the name of an argument and its value give the value as the wire has it ------------
+# ---- checks: from an argument's name and value to the value as the wire has it ------------------
 
 
 def flag(name: str, value: object) -> bool:
@@ -175,7 +175,7 @@ def _part(place: str, value: object) -> str:
 
 
 def _fields(place: str, value: object, names: tuple[str, str]) -> Mapping[object, object]:
-    """`value`, which has these fields; others only where they are None, as OpenAI's objects do."""
+    """`value`, if it has these fields and all others are None, as OpenAI's objects have some."""
     if not isinstance(value, Mapping):
         raise _wrong(place, "must be a mapping", value)
     for name in names:
@@ -204,14 +204,14 @@ def _logit_bias(name: str, value: object) -> tuple[tuple[int, float], ...]:
 
 
 def _bias_id(name: str, value: object) -> int:
-    # JSON has no other keys than texts, so OpenAI's library takes ids as such
+    # JSON's keys are strings, so OpenAI's library takes ids as strings
     if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) <= 10:
         return int(value)
     return whole(f"a token id of {name}", value)
 
 
 def _listed(value: object) -> object:
-    """Arrays and other iterables as lists of plain values; single values, and text, as they are."""
+    """Make arrays and other iterables lists of plain values; leave single values and text alone."""
     if isinstance(value, str | bytes | bytearray | memoryview | Mapping | Set | list | tuple):
         return value
     if isinstance(value, np.ndarray):
@@ -226,7 +226,7 @@ def _wrong(place: str, rule: str, value: object) -> BadRequest:
 
 
 def _param(place: str) -> str:
-    """The argument of which `place` is a part."""
+    """The argument that `place` is a part of."""
     return place.removeprefix("a token id of ").partition("[")[0]
 
 
@@ -259,7 +259,7 @@ def submit(
     messages: tuple[tuple[str, str], ...] | None,
     settings: Mapping[str, object],
 ) -> wire.Submit:
-    """The request in the words of the wire. Raises BadRequest, naming the setting."""
+    """The request as the wire has it. Raises BadRequest, which names the setting."""
     for name in settings.keys() - CHECKS.keys():
         near = get_close_matches(name, CHECKS, 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""

@@ -19,7 +19,10 @@ T = TypeVar("T")
 
 
 class Client:
-    """`AsyncClient` without `await`; a stream is a plain iterator. Threads may share it."""
+    """`AsyncClient` without `await`; a stream is a plain iterator. Threads may share it.
+
+    It connects when it is made, and then raises ConnectionFailed if there is no coordinator.
+    """
 
     def __init__(self, pipeline: str = "default", *, timeout_s: float = 3.0) -> None:
         self._client = AsyncClient(pipeline, timeout_s=timeout_s)
@@ -41,7 +44,7 @@ class Client:
 
     @property
     def timeout_s(self) -> float:
-        """How long connecting may take."""
+        """How long connecting may take, in seconds."""
         return self._client.timeout_s
 
     @overload
@@ -98,7 +101,7 @@ class Client:
         stream: bool | None = None,
         **settings: Unpack[CompletionSettings],
     ) -> Completion | SyncStream:
-        """As `create_completion`, after the model's chat template around `messages`."""
+        """As `create_completion`, with `messages` in the model's chat template as the prompt."""
         return self._answer(
             self._client.create_chat_completion(messages, stream=stream, **settings)
         )
@@ -112,19 +115,19 @@ class Client:
         return self._wait(self._client.detokenize(tokens))
 
     def apply_template(self, messages: Messages) -> str:
-        """The model's chat template around `messages`, ending where the answer begins."""
+        """`messages` in the model's chat template, up to where the answer begins."""
         return self._wait(self._client.apply_template(messages))
 
     def health(self, *, timeout_s: float = ANSWER_S) -> dict[str, Any]:
-        """State of coordinator, workers and requests."""
+        """The state of coordinator, workers and requests."""
         return self._wait(self._client.health(timeout_s=timeout_s))
 
     def stop(self) -> None:
-        """End the pipeline, once what it is generating is finished."""
+        """End the pipeline as soon as it has finished what it is generating."""
         self._wait(self._client.stop())
 
     def close(self) -> None:
-        """End the connection, and whatever still waits for an answer. May be called again."""
+        """End the connection; whoever still waits gets ConnectionFailed. May be called again."""
         with self._lock:
             if self._closed:
                 return
@@ -142,7 +145,7 @@ class Client:
 
     async def _end(self) -> None:
         await self._client.close()
-        calls = asyncio.all_tasks() - {asyncio.current_task()}  # of other threads; now they fail
+        calls = asyncio.all_tasks() - {asyncio.current_task()}  # other threads' calls: they fail
         await asyncio.gather(*calls, return_exceptions=True)
 
     def _answer(self, answer: Coroutine[Any, Any, Completion | Stream]) -> Completion | SyncStream:
@@ -201,7 +204,7 @@ class SyncStream:
 
     @property
     def trace(self) -> tuple[Span, ...] | None:
-        """When which worker computed, at the end, if it was asked for."""
+        """When which worker computed; None before the end, or if it was not asked for."""
         return self._stream.trace
 
     @property
@@ -215,7 +218,7 @@ class SyncStream:
             self._client._wait(self._stream.cancel())
 
     def result(self) -> Completion:
-        """Read to the end, and return all there is. Raises OutriderError if the request failed."""
+        """Read to the end and return the whole answer. Raises OutriderError if there is none."""
         for _ in self:
             pass
         return self._stream._whole()

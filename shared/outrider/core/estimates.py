@@ -40,8 +40,8 @@ class CostModel:
     A measurement moves the cost of its own number of rows, and a little those of all others: a
     machine that has become slower is slower for all. Only a few passes of the draft are measured at
     load, perhaps while the target is loading too, so its first tokens count for more. `costs` only
-    change when one is off by more than 5 % and more than 0.5 % of a plain step: until then whatever
-    was solved for them still holds.
+    change when one is off by more than 5 % and more than 0.5 % of a plain step: until then all
+    that was solved for them is kept.
     """
 
     OWN, SHARED, OFF, NEGLIGIBLE = 0.2, 0.05, 0.05, 0.005
@@ -112,7 +112,7 @@ def doubt(confidence: float) -> float:
 
 
 def usual_acceptance(confidence: float) -> float:
-    """How often drafted tokens of this confidence are accepted, whatever the pair."""
+    """How often drafted tokens of this confidence are accepted, by the table above."""
     at = doubt(confidence)
     above = bisect.bisect(DOUBTS, at, 1, len(DOUBTS) - 1)
     low, high = DOUBTS[above - 1], DOUBTS[above]

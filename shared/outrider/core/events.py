@@ -86,7 +86,7 @@ Event: TypeAlias = Start | DraftReady | DraftLost | Proposal | Verdict | Timer |
 
 
 class Prefill(Order, frozen=True):
-    """The target is to evaluate the prompt and choose the first token: the verdict of round 0."""
+    """Evaluate the prompt and choose the first token; the answer is the verdict of round 0."""
 
     tokens: TokenIds
     sampling: Sampling

@@ -159,7 +159,7 @@ def decide(
     Filters aside, one logit may move that far before another token is chosen. A margin of `NEAR` or
     more may be overstated, as rivals that far off are not looked for; it is at most `FAR`.
     """
-    with np.errstate(over="ignore"):  # -inf is right for what is too far behind for a float
+    with np.errstate(over="ignore"):  # a logit too far behind for a float becomes -inf
         row = _adjust(row, sampling, history)
         token, top = _likeliest(row)
         if sampling.temperature > 0:

@@ -25,7 +25,7 @@ class Judged:
 
 
 class Stock:
-    """Drafted tokens in order, the first of which may be under verification."""
+    """Drafted tokens in order; those under verification come first."""
 
     def __init__(self) -> None:
         self.drafted: list[Drafted] = []

@@ -109,13 +109,9 @@ class Verdict(Order, frozen=True):
     tokens: Block
     round: Count = 0
     base: Count = 0  # position of the first of `tokens`
-    pieces: Annotated[
-        tuple[bytes, ...], Meta(max_length=BLOCK_LIMIT)
-    ] = ()  # the bytes of each token
-    margins: Annotated[
-        tuple[float, ...], Meta(max_length=BLOCK_LIMIT)
-    ] = ()  # see `sampling.decide`
-    logprobs: Annotated[tuple[float, ...], Meta(max_length=BLOCK_LIMIT)] | None = None
+    pieces: Pieces = ()  # the bytes of each token
+    margins: Floats = ()  # see `sampling.decide`
+    logprobs: Floats | None = None
     elapsed_s: Seconds = 0.0  # the pass took this long
     waited_s: Seconds = 0.0  # before that, the target worked for other requests
 

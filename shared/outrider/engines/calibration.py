@@ -10,13 +10,14 @@ import numpy as np
 from outrider.core.engine import Engine
 from outrider.core.values import TokenId
 
-STEPS, STEPS_S = 15, 0.1  # most passes over one row to measure; how long for more than three
+STEPS, STEPS_S = 15, 0.1  # most passes over one row to measure; only 3 if these take so long
 
 
 def calibrate(engine: Engine, rows: tuple[int, ...]) -> tuple[float, ...]:
-    """Seconds of evaluating 1, 2, 3 … tokens with a row of logits each, after a short text.
+    """Seconds of a pass over 1, 2, 3 … rows, behind a short text.
 
-    Measured for the numbers in `rows`, interpolated between them. Slot 0 is used, and freed.
+    Only the numbers in `rows`, in ascending order, are measured, as far as the engine has room for
+    them; those between are interpolated. Slot 0 is used, and freed.
     """
     info = engine.info
     start = min(8, info.chunk, info.context // 2)
@@ -26,7 +27,7 @@ def calibrate(engine: Engine, rows: tuple[int, ...]) -> tuple[float, ...]:
     measured = []
     for n in rows:
         seconds: list[float] = []
-        # one row is what all else is compared with: of short passes there is time for more
+        # all else is compared with one row: if its passes are short, more of them are measured
         most = STEPS if n == 1 else 2
         while len(seconds) < most and (len(seconds) < 3 or sum(seconds) < STEPS_S):
             began = time.perf_counter()

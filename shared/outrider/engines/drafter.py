@@ -1,4 +1,4 @@
-"""A model as a drafter: the next token is what the engine's own logits, and the noise, say."""
+"""A model as a drafter: it chooses the next token by its own logits and the shared noise."""
 
 from __future__ import annotations
 
@@ -13,15 +13,21 @@ from outrider.engines.calibration import calibrate
 
 
 class ModelDrafter:
-    """`outrider.core.drafter.Drafter` over an engine, which it owns; one token at a time."""
+    """A `Drafter` over an engine, which it owns; it drafts one token at a time."""
 
     def __init__(self, engine: Engine) -> None:
         info = engine.info
-        self.info = DrafterInfo(info.name, info.vocabulary, info.context, info.slots, info.device)
+        self.info = DrafterInfo(
+            name=info.name,
+            vocabulary=info.vocabulary,
+            context=info.context,
+            slots=info.slots,
+            device=info.device,
+        )
         self.token_s = calibrate(engine, (1,))[0]
         self._engine = engine
-        self._chunk = min(AT_ONCE, info.chunk)  # so long a cancellation may have to wait
-        self._asked: dict[int, tuple[Sampling, int]] = {}  # by slot: settings, ids of the target
+        self._chunk = min(AT_ONCE, info.chunk)  # a cancellation may have to wait for so many tokens
+        self._asked: dict[int, tuple[Sampling, int]] = {}  # by slot: settings, number of ids
 
     def open(self, slot: int, sampling: Sampling, vocabulary: int) -> None:
         self._engine.rewind(slot, 0)

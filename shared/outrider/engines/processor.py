@@ -10,7 +10,7 @@ CPUINFO = Path("/proc/cpuinfo")
 
 
 def fields() -> dict[str, str]:
-    """What is told of the first core, by name; the names differ from maker to maker."""
+    """What the kernel says of the first core, by name; names differ from maker to maker."""
     found: dict[str, str] = {}
     with suppress(OSError):
         for line in CPUINFO.read_text().splitlines():
@@ -20,17 +20,17 @@ def fields() -> dict[str, str]:
 
 
 def name() -> str:
-    """The name of its model; where the kernel tells none, of its architecture."""
+    """The name of its model, or of its architecture if the kernel names no model."""
     return fields().get("model name") or platform.machine()
 
 
 def instructions() -> frozenset[str]:
-    """What it can do beside the usual, such as "avx2"."""
+    """The instruction sets that it has beside the usual ones, such as "avx2"."""
     found = fields()
     return frozenset((found.get("flags") or found.get("Features", "")).split())
 
 
 def kind() -> list[str]:
-    """Its model, and the instructions that it has: whoever agrees in these computes as fast."""
+    """Its model and its instruction sets: processors with the same are taken to be as fast."""
     found = fields()
     return [found.get(name, "") for name in ("model name", "flags", "Features")]

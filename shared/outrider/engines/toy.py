@@ -1,11 +1,11 @@
 """An engine without a model file: a deterministic little language, scored as a real model scores.
 
 Its vocabulary is the 256 bytes, an end token and a few control tokens, so any text round-trips.
-The scores are a function of the seed and the prefix alone: a hash of the prefix picks the next word
-of a short list, and the row favours that word's next byte over a few other plausible ones. A draft
-gives the target's row wherever another hash of the prefix falls below `agreement`; elsewhere it
-favours a different token, and is less sure of itself. Time is made up too: `extend` takes what
-`ToyCosts` say without using the processor, like a device of its own.
+The scores depend on the seed and the prefix alone: a hash of the prefix picks the next word from a
+short list, and the row favours that word's next byte over a few other plausible ones. A draft gives
+the target's row wherever another hash of the prefix falls below `agreement`; elsewhere it favours a
+different token, and is less sure of itself. Time is made up too: `extend` takes as long as
+`ToyCosts` say, but leaves the processor free, like a device of its own.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ WORDS = tuple(word.encode() for word in _TEXT.split())
 SPACE = ord(" ")
 BREAKS = frozenset(b" \n\t")
 
-LIKELY, UNLIKELY, CONTROL = 6.0, -12.0, -60.0  # logits: no noise below temperature 1.6 spans 66
+LIKELY, UNLIKELY, CONTROL = 6.0, -12.0, -60.0  # logits: below temperature 1.6 noise spans less
 
-WAKING_S = 1e-4, 5e-4  # by how much a wait overshoots: at first, at most
+WAKING_S = 1e-4, 5e-4  # how late a wait ends: the first guess, and the most
 
 
 def _followers() -> dict[bytes, tuple[int, ...]]:
-    """The bytes that may follow each beginning of a word, a space after a whole one."""
+    """The bytes that may follow each beginning of a word; behind a whole word, a space."""
     found: dict[bytes, set[int]] = {}
     for word in WORDS:
         for cut, byte in enumerate((*word, SPACE)):
@@ -69,12 +69,15 @@ class ToyCosts:
         _require(min(self.first_row_s, self.row_s, self.prefill_row_s) >= 0, "costs are below 0")
 
     def of(self, tokens: int, rows: int) -> float:
+        """Seconds of a pass over `tokens` tokens that returns `rows` rows of logits."""
         decoding = self.first_row_s + self.row_s * (rows - 1) if rows else 0.0
         return decoding + self.prefill_row_s * (tokens - rows)
 
 
 @dataclass(frozen=True, slots=True)
 class ToySettings:
+    """The made-up language and device. Raises ValueError for a value out of range."""
+
     role: Literal["target", "draft"] = "target"
     seed: int = 0  # which language: the same for both of a pair
     agreement: float = 0.8  # probability, at each position, that a draft favours the target's token
@@ -82,10 +85,8 @@ class ToySettings:
     slots: int = 4
     chunk: int = 512
     costs: ToyCosts = field(default_factory=ToyCosts)
-    vocabulary_size: int = SMALLEST  # control tokens fill what is more than bytes
-    vocabulary_variant: int = (
-        0  # each value another label for the last id: a pair that does not fit
-    )
+    vocabulary_size: int = SMALLEST  # reserved control tokens fill it up
+    vocabulary_variant: int = 0  # each gives the last id another label: such a pair does not fit
     end_probability: float = 0.0  # that the target ends where a word would begin
 
     def __post_init__(self) -> None:
@@ -105,11 +106,11 @@ class _State(NamedTuple):
 
     prefix: bytes  # rolling hash of the whole prefix
     word_from: bytes  # the same at the start of the current word
-    word: bytes  # its bytes so far, cut where they are more than any word has
+    word: bytes  # its bytes so far, at most one more than any word has
 
 
 class ToyEngine:
-    """An `Engine` that needs no file: for tests, demonstrations, measurements of all the rest."""
+    """An `Engine` that needs no file, for tests, demonstrations and measurements of the rest."""
 
     def __init__(self, settings: ToySettings | None = None) -> None:
         self.settings = settings = settings or ToySettings()
@@ -117,7 +118,7 @@ class ToyEngine:
         self._controls = {label: 256 + n for n, label in enumerate(self._labels[256:])}
         self._control = re.compile("|".join(map(re.escape, self._controls)))
         root = _digest(b"toy", settings.seed.to_bytes(16, "little", signed=True))
-        # per slot, the state after each token, so that `rewind` only forgets
+        # per slot, the state after each token, so that `rewind` only has to drop some
         self._states = [[_State(root, root, b"")] for _ in range(settings.slots)]
         self._scores = np.zeros((settings.chunk, settings.vocabulary_size), np.float32)
         self._lock = threading.Lock()
@@ -158,7 +159,7 @@ class ToyEngine:
         return self._scores[:rows]
 
     def _wait(self, until: float) -> None:
-        """Until this time or the next `cancel`. Waits end late, more so on a busy machine."""
+        """Wait until this time or a `cancel`. Waits end late, so it learns by how much."""
         remaining = until - time.monotonic()
         if remaining > self._waking_s and not self._cut.wait(remaining - self._waking_s):
             late = min(max(time.monotonic() - until, -1e-4), 1e-4)
@@ -190,7 +191,7 @@ class ToyEngine:
             row[favourite] = UNLIKELY
             other = int(row[:256].argmax())
             row[favourite] = row[other]
-            row[other] += (LIKELY - row[other]) / 4  # ahead by less than the target's favourite
+            row[other] += (LIKELY - row[other]) / 4  # leads by less than the favourite would
 
     def _favourite(self, state: _State) -> TokenId:
         """The token that the target finds likeliest."""
@@ -200,7 +201,7 @@ class ToyEngine:
         word = WORDS[draw % len(WORDS)] + b" "
         if word.startswith(state.word) and word != state.word:
             return word[len(state.word)]
-        following = FOLLOWERS.get(state.word, (SPACE,))  # a word that was not our idea
+        following = FOLLOWERS.get(state.word, (SPACE,))  # the space: a word not on the list
         return following[draw % len(following)]
 
     def rewind(self, slot: int, length: int) -> None:
@@ -255,7 +256,7 @@ def _digest(*parts: bytes, size: int = 8) -> bytes:
 
 
 def _below(state: _State, purpose: bytes, probability: float) -> bool:
-    """True with `probability`, always the same way for the same prefix and purpose."""
+    """True with this `probability`; always the same for the same prefix and purpose."""
     return int.from_bytes(_digest(state.prefix, purpose), "little") < probability * 2**64
 
 
@@ -268,7 +269,7 @@ def _advance(state: _State, token: TokenId) -> _State:
 
 
 def _alternatives(word: bytes, noise: bytes) -> list[tuple[TokenId, float]]:
-    """What else may follow: up to eight bytes that go on with other words, and rarer slips."""
+    """Other bytes and their logits: up to eight that go on with other words, and rarer slips."""
     following = FOLLOWERS.get(word, ())
     turn = noise[-1] % len(following) if following else 0
     others = (following[turn:] + following[:turn])[:8]

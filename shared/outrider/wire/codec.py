@@ -26,7 +26,7 @@ LIMITS: dict[str, Any] = {
 
 
 def check(message: Message) -> None:
-    """What a peer would not accept from us is its sender's mistake. Raises BadRequest."""
+    """Raise BadRequest if a peer would not accept `message`: the mistake is its sender's."""
     try:
         value = msgspec.to_builtins(message, builtin_types=(bytes,))
         msgspec.convert(value, type(message), builtin_types=(bytes,))
@@ -43,7 +43,7 @@ def check(message: Message) -> None:
 
 
 def encode(message: Message) -> bytes:
-    """The frame of `message`. Raises ProtocolError where it exceeds `FRAME_LIMIT`."""
+    """The frame of `message`. Raises ProtocolError if it exceeds `FRAME_LIMIT`."""
     frame: bytes = msgpack.packb(msgspec.to_builtins(message, builtin_types=(bytes,)))
     if len(frame) > FRAME_LIMIT:
         raise ProtocolError(f"a message of {len(frame)} bytes exceeds the limit of {FRAME_LIMIT}")
@@ -51,13 +51,25 @@ def encode(message: Message) -> bytes:
 
 
 def _greeting_of_another_protocol(start: list[Any]) -> Hello:
-    """Enough of it to say exactly why its sender is refused, whatever fields follow."""
+    """Just the fields that say why its sender is refused; what follows them may be anything."""
     protocol, version, role = msgspec.convert(start, tuple[Count, Word, Role])
-    return Hello(protocol, version, role, 0, "", None, 0, 0, "", "", (0.0,))
+    return Hello(
+        protocol=protocol,
+        version=version,
+        role=role,
+        incarnation=0,
+        model="",
+        vocabulary=None,
+        context=0,
+        slots=0,
+        device="",
+        cores="",
+        curve_s=(0.0,),
+    )
 
 
 def decode(frame: bytes) -> Message:
-    """The message in `frame`. Raises ProtocolError for whatever is not one of ours."""
+    """The message in `frame`. Raises ProtocolError for anything that is not one of ours."""
     try:  # many kinds of error, among them RecursionError: translated once, here
         if len(frame) > FRAME_LIMIT:
             raise ValueError("too long")

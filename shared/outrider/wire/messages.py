@@ -1,10 +1,10 @@
 """The messages between client, coordinator and workers.
 
-Orders to workers and what they report are values of the core (`outrider.core.values`, `.events`),
-here in an envelope with their request. A message carries what its receiver needs to tell it from a
-stale one: request ids are drawn from the coordinator's incarnation and never reused, proposals name
-their lineage and position, verdicts their round and base. A connection belongs to one incarnation
-(`Hello`), so later messages on it need not repeat it.
+Orders to workers, and what they report, are values of the core (`outrider.core.values`, `.events`);
+an envelope adds the request here. A message carries what its receiver needs to tell it from a stale
+one. Request ids start at random in each coordinator and are never reused. Proposals name their
+lineage and position, verdicts their round and base. A connection belongs to one incarnation of a
+worker (`Hello`), so later messages on it need not repeat that.
 """
 
 from __future__ import annotations
@@ -70,6 +70,8 @@ class Welcome(Tagged, frozen=True):
 
 
 class Refused(Tagged, frozen=True):
+    """The worker is not taken, or no longer wanted; it ends with this error."""
+
     code: Word
     reason: Line
 
@@ -142,14 +144,14 @@ class Render(Tagged, frozen=True):
 
 
 class Chat(Tagged, frozen=True):
-    """The token ids of a conversation, where markers typed in its contents are plain text."""
+    """Ask for a conversation's token ids; markers typed in its contents count as plain text."""
 
     call: Id
     messages: Conversation
 
 
 class Labels(Tagged, frozen=True):
-    """The vocabulary's texts of ids start … start + count - 1."""
+    """Ask for the vocabulary's texts of ids start … start + count - 1."""
 
     call: Id
     start: Count
@@ -157,16 +159,22 @@ class Labels(Tagged, frozen=True):
 
 
 class Tokens(Tagged, frozen=True):
+    """The answer to `Tokenize` and `Chat`."""
+
     call: Id
     tokens: TokenIds
 
 
 class Rendered(Tagged, frozen=True):
+    """The answer to `Detokenize` and `Render`."""
+
     call: Id
     text: Text
 
 
 class LabelTexts(Tagged, frozen=True):
+    """The answer to `Labels`."""
+
     call: Id
     texts: Annotated[tuple[Text, ...], Meta(max_length=4096)]
 
@@ -229,6 +237,8 @@ class Finished(Tagged, frozen=True):
 
 
 class HealthReport(Tagged, frozen=True):
+    """The answer to `Health` and `Stop`."""
+
     call: Id
     report: dict[str, Any]
 

@@ -1,10 +1,10 @@
 """Typed messages over ZeroMQ: one ROUTER (`Router`) that the coordinator binds, and the DEALERs
 (`Link`) that workers and clients connect.
 
-Both call their handler for each message, in order, on the event loop, and never wait: a send that
-would block fails instead, so no queue grows without bound. A ROUTER gives every connection an id of
-its own (no identity is set, which nobody can therefore steal), and sending to one that is gone
-raises `PeerGone`.
+Both call their handler for each message, in order, on the event loop. They never wait: a send that
+would block fails, so no queue grows without bound. The ROUTER gives every connection an id of its
+own; no identity is set, so nobody can steal one. Sending to a connection that is gone raises
+`PeerGone`.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class _Endpoint:
         except zmq.ZMQError as exc:
             raise PeerGone(exc.strerror) from exc
         finally:
-            # sending may swallow the descriptor's edge of a message that has just come
+            # sending may swallow the edge that announces a message: look for one
             if not self.closed and int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
                 self._loop.call_soon(self._drain)
 
@@ -109,11 +109,11 @@ class Router(_Endpoint):
         self._monitor: zmq.Socket[bytes] = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         self._monitor_fd = int(self._monitor.getsockopt(zmq.FD))
         self._loop.add_reader(self._monitor_fd, self._drain_monitor)
-        self._loop.call_soon(self._drain_monitor)  # ZeroMQ wakes only who has found it empty once
+        self._loop.call_soon(self._drain_monitor)  # until it was found empty, ZeroMQ wakes nobody
         self.addresses: list[str] = []
 
     def bind(self, address: str) -> str:
-        """Bind and return the address as clients must write it (with the port that was free)."""
+        """Bind; return the address for clients, with its real port. Raises ConfigError."""
         try:
             self._socket.bind(address)
         except zmq.ZMQError as exc:
@@ -123,7 +123,7 @@ class Router(_Endpoint):
         return bound
 
     def send(self, peer: bytes, message: Message) -> None:
-        """Raises PeerGone where the peer is."""
+        """Send now. Raises PeerGone, or ProtocolError for a message that is too long."""
         self._send([peer, encode(message)])
 
     def _receive(self, frames: list[bytes]) -> None:
@@ -154,7 +154,10 @@ class Router(_Endpoint):
 
 
 class Link(_Endpoint):
-    """A worker's or client's connection to the coordinator; it reconnects by itself."""
+    """A worker's or client's connection to the coordinator; it reconnects by itself.
+
+    Raises ConnectionFailed for something that is no address.
+    """
 
     def __init__(self, address: str, on_message: Callable[[Message], None]) -> None:
         super().__init__(zmq.DEALER)
@@ -166,7 +169,7 @@ class Link(_Endpoint):
             raise ConnectionFailed(f"{address!r} is not an address: {exc.strerror}") from exc
 
     def send(self, message: Message) -> None:
-        """Raises PeerGone while there is no connection."""
+        """Send now. Raises PeerGone while there is no connection, else as `Router.send`."""
         self._send([encode(message)])
 
     def _receive(self, frames: list[bytes]) -> None:
@@ -179,7 +182,10 @@ class Link(_Endpoint):
 
 
 def runtime_dir() -> Path:
-    """The user's own directory for sockets (mode 0700, which is what keeps others out)."""
+    """The user's own directory for sockets: its mode 0700 keeps others out.
+
+    Raises ConfigError for one that others can enter.
+    """
     base = os.environ.get("XDG_RUNTIME_DIR")
     path = Path(base) / "outrider" if base else Path(f"/tmp/outrider-{os.getuid()}")
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -190,7 +196,7 @@ def runtime_dir() -> Path:
 
 
 def socket_path(name: str) -> Path:
-    """Where the pipeline `name` listens."""
+    """Where the pipeline `name` listens. Raises ConfigError for a name that cannot be one."""
     if not name or not all(c.isalnum() or c in "-_." for c in name) or name.startswith("."):
         raise ConfigError(f"{name!r} cannot name a pipeline: use letters, digits, '-', '_' and '.'")
     path = runtime_dir() / f"{name}.sock"
@@ -207,7 +213,7 @@ def address_of(pipeline: str) -> str:
 
 
 def check_exposure(address: str, insecure: tuple[str, ...]) -> None:
-    """Refuse to listen beyond this machine, where anybody could connect, unless told to."""
+    """Raise ConfigError for an address open to other machines, unless it is in `insecure`."""
     if address.startswith("ipc://") or address in insecure:
         return
     host = address.removeprefix("tcp://").rpartition(":")[0].strip("[]")

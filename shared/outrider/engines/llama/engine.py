@@ -1,11 +1,11 @@
 """The engine over llama.cpp: one GGUF model and its KV cache, through the ctypes bindings.
 
-The only module that imports llama_cpp, and only when a model is loaded. An invalid call kills the
-process inside the C library, so everything is checked here first. One thread owns an engine: it
-calls `load`, `extend`, `rewind` and `close`; the rest may be called from any thread until `close`.
+This is the only module that imports llama_cpp, and only when a model is loaded. An invalid call
+kills the process inside the C library, so everything is checked here first. One thread owns an
+engine: it calls `load`, `extend`, `rewind`, `close`. Until `close` any thread may call the rest.
 
-Each slot is a stream of its own in the KV cache: what one request computes cannot depend, in any
-bit, on what the others do.
+Each slot is a stream of its own in the KV cache, so not one bit of what a request computes depends
+on the others.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from outrider.errors import InternalError, ModelUnusable
 __all__ = ["LlamaEngine", "LlamaSettings", "prepare_environment"]
 
 DONE, ABORTED = 0, 2  # what llama_decode returns; everything else is a fault
-SOFT = 1  # omp_pause_soft: what threads hold of their own stays as it is
+SOFT = 1  # omp_pause_soft: threads keep what they hold
 
 
 class Batch:
@@ -72,6 +72,7 @@ class Batch:
         )
 
     def fill(self, slot: int, start: int, tokens: NDArray[Any], rows: int) -> Any:
+        """The C struct for `tokens` from position `start` on; the last `rows` want logits."""
         n = len(tokens)
         self.tokens[:n] = tokens
         self.positions[:n] = np.arange(start, start + n)
@@ -110,7 +111,7 @@ class LlamaEngine:
     ) -> LlamaEngine:
         """Open the model in `path`; `progress` is told the loaded share, 0 to 1.
 
-        Raises `ModelNotFound` or `ModelUnusable`. What `progress` raises ends the loading.
+        Raises `ModelNotFound`, `ModelUnusable`, or what `progress` raises to end the loading.
         """
         size = check_file(path)
         if settings.gpu_layers == 0:
@@ -142,7 +143,7 @@ class LlamaEngine:
     def extend(self, slot: int, tokens: Sequence[TokenId], rows: int) -> Scores:
         """Append `tokens` to `slot`; see `Engine.extend`. On a GPU a `cancel` has no effect.
 
-        The result lies in llama.cpp's own buffer: not even to be read after the next call.
+        The result lies in llama.cpp's own buffer: do not even read it after the next call.
         """
         ids = self._checked(slot, tokens, rows)
         before = self._lengths[slot]
@@ -228,7 +229,7 @@ class LlamaEngine:
             raise ValueError(f"slot {slot} is not one of {self.info.slots}")
 
     def _cut(self, slot: int, length: int) -> bool:
-        """Remove all after `length` from the cache; whether exactly that is left."""
+        """Remove all behind `length` tokens from the cache; True if exactly those are left."""
         removed = self._lib.llama_memory_seq_rm(self._memory, slot, length, -1)
         left = self._lib.llama_memory_seq_pos_max(self._memory, slot) + 1
         return bool(removed and left == length)
@@ -239,7 +240,7 @@ class LlamaEngine:
             raise InternalError(f"llama.cpp cannot clear slot {slot}")
 
     def _check_rollback(self, path: Path) -> None:
-        """Refuse a memory that only forgets whole sequences; drafts are rolled back in parts."""
+        """Raise ModelUnusable if only whole sequences can be dropped: a rollback drops a part."""
         try:
             for _ in range(2):
                 self.extend(0, [0], 0)
@@ -252,40 +253,40 @@ class LlamaEngine:
 
 
 def prepare_environment(exact: bool) -> None:
-    """Set what llama.cpp reads from the environment, once, when it is first used.
+    """Set the environment variables that llama.cpp reads once, when it is first used.
 
-    Hence all engines of a process should agree on `exact`.
+    So all engines of a process should agree on `exact`.
     """
-    os.environ.setdefault("GGML_NO_BACKTRACE", "1")  # otherwise dying takes most of a second
+    os.environ.setdefault("GGML_NO_BACKTRACE", "1")  # else a crash takes most of a second
     # an idle OpenMP thread must leave its core to the other worker, yet not sleep between two
-    # layers: clang's library is told when (see `pause`), gcc's counts turns of a loop. Its own
-    # default made the default pair on two shared cores five times slower than the target alone.
+    # layers: clang's library is told when (see `pause`), gcc's counts turns of a loop. With its own
+    # count the default pair on two shared cores was five times slower than the target alone.
     os.environ.setdefault("KMP_BLOCKTIME", "infinite")
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     if exact:
-        os.environ["GGML_CPU_TILED_MM"] = "0"  # a kernel that starts at 8 rows, rounding otherwise
+        os.environ["GGML_CPU_TILED_MM"] = "0"  # a kernel for 8 rows or more, rounding otherwise
 
 
 @functools.cache
 def pause(lib: Any) -> Callable[[], object]:
-    """What sends the idle OpenMP threads to sleep, until the next evaluation wakes them.
+    """A function that sends idle OpenMP threads to sleep until the next evaluation wakes them.
 
-    Only clang's library: for it the soft pause of OpenMP 5.0 ends the waiting at once, while gcc's
-    ends the threads.
+    With gcc's library it does nothing: there the soft pause of OpenMP 5.0 ends the threads, while
+    in clang's it only ends their waiting.
     """
-    loaded = lib._lib  # what it depends on is found through it, too
+    loaded = lib._lib  # its dependencies are found through it, too
     if not hasattr(loaded, "kmp_set_blocktime"):
         return lambda: None
     pause_all = loaded.omp_pause_resource_all
     pause_all.argtypes, pause_all.restype = [ctypes.c_int], ctypes.c_int
-    # threads that are not to sleep are not woken when the process ends either, which waits for them
+    # when the process ends it waits for its threads, and an infinite blocktime leaves them asleep
     loaded.kmp_set_defaults.argtypes, loaded.kmp_set_defaults.restype = [ctypes.c_char_p], None
     atexit.register(loaded.kmp_set_defaults, b"KMP_BLOCKTIME=200")
     return functools.partial(pause_all, SOFT)
 
 
 def library(exact: bool = False) -> Any:
-    """The bindings of llama.cpp, initialised, its log going to ours."""
+    """The initialised bindings of llama.cpp; its log goes to ours. Raises ModelUnusable."""
     prepare_environment(exact)
     return _library()[0]
 
@@ -301,7 +302,7 @@ def _library() -> tuple[Any, Any]:
         ) from exc
     forward = lib.llama_log_callback(forward_log)
     lib.llama_log_set(forward, None)
-    # C must not call into an interpreter that has shut down: libc's `abs` ignores what it is told
+    # C must not call into an interpreter that has shut down: libc's `abs` takes any call in silence
     silent = ctypes.cast(ctypes.CDLL(None).abs, lib.llama_log_callback)
     atexit.register(lib.llama_log_set, silent, None)
     lib.llama_backend_init()

@@ -1,4 +1,4 @@
-"""Writing a model again with weights of another type: a draft may be any, its text is not used."""
+"""Writes a model again with weights of another type. No answer depends on those of a draft."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ KINDS = {"q4_0": (2, 2), "q4_1": (3, 3), "q8_0": (7, 8)}
 
 
 def partial(target: Path) -> Path:
-    """What `target` is called until it is whole."""
+    """The name of the file that becomes `target` once it is whole."""
     return target.with_name(target.name + ".partial")
 
 
 def requantise(source: Path, target: Path, kind: str, threads: int) -> None:
     """Write the model in `source` to `target`, its matrices of type `kind`. Raises ModelUnusable.
 
-    The output matrix, too, which llama.cpp would leave finer: in a small model it is a third of the
-    bytes that every token reads.
+    That includes the output matrix, which llama.cpp would leave finer: in a small model it is a
+    third of the bytes that every token reads.
     """
     check_file(source)
     file_type, tensor_type = KINDS[kind]

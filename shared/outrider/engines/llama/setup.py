@@ -1,4 +1,4 @@
-"""What comes before there is an engine: settings, and checks of the file, the memory and the model.
+"""What an engine needs before it is made: settings; checks of the file, the memory and the model.
 
 `lib` is the module of bindings, handed in by `outrider.engines.llama.engine`.
 """
@@ -32,12 +32,14 @@ CACHE_TYPES = {
 }
 GIB = 2.0**30
 MOST_SLOTS = 256  # LLAMA_MAX_SEQ
-LONG = 2048  # tokens of a sequence beyond which a draft does without flash attention
+LONG = 2048  # a draft with a context of more tokens does without flash attention
 CANNOT_TAKE_BACK = "this kind of model cannot take back single tokens, as drafting needs"
 
 
 @dataclass(frozen=True, slots=True)
 class LlamaSettings:
+    """How to load and run a model. Raises ValueError for a value out of range."""
+
     context: int  # tokens per slot; rounded up to a multiple of 256
     slots: int
     threads: int
@@ -45,8 +47,8 @@ class LlamaSettings:
     batch: int = 512  # most tokens of one `extend`
     ubatch: int = 512  # most tokens of one pass over the weights
     flash_attention: bool = True
-    drafts: bool = False  # no token of an answer depends on how its logits are rounded
-    exact: bool = False  # logits of a token do not depend on how many are evaluated with it
+    drafts: bool = False  # it only drafts: no answer depends on how its logits are rounded
+    exact: bool = False  # a token's logits do not depend on how many are evaluated with it
     cache_type_k: str = "f16"
     cache_type_v: str = "f16"
 
@@ -72,7 +74,7 @@ class LlamaSettings:
 
     @property
     def used_threads(self) -> int:
-        """A second thread splits the attention of a lone row, which rounds differently."""
+        """One if exact: a second one splits a lone row's attention, which rounds differently."""
         return 1 if self.exact else self.threads
 
 
@@ -81,12 +83,13 @@ def available_memory() -> int:
 
 
 # enum ggml_log_level: 1 debug (thousands of lines), 2 info, 3 warning, 4 error, 5 continued line;
-# an error comes back to us as well, and is ours to tell: a cancelled decode is four of them
+# an error is ours to tell, as the call fails too: llama.cpp logs four for a cancelled decode
 LEVELS = {2: logging.DEBUG, 3: logging.INFO, 4: logging.INFO}
-complaints: deque[str] = deque(maxlen=8)  # llama.cpp's latest errors: it returns none
+complaints: deque[str] = deque(maxlen=8)  # llama.cpp's latest errors, which it only logs
 
 
 def forward_log(level: int, text: bytes, _: Any) -> None:
+    """Write a line of llama.cpp's log to ours, and remember errors for `reasons`."""
     if level not in LEVELS:
         return
     line = text.decode("utf-8", "replace").strip()
@@ -96,7 +99,7 @@ def forward_log(level: int, text: bytes, _: Any) -> None:
 
 
 def filled(struct: Any, **values: Any) -> Any:
-    """`struct` with `values`: a ctypes structure takes any attribute, misspelt ones too."""
+    """`struct` with `values` set. Raises TypeError for a misspelt one, which ctypes would take."""
     unknown = values.keys() - {field[0] for field in struct._fields_}
     if unknown:
         raise TypeError(f"{type(struct).__name__} has no {', '.join(sorted(unknown))}")
@@ -106,7 +109,7 @@ def filled(struct: Any, **values: Any) -> Any:
 
 
 def check_file(path: Path) -> int:
-    """The size of the model in bytes, all its parts taken together."""
+    """The size of the model in bytes, all parts together. Raises ModelNotFound, ModelUnusable."""
     try:
         with path.open("rb") as file:
             magic = file.read(4)
@@ -122,6 +125,7 @@ def check_file(path: Path) -> int:
 
 
 def check_memory(path: Path, needed: float, available: float, what: str) -> None:
+    """Raise ModelUnusable if more bytes are needed than there are."""
     if needed > available:
         raise ModelUnusable(
             f"{path}: {what} would take about {needed / GIB:.1f} GiB of memory, "
@@ -132,13 +136,14 @@ def check_memory(path: Path, needed: float, available: float, what: str) -> None
 def load_model(
     lib: Any, path: Path, settings: LlamaSettings, progress: Callable[[float], None] | None
 ) -> Any:
+    """llama.cpp's handle of the model. Raises ModelUnusable, or what `progress` raised."""
     failure: list[BaseException] = []
 
     def report(share: float, _: Any) -> bool:
         try:
             if progress:
                 progress(share)
-        except BaseException as exc:  # it cannot pass through C
+        except BaseException as exc:  # no exception can pass through C
             failure.append(exc)
         return not failure
 
@@ -174,6 +179,7 @@ def has_instructions(name: str, lib: Any) -> bool:
 
 
 def check_kind(lib: Any, path: Path, model: Any) -> None:
+    """Raise ModelUnusable for a model that cannot go on with a text, or not take tokens back."""
     if lib.llama_model_is_recurrent(model) or lib.llama_model_is_hybrid(model):
         raise ModelUnusable(f"{path}: {CANNOT_TAKE_BACK}")
     if lib.llama_model_has_encoder(model) or not lib.llama_model_has_decoder(model):
@@ -185,13 +191,14 @@ def check_kind(lib: Any, path: Path, model: Any) -> None:
 
 
 def metadata(lib: Any, model: Any, key: str) -> str | None:
+    """The value of `key` in the model's file; None if it has none."""
     buffer = ctypes.create_string_buffer(256)
     length = lib.llama_model_meta_val_str(model, key.encode(), buffer, len(buffer))
     return buffer.value.decode("utf-8", "replace") if length >= 0 else None
 
 
 def cache_size(lib: Any, model: Any, settings: LlamaSettings) -> float:
-    """Bytes of the KV cache of all slots, about: every layer taken to be like the first."""
+    """About how many bytes the KV cache of all slots takes, were every layer like the first."""
     family = metadata(lib, model, "general.architecture")
     head = lib.llama_model_n_embd(model) // max(1, lib.llama_model_n_head(model))
     k_head = int(metadata(lib, model, f"{family}.attention.key_length") or head)
@@ -205,11 +212,11 @@ def cache_size(lib: Any, model: Any, settings: LlamaSettings) -> float:
 def attention(settings: LlamaSettings, bf16: bool) -> tuple[bool, str, str]:
     """Whether to use llama.cpp's flash attention kernel, and the types of the keys and values.
 
-    On a processor that kernel is slow where few rows meet a long text in f16: the default draft
-    took 11.5 ms for a token behind 8 others, 15.2 behind 250, 24.6 behind 1,000. What it computes
-    with is free where it only drafts. With bf16 (`bf16`: the processor has instructions for it) it
-    took 11.5, 12.7 and 16.2, but long prompts twice as long; without the kernel 12.7, 12.6, 14.5.
-    Exact, it computes as its target does, so a model that drafts for itself is always right.
+    On a processor that kernel is slow for few rows behind a long text in f16: the default draft
+    took 11.5 ms for a token behind 8 others, 15.2 behind 250, 24.6 behind 1,000. A model that only
+    drafts may compute otherwise. In bf16 (`bf16`: the processor has instructions for it) it took
+    11.5, 12.7 and 16.2 ms, but twice as long for long prompts; without the kernel 12.7, 12.6 and
+    14.5 ms. Exact, it computes as its target does: a model that drafts for itself is always right.
     """
     given = settings.flash_attention, settings.cache_type_k, settings.cache_type_v
     ours = settings.drafts and not (settings.gpu_layers or settings.exact)
@@ -221,6 +228,7 @@ def attention(settings: LlamaSettings, bf16: bool) -> tuple[bool, str, str]:
 
 
 def make_context(lib: Any, path: Path, model: Any, settings: LlamaSettings) -> Any:
+    """llama.cpp's handle of the model's KV cache. Raises ModelUnusable."""
     context = settings.rounded_context
     flash, type_k, type_v = attention(settings, has_instructions("avx512_bf16", lib))
     params = filled(

@@ -19,6 +19,8 @@ KINDS = {1: "spm", 2: "bpe", 3: "wpm", 4: "ugm", 5: "rwkv", 6: "plamo2"}  # enum
 
 
 class TextModel:
+    """The methods of `Engine` that are about text, of one model."""
+
     def __init__(self, lib: Any, model: Any) -> None:
         self._lib = lib
         self._vocab = lib.llama_model_get_vocab(model)
@@ -29,7 +31,7 @@ class TextModel:
 
     def tokenize(self, text: str, special: bool) -> list[TokenId]:
         data = _encode(text)
-        room = len(data) + 8  # a token has at least one byte, but for those put around the text
+        room = len(data) + 8  # every token has a byte at least, except those put around the text
         while True:
             buffer = (ctypes.c_int32 * room)()
             got: int = self._lib.llama_tokenize(
@@ -61,7 +63,7 @@ class TextModel:
         return text.decode("utf-8", "replace")
 
     def render(self, messages: Sequence[tuple[str, str]]) -> str:
-        """The chat as text, by llama.cpp's built-in renderer, which knows the common templates."""
+        """The chat as text, if llama.cpp's renderer knows the template. Raises BadRequest."""
         if self._template is None:
             raise BadRequest("this model has no chat template; send a plain prompt")
         chat = (self._lib.llama_chat_message * len(messages))()
@@ -88,6 +90,7 @@ class TextModel:
 
 
 def read_vocabulary(lib: Any, vocab: Any) -> Vocabulary:
+    """The fingerprint of a model's vocabulary."""
     size: int = lib.llama_vocab_n_tokens(vocab)
     digest = hashlib.sha256()
     ends = []
@@ -111,7 +114,7 @@ def read_vocabulary(lib: Any, vocab: Any) -> Vocabulary:
 
 
 def _grown(call: Callable[[Any, int], int], room: int) -> bytes:
-    """What `call` writes into a buffer; it answers the length, negative for the room it needs."""
+    """What `call` writes into a buffer; it returns the length, or minus the room that it needs."""
     while True:
         buffer = ctypes.create_string_buffer(room)
         got = call(buffer, room)
