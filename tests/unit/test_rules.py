@@ -11,7 +11,7 @@ from tests.bench import bench_coordinator
 
 from outrider.core import price, stopping
 from outrider.core.estimates import CostModel
-from outrider.core.experience import DOUBT, PROBES, Experience, Guard
+from outrider.core.experience import PROBES, TRIAL_SHARE, Experience, Guard
 from outrider.core.rules import FixedRule, PricedRule
 from outrider.core.values import Mode, Verify
 from outrider.wire import messages as wire
@@ -212,7 +212,7 @@ def test_a_draft_that_goes_on_failing_may_not_read_long_prompts_for_it() -> None
 
     short, long = attempts(0.2), attempts(6.0)
     assert 6 <= short <= 4000 / PROBES[-1] + 1
-    assert 1 <= long <= 4000 * DOUBT / (6.0 / 0.1) + 1
+    assert 1 <= long <= 4000 * TRIAL_SHARE / (6.0 / 0.1) + 1
 
 
 def test_resting_needs_no_draft() -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, TypeAlias
 
 from outrider.core import decoding
 from outrider.core.engine import Cancelled, Engine, EngineFault
@@ -22,6 +22,8 @@ from outrider_services.pipeline.worker import Curve, Worker, failure
 
 CHUNK = 128  # most tokens of one prefill pass: a cancellation may have to wait for it
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16)  # rows of the passes that are measured at load
+
+Question: TypeAlias = wire.Tokenize | wire.Detokenize | wire.Render | wire.Chat
 
 
 @dataclass(slots=True)
@@ -213,24 +215,23 @@ class TargetWorker(Worker[Engine]):
 
     # ---- questions about text -------------------------------------------------------------------
 
-    async def _answer(self, question: wire.Message) -> None:
+    async def _answer(self, question: Question) -> None:
+        try:
+            self.send(await asyncio.to_thread(self._reply, question))
+        except Exception as exc:  # no text may end the worker
+            self.send(failure(question.call, exc))
+
+    def _reply(self, question: Question) -> wire.Message:
         engine = self.model
-        ask: Callable[[], wire.Message]
         match question:
             case wire.Tokenize(call, text, special):
-                ask = lambda: wire.Tokens(call, tuple(engine.tokenize(text, special=special)))  # noqa: E731
+                return wire.Tokens(call, tuple(engine.tokenize(text, special=special)))
             case wire.Detokenize(call, tokens):
-                ask = lambda: wire.Rendered(call, self._text(tokens))  # noqa: E731
+                return wire.Rendered(call, self._text(tokens))
             case wire.Render(call, messages):
-                ask = lambda: wire.Rendered(call, engine.render(messages))  # noqa: E731
+                return wire.Rendered(call, engine.render(messages))
             case wire.Chat(call, messages):
-                ask = lambda: wire.Tokens(call, tuple(self._chat(messages)))  # noqa: E731
-            case _:
-                return
-        try:
-            self.send(await asyncio.to_thread(ask))
-        except Exception as exc:  # no text may end the worker
-            self.send(failure(call, exc))
+                return wire.Tokens(call, tuple(self._chat(messages)))
 
     def _chat(self, messages: tuple[tuple[str, str], ...]) -> list[TokenId]:
         """Token ids: the template's markers become control tokens, markers in contents do not."""

@@ -99,23 +99,23 @@ def _bounded(error: float) -> float:
     return min(max(error, -math.log(2)), math.log(2))
 
 
-# How often tokens of each `doubt` were accepted. Fitted to the default pair: draft as q4_0, greedy,
+# How often tokens of each `sureness` were accepted. Fitted to the default pair: draft as q4_0, greedy,
 # 1,644 tokens of six kinds of text, recorded by `outrider bench --record` (the file is in
 # tests/sim). Other pairs are close; `Acceptance.trust` follows the rest. To refit: scripts/refit.
-DOUBTS = (0.0, 0.5, 1.5, 2.5, 3.5, 4.5, 6.0)
+SURENESS = (0.0, 0.5, 1.5, 2.5, 3.5, 4.5, 6.0)
 CAME_TRUE = (0.22, 0.5, 0.70, 0.86, 0.925, 0.965, 0.995)
 
 
-def doubt(confidence: float) -> float:
+def sureness(confidence: float) -> float:
     """How sure a draft is: how often its probability of being wrong was halved, at most 13.3."""
     return -math.log2(max(1 - confidence, 1e-4))
 
 
 def usual_acceptance(confidence: float) -> float:
     """How often drafted tokens of this confidence are accepted, by the table above."""
-    at = doubt(confidence)
-    above = bisect.bisect(DOUBTS, at, 1, len(DOUBTS) - 1)
-    low, high = DOUBTS[above - 1], DOUBTS[above]
+    at = sureness(confidence)
+    above = bisect.bisect(SURENESS, at, 1, len(SURENESS) - 1)
+    low, high = SURENESS[above - 1], SURENESS[above]
     part = min(max((at - low) / (high - low), 0.0), 1.0)
     return CAME_TRUE[above - 1] + part * (CAME_TRUE[above] - CAME_TRUE[above - 1])
 

@@ -9,7 +9,7 @@ from outrider.core.estimates import LEVELS, LONGEST, Acceptance, CostModel, Spre
 
 CERTAIN = (0.0,) * (len(LEVELS) - 1) + (1.0,)  # the spread of a draft that is nearly always right
 PROBES = (8, 24, 72, 512)  # plain steps before a failing draft is tried again, longer each time
-DOUBT = 1 / 32  # most that a trial may take, as a share of the plain steps since the last one
+TRIAL_SHARE = 1 / 32  # most that a trial may take, as a share of the plain steps since the last one
 
 
 class Experience:
@@ -50,13 +50,13 @@ class Experience:
         if self.plain_steps < self.patience:
             return False
         # an attempt may begin with a long prompt
-        if self.patience == PROBES[-1] and self.prompt_steps > DOUBT * self.plain_steps:
+        if self.patience == PROBES[-1] and self.prompt_steps > TRIAL_SHARE * self.plain_steps:
             return False
         costs = self.costs.costs
         best = stopping.solve(costs, CERTAIN)
         hopeless = stopping.plan(costs, best, np.empty(0), LONGEST) is not None
         price = (costs.draft_s + costs.turn_s) / self.step_s
-        if hopeless and price > DOUBT * self.plain_steps:
+        if hopeless and price > TRIAL_SHARE * self.plain_steps:
             return False
         self.plain_steps = 0
         self.patience = next((longer for longer in PROBES if longer > self.patience), PROBES[-1])
