@@ -46,14 +46,22 @@ def test_told_to_stop_it_gives_up_a_token_but_not_a_prompt() -> None:
 
 def test_what_was_drafted_counts_only_for_the_text_that_it_was_drafted_for() -> None:
     one = stream([])
+    one.read = 1
     begun, drafted = one.begin(), (Drafted(token=7, confidence=0.9),)
     assert one.took(replace(begun, lineage=begun.lineage + 1), 3, drafted) == ()
-    assert one.read == 2
+    assert one.read == 1
     assert one.took(begun, 2, ()) == ()  # more of the text to come
     assert (one.read, one.tokens, one.is_silent) == (2, [0, 1, 2], False)
     assert one.took(begun, 3, drafted) == drafted
     assert (one.tokens, len(one.likely)) == ([0, 1, 2, 7], 1)
     assert one.took(begun, 3, drafted) == ()  # something else stands there now
+
+
+def test_a_drafter_that_does_not_get_on_with_the_text_is_not_asked_again() -> None:
+    one = stream([])
+    one.read = 1
+    assert one.took(one.begin(), 1, ()) == ()
+    assert (one.is_silent, one.has_work) == (True, False)
 
 
 def several(*confidences: float) -> tuple[Drafted, ...]:

@@ -100,7 +100,8 @@ class Stream:
         self.read = read
         if len(begun.tokens) != len(self.tokens) or not begun.may_draft:
             return ()  # perhaps the target has said what comes here
-        self.is_silent = not drafted and read == len(self.tokens)
+        is_reading = begun.read < read < len(self.tokens)
+        self.is_silent = not drafted and not is_reading
         taken: list[Drafted] = []
         for one in drafted:
             if taken and not self.may_draft:
