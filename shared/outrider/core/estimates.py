@@ -99,8 +99,8 @@ def _bounded(error: float) -> float:
     return min(max(error, -math.log(2)), math.log(2))
 
 
-# How often tokens of each `sureness` were accepted. Fitted to the default pair: draft as q4_0, greedy,
-# 1,644 tokens of six kinds of text, recorded by `outrider bench --record` (the file is in
+# How often tokens of each `sureness` were accepted. Fitted to the default pair: draft as q4_0,
+# greedy, 1,644 tokens of six kinds of text, recorded by `outrider bench --record` (the file is in
 # tests/sim). Other pairs are close; `Acceptance.trust` follows the rest. To refit: scripts/refit.
 SURENESS = (0.0, 0.5, 1.5, 2.5, 3.5, 4.5, 6.0)
 CAME_TRUE = (0.22, 0.5, 0.70, 0.86, 0.925, 0.965, 0.995)

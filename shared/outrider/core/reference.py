@@ -1,7 +1,7 @@
 """The whole algorithm in one thread: read this first.
 
-The pipeline computes the same with target and draft at work at the same time and messages between
-them. The text depends on target, prompt and sampling alone, not on what is drafted.
+The pipeline, where both work at once and the length of blocks varies, commits the same text: it
+depends on target, prompt and sampling alone, not on what is drafted.
 """
 
 from __future__ import annotations
@@ -32,24 +32,24 @@ def generate(
         # the target evaluates its last token and a block of drafted ones in one pass …
         block = stock[:n_draft]
         rows = target.extend(0, [text[-1], *block], len(block) + 1)
-        # … while, in the pipeline at the same time, the draft goes on: it guesses the token that
-        # the target will add to the block, and drafts the next block after that
+        # … while, in the pipeline at the same time, the draft goes on. What it drafts just after
+        # the block is its guess of the target's own token; the rest is the next block
         while len(stock) < n_draft + 1 + n_draft and not set(stock) & set(ends):
-            known = drafter.read(0)
+            held = drafter.read(0)  # a long text is taken in in parts
             drafted = drafter.propose(0, text + stock)
             stock += [one.token for one in drafted]
-            if not drafted and drafter.read(0) == known:
-                break  # nothing to add
+            if not drafted and drafter.read(0) == held:
+                break  # it has no idea
         # the target chooses row by row, until its choice is not what was drafted there
         prefixes = (text + block[:n] for n in range(len(block) + 1))
         choices = (choose(row, sampling, p, len(p)) for row, p in zip(rows, prefixes, strict=True))
         committed = list(verify(block, choices, ends).tokens)
-        # a hit: the stock begins with all of it, so the next block is there already. A miss: they
-        # differ somewhere; the draft is rolled back to there, and the next block is empty
+        # a hit, or no stock: what is left of it is the next block. A miss: the draft is rolled back
+        # to the first difference, and the next pass, without a block, commits one token
         agrees = [one == other for one, other in zip(stock, committed, strict=False)]
         if not all(agrees):
             drafter.cut(0, len(text) + agrees.index(False))
             stock = []
         text, stock = text + committed, stock[len(committed) :]
-        target.rewind(0, len(text) - 1)  # rolled back, too, where the block was not accepted whole
+        target.rewind(0, len(text) - 1)  # drops refused tokens; the last is read next
         yield committed

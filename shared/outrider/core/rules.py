@@ -93,7 +93,7 @@ class FixedRule(Rule):
     def lead(self, busy: bool) -> int:
         """In sync mode one block, and only while the target is idle.
 
-        Pipelined: the block that is being verified, the next one, and the bonus between them.
+        Pipelined: the block that is being verified, the next one, and a bonus after each.
         """
         if self.mode == "sync":
             return 0 if busy else self.n_max
