@@ -42,7 +42,7 @@ from tests.oracle import alone
 from outrider.client import AsyncClient, connect
 from outrider.core.sampling import Sampling
 from outrider.engines.toy import ToyEngine
-from outrider_services import options
+from outrider_services import sources
 from outrider_services.commands.cli import main
 from outrider_services.pipeline.launcher import Launcher
 
@@ -335,7 +335,7 @@ def pipeline(
     ) -> AsyncIterator[Pipeline]:
         quick = {"toy.step_ms": 4.0, "toy.draft_ms": 0.4, "toy.row_ms": 0.05}
         given = {key.replace("__", "."): value for key, value in values.items()}
-        settings = options.settings({"pipeline.backend": "toy", **quick, **given})
+        settings = sources.settings({"pipeline.backend": "toy", **quick, **given})
         launcher = Launcher(
             settings,
             name,
@@ -383,6 +383,14 @@ def leaks(before: Census, runtime: Path, within_s: float = GONE_S) -> list[str]:
         if not found or time.monotonic() > deadline:
             return found
         time.sleep(0.05)
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c_stays_as_it_was() -> Iterator[None]:
+    """A command that ran in this process has left its loop's handler behind."""
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(autouse=True)
