@@ -10,13 +10,9 @@ import argparse
 import dataclasses
 import difflib
 import os
-import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
-
-import platformdirs
 
 from outrider.errors import ConfigError
 
@@ -25,6 +21,7 @@ Backend = Literal["llama", "toy"]
 Place = Literal["spawn", "remote"]
 Quant = Literal["auto", "off", "q4_0", "q4_1", "q8_0"]
 QUANTS: tuple[str, ...] = get_args(Quant)[2:]
+SEEDS = 1 << 63  # seeds are below; one below 0 means a random one
 
 
 def opt(default: Any, flags: str, help: str, metavar: str | None = None) -> Any:
@@ -183,89 +180,6 @@ def nearest(word: str, words: Iterable[str]) -> str:
     return f"; did you mean {found[0]}?" if found else ""
 
 
-# ---- sources ------------------------------------------------------------------------------------
-
-
-def from_file(path: Path) -> dict[str, Any]:
-    """The settings in a TOML file. Raises ConfigError naming each key that is wrong."""
-    try:
-        tables = tomllib.loads(path.read_text())
-    except OSError as exc:
-        raise ConfigError(f"cannot read {path}: {exc.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
-        raise ConfigError(f"{path} is not TOML: {exc}") from None
-    values, wrong = {}, []
-    for section, table in tables.items():
-        for name, value in table.items() if isinstance(table, dict) else [("", table)]:
-            key = f"{section}.{name}" if name else section
-            option = OPTIONS.get(key)
-            if option is None:
-                wrong.append(f"unknown key {key}{nearest(key, OPTIONS)}")
-                continue
-            texts = value if isinstance(value, list) else [value]
-            try:
-                read = [option.read(_text(one)) for one in texts]
-            except ValueError as exc:
-                wrong.append(f"{key} must be {exc}, not {value!r}")
-                continue
-            values[key] = tuple(read) if option.repeats else read[0]
-    if wrong:
-        raise ConfigError(f"{path}: " + "; ".join(wrong))
-    return values
-
-
-def from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
-    """The settings in `OUTRIDER_SECTION__KEY` variables. Raises ConfigError."""
-    by_variable = {option.variable: option for option in OPTIONS.values()}
-    values, wrong = {}, []
-    for name, text in environment.items():
-        if not name.startswith("OUTRIDER_") or name == "OUTRIDER_CONFIG":
-            continue
-        option = by_variable.get(name)
-        if option is None:
-            wrong.append(f"unknown variable {name}{nearest(name, by_variable)}")
-            continue
-        try:
-            read = [option.read(one) for one in (text.split(",") if option.repeats else [text])]
-        except ValueError as exc:
-            wrong.append(f"{name} must be {exc}, not {text!r}")
-            continue
-        values[option.key] = tuple(read) if option.repeats else read[0]
-    if wrong:
-        raise ConfigError("; ".join(wrong))
-    return values
-
-
-def config_path(given: str | None) -> Path | None:
-    """The configuration file to read: the one given, else the one named in the environment, else
-    the first of the usual ones that is there.
-    """
-    named = given or os.environ.get("OUTRIDER_CONFIG")
-    if named:
-        return Path(named)
-    usual = (Path("outrider.toml"), platformdirs.user_config_path("outrider") / "config.toml")
-    return next((path for path in usual if path.is_file()), None)
-
-
-def settings(flags: Mapping[str, Any], config: str | None = None) -> Settings:
-    """The settings in force: flags go before the environment, that before the file, and that before
-    the defaults. Raises ConfigError.
-    """
-    path = config_path(config)
-    values = {
-        **(from_file(path) if path else {}),
-        **from_environment(os.environ),
-        **{key: value for key, value in flags.items() if value is not None},
-    }
-    sections: dict[str, dict[str, Any]] = {}
-    for key, value in values.items():
-        section, name = key.split(".")
-        sections.setdefault(section, {})[name] = value
-    defaults = Settings()
-    changed = {s: dataclasses.replace(getattr(defaults, s), **v) for s, v in sections.items()}
-    return checked(dataclasses.replace(defaults, **changed))
-
-
 def checked(settings: Settings) -> Settings:
     """The same settings. Raises ConfigError for the first value that is out of range."""
     target, draft, pipeline = settings.target, settings.draft, settings.pipeline
@@ -283,6 +197,7 @@ def checked(settings: Settings) -> Settings:
             1,
             1 << 20,
         ),
+        ("--seed", settings.sampling.seed, -SEEDS, SEEDS - 1),
         ("--ready-timeout", pipeline.ready_timeout_s, 1, 86400),
     ):
         if not least <= value <= most:
@@ -305,7 +220,8 @@ def cores(text: str) -> set[int]:
     return found
 
 
-def _text(value: Any) -> str:
+def as_text(value: Any) -> str:
+    """A value as a flag or a file would spell it."""
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
@@ -364,6 +280,7 @@ def _add(group: Any, option: Option) -> None:
             raise argparse.ArgumentTypeError(f"must be {exc}, not {text!r}") from None
 
     shown = "" if option.default in (None, (), "", False) else f" (default {option.default})"
+    several = "; as a variable a,b or a JSON array" if option.repeats else ""
     more: dict[str, Any] = {"metavar": option.metavar}
     if option.repeats:
         more["action"] = "append"
@@ -378,7 +295,7 @@ def _add(group: Any, option: Option) -> None:
         dest=option.key,
         type=read,
         default=None,
-        help=f"{option.help}{shown} [{option.variable}]".replace("%", "%%"),
+        help=f"{option.help}{several}{shown} [{option.variable}]".replace("%", "%%"),
         **more,
     )
 
@@ -393,5 +310,5 @@ def to_flags(settings: Settings, sections: Sequence[str]) -> list[str]:
             continue
         flag = next(f for f in option.flags if f.startswith("--"))
         for one in value if option.repeats else [value]:
-            flags.append(f"{flag}={_text(one)}")
+            flags.append(f"{flag}={as_text(one)}")
     return flags

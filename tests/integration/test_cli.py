@@ -154,6 +154,7 @@ def test_the_prompt_comes_from_argument_flag_file_and_stdin_in_this_order(served
     assert prompt(*file) == "from a file é"
     assert prompt() == "from stdin"
     assert prompt(stdin="") == "The future of AI is"
+    assert prompt(stdin="one\r\ntwo\n") == "one\r\ntwo\n"
 
 
 def test_a_prompt_that_cannot_be_read_is_one_sentence(cli: Cli) -> None:
@@ -531,6 +532,46 @@ def test_a_name_in_use_is_one_sentence(served: Served) -> None:
     told = sentence(served.cli("serve", *QUICK, "--name=shared"), 3)
     assert "shared" in told
     assert "outrider stop" in told
+
+
+def test_a_directory_in_the_sockets_place_is_one_sentence(cli: Cli) -> None:
+    path = cli.runtime / "outrider" / "odd.sock"
+    path.mkdir(parents=True)
+    path.parent.chmod(0o700)
+    told = sentence(cli("serve", *QUICK, "--name=odd"), 3)
+    path.rmdir()
+    assert f"cannot use the socket {path}: Is a directory" in told
+
+
+def has_ipv6() -> bool:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="this machine has no ::1")
+def test_it_listens_on_an_address_of_ipv6_too(serve: Serve) -> None:
+    served = serve("six", "--listen=tcp://[::1]:0")
+    assert served.tcp.startswith("tcp://[::1]:")
+    done = served.cli("run", f"--connect={served.tcp}", "-n", "3", "-o", "json", PROMPT)
+    assert len(parsed(done)["token_ids"]) == 3
+    assert served.stop() == 143
+
+
+def test_a_service_of_kubernetes_of_our_name_changes_nothing(served: Served) -> None:
+    names = {"OUTRIDER_SERVICE_HOST": "10.0.0.7", "OUTRIDER_PORT": "tcp://10.0.0.7:5700"}
+    assert parsed(served.cli("run", "--connect=shared", "-n", "2", "-o", "json", PROMPT, **names))
+
+
+def test_an_answer_that_the_terminal_cannot_show_is_shown_with_substitutes(served: Served) -> None:
+    flags = ("--connect=shared", "-n", "300", "--temperature=0", "--ignore-eos")
+    done = served.cli("run", *flags, PROMPT, PYTHONIOENCODING="ascii")
+    whole = served.cli("run", *flags, PROMPT)
+    assert (done.returncode, whole.returncode) == (0, 0), done.stderr
+    assert not whole.stdout.isascii()
+    assert done.stdout == whole.stdout.encode("ascii", "replace").decode()
 
 
 @pytest.mark.parametrize("address", ["tcp://0.0.0.0:0", "tcp://*:0", "tcp://192.0.2.1:5701"])

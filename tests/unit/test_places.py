@@ -7,7 +7,7 @@ import socket
 
 import pytest
 
-from outrider_services import options
+from outrider_services import sources
 from outrider_services.pipeline.places import VISIBLE, place, share_cores, shared
 
 
@@ -48,9 +48,9 @@ def test_where_a_model_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_workers_that_may_use_the_same_core_share_it() -> None:
     first, *others = sorted(os.sched_getaffinity(0))
-    assert share_cores(options.settings({}))
-    assert share_cores(options.settings({"target.cores": str(first)}))
-    assert not share_cores(options.settings({"pipeline.backend": "toy"}))
+    assert share_cores(sources.settings({}))
+    assert share_cores(sources.settings({"target.cores": str(first)}))
+    assert not share_cores(sources.settings({"pipeline.backend": "toy"}))
     if others:
         apart = {"target.cores": str(first), "draft.cores": str(others[0])}
-        assert not share_cores(options.settings(apart))
+        assert not share_cores(sources.settings(apart))

@@ -47,6 +47,35 @@ def test_where_the_prompt_is_taken_from(given: dict[str, str], stdin: Any, expec
     assert run.read_prompt(flags(**given), stdin) == expected
 
 
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (b"one\r\ntwo\n", "one\r\ntwo\n"),
+        (b"\xef\xbb\xbfmarked", "marked"),
+        ("\ufeff caf\xe9 \ufeff".encode(), " caf\xe9 \ufeff"),
+    ],
+    ids=["line-ends", "a-byte-order-mark", "only-the-first-mark"],
+)
+def test_a_prompt_from_a_file_or_a_pipe_is_taken_byte_for_byte(
+    data: bytes, expected: str, tmp_path: Path
+) -> None:
+    (tmp_path / "prompt").write_bytes(data)
+    assert run.read_prompt(flags(file=str(tmp_path / "prompt")), None) == expected
+    assert run.read_prompt(flags(), io.TextIOWrapper(io.BytesIO(data))) == expected
+
+
+def test_an_empty_standard_input_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run.read_prompt(flags(), io.TextIOWrapper(io.BytesIO())) == run.DEFAULT_PROMPT
+    assert f"Standard input is empty, so the prompt is {run.DEFAULT_PROMPT!r}." in (
+        capsys.readouterr().err
+    )
+
+
+def test_a_sentence_about_a_model_file_is_a_prompt() -> None:
+    sentence = "What is inside of model.gguf"
+    assert run.read_prompt(flags(prompt=sentence), None) == sentence
+
+
 def test_a_prompt_that_cannot_be_one_is_refused(tmp_path: Path) -> None:
     (tmp_path / "latin").write_bytes(b"caf\xe9")
     for given, what in (

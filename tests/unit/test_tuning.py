@@ -14,7 +14,7 @@ import pytest
 from outrider.engines import processor
 from outrider.engines.llama import quantise
 from outrider.errors import ConfigError, ModelNotFound, ModelUnusable, RequestTimeout, WorkerLost
-from outrider_services import options
+from outrider_services import options, sources
 from outrider_services.models import catalogue, library
 from outrider_services.options import Settings
 from outrider_services.tuning import advice, decisions, forecasts, probe, search
@@ -73,7 +73,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def settings(tmp_path: Path, cache: Path) -> Settings:
     target, draft = (gguf(tmp_path / f"{role}.gguf", 15) for role in ("target", "draft"))
-    return options.settings({"target.model": str(target), "draft.model": str(draft)})
+    return sources.settings({"target.model": str(target), "draft.model": str(draft)})
 
 
 @pytest.fixture

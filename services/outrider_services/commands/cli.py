@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import io
 import logging
 import os
 import signal
@@ -14,7 +15,7 @@ from typing import Any
 
 import outrider
 from outrider.errors import OutriderError
-from outrider_services import options
+from outrider_services import options, sources
 from outrider_services.commands import bench, children, models, pipelines, run, serve, tune
 from outrider_services.options import Parser, Settings, add_options
 
@@ -82,6 +83,9 @@ VERBS = (
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command and exit with its status."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # an answer may have what its encoding has not
+            stream.reconfigure(errors="replace")
     try:
         status = dispatch(arguments)
         sys.stdout.flush()
@@ -108,7 +112,7 @@ def dispatch(arguments: Sequence[str]) -> int:
         chosen = parsers.get(f"worker {arguments[1]}", chosen)
     (chosen or parser).check_flags(arguments)
     parsed = parser.parse_args((chosen or parser).with_values(arguments))
-    settings = options.settings(
+    settings = sources.settings(
         {
             key: tuple(value) if isinstance(value, list) else value
             for key, value in vars(parsed).items()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -59,8 +60,8 @@ def flags(parser: Parser) -> None:
 
 def run(settings: Settings, parsed: Any) -> int:
     """Generate, print, and leave nothing behind."""
-    prompt = read_prompt(parsed, sys.stdin)
     request = arguments(settings, parsed)  # wrong settings are told before anything is started
+    prompt = read_prompt(parsed, sys.stdin)
     if parsed.connect is not None:
         status, _ = uvloop.run(_run(settings, parsed, prompt, request))
         return status
@@ -90,26 +91,35 @@ def own_command() -> str:
     return min(os.path.relpath(program), os.path.abspath(program), key=len)
 
 
-def read_prompt(parsed: Any, stdin: TextIO) -> str:
+def read_prompt(parsed: Any, stdin: TextIO | None) -> str:
     """The prompt from argument, `-p`, file or piped stdin, in that order. Raises OutriderError."""
     given, source = parsed.prompt, "the command line"
-    if given is not None and given.endswith(".gguf"):
+    if given is not None and re.fullmatch(r"\S+\.gguf", given):
         raise BadRequest(f"{given} looks like a model; say -m {given}", "prompt")
     text: str | None = parsed.prompt_flag if given is None else given
     try:
         if text is None and parsed.file is not None:
             source = parsed.file
-            text = Path(source).read_text("utf-8")
+            text = Path(source).read_bytes().decode("utf-8-sig")  # its line ends stay as they are
         elif text is None:
             source = "stdin"
-            text = "" if stdin is None or stdin.isatty() else stdin.read()
-            text = text or DEFAULT_PROMPT
+            text = piped(stdin)
         text.encode()  # what is no text may come as surrogates, on the command line above all
     except OSError as exc:
         raise BadRequest(f"cannot read the prompt from {source}: {exc.strerror}") from None
     except UnicodeError:
         raise BadRequest(f"the prompt from {source} is not UTF-8 text") from None
     return text
+
+
+def piped(stdin: TextIO | None) -> str:
+    """What was piped in, byte for byte but for a mark of the byte order; else the default."""
+    if stdin is None or stdin.isatty():
+        return DEFAULT_PROMPT
+    text = stdin.buffer.read().decode("utf-8-sig") if hasattr(stdin, "buffer") else stdin.read()
+    if not text:
+        tell(f"Standard input is empty, so the prompt is {DEFAULT_PROMPT!r}.")
+    return text or DEFAULT_PROMPT
 
 
 def arguments(settings: Settings, parsed: Any) -> dict[str, Any]:

@@ -29,9 +29,11 @@ from outrider.errors import (
 )
 from outrider.wire.transport import socket_path
 from outrider_services.options import Settings, TargetOptions, to_flags
+from outrider_services.pipeline.claim import Claim
 from outrider_services.pipeline.places import share_cores
 
 STOP_S = 5.0  # between SIGTERM and SIGKILL
+CLAIM_S = 3.0  # most that a dead pipeline of our name, or one that ends, may take to be gone
 BACKOFF_S = (0.1, 5.0)  # the wait before a restart: at first, at most
 RESTARTS = (5, 60.0)  # after so many restarts within so many seconds a worker stays down
 
@@ -67,6 +69,7 @@ class Launcher:
         self.addresses: list[str] = []
         self._report, self._log = report, log
         self._socket: Path = socket_path(name)
+        self._claim = Claim(self._socket)
         self._up = self._stopping = False
         self._tasks: list[asyncio.Task[None]] = []
         self._pipe: tuple[int, int] | None = None
@@ -137,6 +140,7 @@ class Launcher:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._socket.unlink(missing_ok=True)
+        self._claim.release()
         if not self.failed.done():
             self.failed.cancel()
         elif not self.failed.cancelled():
@@ -145,19 +149,39 @@ class Launcher:
     # ---- one child ------------------------------------------------------------------------------
 
     async def _claim_name(self) -> None:
-        """Remove a dead pipeline's socket. Raises ConfigError if somebody answers on it."""
-        if not self._socket.exists():
-            return
+        """Make the name ours, and remove a dead pipeline's socket. Raises ConfigError."""
         try:
+            await self._claimed()
+        except OSError as exc:
+            self._claim.release()
+            raise ConfigError(f"cannot use the socket {self._socket}: {exc.strerror}") from None
+
+    async def _claimed(self) -> None:
+        deadline = time.monotonic() + CLAIM_S
+        while not self._claim.take():
+            if time.monotonic() > deadline or await self._is_answered():
+                raise ConfigError(
+                    f"a pipeline named {self.name!r} is running; choose another --name, or "
+                    f"`outrider stop {self.name}`"
+                )
+            await asyncio.sleep(0.05)
+        self._socket.unlink(missing_ok=True)
+
+    async def _is_answered(self) -> bool:
+        """Whether a coordinator answers on the socket of our name."""
+        if not self._socket.exists():
+            return False
+        with contextlib.suppress(ConnectionFailed):
             async with connect(f"ipc://{self._socket}", timeout_s=0.5):
-                pass
-        except ConnectionFailed:
-            self._socket.unlink(missing_ok=True)
-            return
-        raise ConfigError(
-            f"a pipeline named {self.name!r} is running; choose another --name, or `outrider stop "
-            f"{self.name}`"
-        )
+                return True
+        return False
+
+    def _inherited(self, child: Child) -> tuple[int, ...]:
+        """The descriptors that a child is to hold."""
+        assert self._pipe is not None
+        if child.role == "coordinator" and self._claim.fd is not None:
+            return self._pipe[0], self._claim.fd
+        return (self._pipe[0],)
 
     async def _start(self, child: Child) -> None:
         assert self._pipe is not None
@@ -173,7 +197,7 @@ class Launcher:
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
-            pass_fds=(self._pipe[0],),
+            pass_fds=self._inherited(child),
             start_new_session=True,  # Ctrl-C is for the launcher
         )
         self._report(child.role, "starting", 0.0)

@@ -70,6 +70,10 @@ class _Endpoint:
             if not self.closed and int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
                 self._loop.call_soon(self._drain)
 
+    def _resolve(self, address: str) -> None:
+        """Let the next address be one of IPv6, `tcp://[::1]:5701`; others stay as they were."""
+        self._socket.setsockopt(zmq.IPV6, int("[" in address))
+
     def _drain(self) -> None:
         for _ in range(BURST):
             if self.closed:
@@ -114,6 +118,7 @@ class Router(_Endpoint):
 
     def bind(self, address: str) -> str:
         """Bind; return the address for clients, with its real port. Raises ConfigError."""
+        self._resolve(address)
         try:
             self._socket.bind(address)
         except zmq.ZMQError as exc:
@@ -162,6 +167,7 @@ class Link(_Endpoint):
     def __init__(self, address: str, on_message: Callable[[Message], None]) -> None:
         super().__init__(zmq.DEALER)
         self._on_message = on_message
+        self._resolve(address)
         try:
             self._socket.connect(address)
         except zmq.ZMQError as exc:
@@ -182,14 +188,20 @@ class Link(_Endpoint):
 
 
 def runtime_dir() -> Path:
-    """The user's own directory for sockets: its mode 0700 keeps others out.
+    """The user's own directory for sockets (mode 0700, which is what keeps others out).
 
-    Raises ConfigError for one that others can enter.
+    Raises ConfigError where there cannot be one.
     """
     base = os.environ.get("XDG_RUNTIME_DIR")
     path = Path(base) / "outrider" if base else Path(f"/tmp/outrider-{os.getuid()}")
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    status = path.lstat()
+    try:
+        for missing in reversed([one for one in (path, *path.parents) if not one.exists()]):
+            missing.mkdir(mode=0o700, exist_ok=True)  # `parents=True` would leave them to the umask
+        status = path.lstat()
+    except OSError as exc:
+        raise ConfigError(
+            f"there can be no directory {path}: {exc.strerror}; set XDG_RUNTIME_DIR to one of yours"
+        ) from None
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
         raise ConfigError(f"{path} must be a directory that only its owner can enter (chmod 700)")
     return path
