@@ -47,6 +47,8 @@ async def test_equal_fingerprints_pass_without_a_question() -> None:
         pytest.param(
             like_target(size=SIZE + 3, digest="d2"), {SIZE: "z"}, id="padding-may-be-anything"
         ),
+        pytest.param(like_target(eos=7), {}, id="an-end-token-that-nobody-adds"),
+        pytest.param(like_target(ends=(2,)), {}, id="what-ends-is-the-targets-alone"),
     ],
 )
 async def test_a_pair_that_fits(draft: Vocabulary, different: dict[int, str]) -> None:
@@ -65,14 +67,21 @@ async def test_a_pair_that_fits(draft: Vocabulary, different: dict[int, str]) ->
         pytest.param(like_target(adds_eos=True), "use of an end-of-text token", id="adds-eos"),
         pytest.param(like_target(size=SIZE + PADDING + 1), "more than padding apart", id="larger"),
         pytest.param(like_target(size=SIZE - PADDING - 1), "more than padding apart", id="smaller"),
-        pytest.param(like_target(ends=(2,)), r"\[2, 7\] in the target, \[2\]", id="ends"),
-        pytest.param(like_target(eos=7), "generation ends", id="eos"),
     ],
 )
 async def test_a_pair_that_does_not_fit(draft: Vocabulary, words: str) -> None:
     with pytest.raises(IncompatiblePair, match=words) as caught:
         await check_pair(TARGET, draft, Texts(), Texts())
     assert caught.value.token_id is None
+
+
+async def test_begin_and_end_tokens_matter_only_where_they_are_added() -> None:
+    texts = Texts()
+    silent = like_target(adds_bos=False)
+    await check_pair(silent, like_target(adds_bos=False, bos=3, eos=None), texts, texts)
+    adding = like_target(adds_eos=True)
+    with pytest.raises(IncompatiblePair, match="the end-of-text token is 2 in the target, 7"):
+        await check_pair(adding, like_target(adds_eos=True, eos=7), texts, texts)
 
 
 @pytest.mark.parametrize(

@@ -240,16 +240,25 @@ class TargetWorker(Worker[Engine]):
         if all(
             engine.tokenize(c, special=True) == engine.tokenize(c, special=False) for c in contents
         ):
-            return engine.tokenize(engine.render(messages), special=True)
+            return self._stretch(engine.render(messages), special=True, begins=True)
         # render private-use characters in place of the contents, then cut the text there
         places = [chr(0xE000) + f"{n}" + chr(0xE001) for n in range(len(messages))]
         rendered = engine.render([(role, p) for (role, _), p in zip(messages, places, strict=True)])
         tokens: list[TokenId] = []
         for place, content in zip(places, contents, strict=True):
             before, _, rendered = rendered.partition(place)
-            tokens += engine.tokenize(before, special=True) if before else []
-            tokens += engine.tokenize(content, special=False) if content else []
-        return tokens + engine.tokenize(rendered, special=True)
+            tokens += self._stretch(before, special=True, begins=not tokens)
+            tokens += self._stretch(content, special=False, begins=not tokens)
+        return tokens + self._stretch(rendered, special=True, begins=not tokens)
+
+    def _stretch(self, text: str, *, special: bool, begins: bool) -> list[TokenId]:
+        """Token ids of a part of a text, with a begin-of-text token where it `begins`, and once."""
+        tokens = self.model.tokenize(text, special=special) if text else []
+        vocabulary = self.model.info.vocabulary
+        if vocabulary.adds_bos and tokens[:1] == [vocabulary.bos]:
+            is_doubled = tokens[1:2] == [vocabulary.bos]  # the template has it, too
+            return tokens[1:] if is_doubled or not begins else tokens
+        return tokens
 
     def _text(self, tokens: tuple[TokenId, ...]) -> str:
         if any(token >= self.model.info.vocabulary.size for token in tokens):
