@@ -303,6 +303,46 @@ def test_a_second_signal_does_not_cut_cleaning_up_short(cli: Cli) -> None:
     assert list(cli.runtime.glob("outrider/*.sock")) == []
 
 
+def until_up(process: subprocess.Popen[str]) -> None:
+    assert process.stderr
+    while not process.stderr.readline().startswith("Ready:"):
+        assert process.poll() is None
+
+
+def test_of_two_that_start_under_one_name_one_is_up_and_the_other_says_why(cli: Cli) -> None:
+    for name in ("twin-1", "twin-2", "twin-3"):
+        flags = ("serve", f"--name={name}", "--backend=toy", "--listen=tcp://127.0.0.1:0")
+        twins = [cli.start(*flags) for _ in range(2)]
+        while all(twin.poll() is None for twin in twins):
+            time.sleep(0.02)
+        loser = next(twin for twin in twins if twin.poll() is not None)
+        (winner,) = (twin for twin in twins if twin is not loser)
+        _, err = loser.communicate(timeout=10)
+        assert loser.returncode == 3, err
+        assert f"a pipeline named '{name}' is running" in err
+        until_up(winner)
+        done = cli("run", f"--connect={name}", "-n", "5", "-o", "json", PROMPT)
+        assert done.returncode == 0, done.stderr
+        winner.terminate()
+        winner.communicate(timeout=10)
+        assert winner.returncode == 143
+    assert list(cli.runtime.glob("outrider/*")) == []
+
+
+def test_a_name_is_free_as_soon_as_its_killed_launcher_has_left_nothing(cli: Cli) -> None:
+    flags = ("serve", "--name=again", "--backend=toy", "--listen=tcp://127.0.0.1:0")
+    for _ in range(3):
+        process = cli.start(*flags)
+        until_up(process)
+        process.kill()
+        process.communicate(timeout=10)
+    last = cli.start(*flags)
+    until_up(last)
+    assert cli("run", "--connect=again", "-n", "5", "-o", "json", PROMPT).returncode == 0
+    last.terminate()
+    last.communicate(timeout=10)
+
+
 def test_a_socket_left_over_does_not_keep_the_name(serve: Serve) -> None:
     served = serve("phoenix")
     os.kill(served.pids()["coordinator"], signal.SIGSTOP)  # so that it cannot clean up

@@ -130,6 +130,12 @@ async def test_a_hello_again_on_the_same_connection_changes_nothing(world: World
             id="another-protocol",
         ),
         pytest.param(
+            hello("target", protocol=wire.PROTOCOL + 1, version="\x1b[2J" + "x" * 200),
+            "protocol_error",
+            f"(outrider \\x1b[2J{'x' * 33})",
+            id="a-version-with-terminal-escapes",
+        ),
+        pytest.param(
             hello("target", vocabulary=None), "protocol_error", "vocabulary", id="no-vocabulary"
         ),
     ],

@@ -101,7 +101,7 @@ class Roster:
         if hello.protocol != wire.PROTOCOL:
             reason = (
                 f"the {hello.role} worker speaks protocol {hello.protocol} (outrider "
-                f"{hello.version}), the coordinator {wire.PROTOCOL} "
+                f"{ascii(hello.version)[1:-1]:.40}), the coordinator {wire.PROTOCOL} "
                 f"(outrider {outrider.__version__})"
             )
             self._refuse(peer, hello.role, ProtocolError(reason))
