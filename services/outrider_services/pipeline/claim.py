@@ -22,7 +22,7 @@ class Claim:
     def take(self) -> bool:
         """Whether it is ours now; False if somebody holds it."""
         fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        with suppress(OSError):
+        with suppress(BlockingIOError, FileNotFoundError):
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # the last holder may have removed the very file that was opened here
             if os.path.samestat(os.fstat(fd), os.stat(self._path)):

@@ -18,9 +18,9 @@ class Judged:
     """Which drafted tokens the text has shown to be right, and which wrong."""
 
     agreed: Sequence[Drafted]
-    differed: Drafted | None = None  # the first that does; those behind it show nothing
+    # the first that does, with which a new lineage begins; those behind it show nothing
+    differed: Drafted | None = None
     hits: int = 0  # those that agreed and were never verified
-    broken: bool = False  # a new lineage has begun
     discarded: int = 0
 
 
@@ -62,7 +62,6 @@ class Stock:
                     agreed,
                     differed=one,
                     hits=len(agreed),
-                    broken=True,
                     discarded=unseen + self._break(where),
                 )
             self._next = where + 1
@@ -77,7 +76,7 @@ class Stock:
         agreed, rest = self.drafted[:accepted], self.drafted[accepted:]
         if accepted < block:
             self.drafted = self.drafted[block:]
-            return Judged(agreed, differed=rest[0], broken=True, discarded=self._break(last))
+            return Judged(agreed, differed=rest[0], discarded=self._break(last))
         if not rest:
             self.drafted = []
             return Judged(agreed)
@@ -85,7 +84,7 @@ class Stock:
             self.drafted = rest[1:]
             return Judged([*agreed, rest[0]], hits=1)
         self.drafted = rest
-        return Judged(agreed, differed=rest[0], broken=True, discarded=self._break(last))
+        return Judged(agreed, differed=rest[0], discarded=self._break(last))
 
     def _break(self, where: int) -> int:
         """End the lineage, which differs from the text at `where`; return how many are void."""
