@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from outrider.wire.transport import address_of
+from outrider.wire.addresses import address_of
 from outrider_services.commands.prepared import with_file_of_worker
 from outrider_services.options import Parser, Settings
 from outrider_services.pipeline import processes

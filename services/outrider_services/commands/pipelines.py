@@ -12,7 +12,7 @@ from rich.table import Table
 
 from outrider.client import connect
 from outrider.errors import ConfigError, ConnectionFailed
-from outrider.wire.transport import address_of, runtime_dir
+from outrider.wire.addresses import address_of, runtime_dir
 from outrider_services.options import Parser, Settings
 from outrider_services.terminal import show
 

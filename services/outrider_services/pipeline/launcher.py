@@ -27,7 +27,7 @@ from outrider.errors import (
     WorkerLost,
     from_code,
 )
-from outrider.wire.transport import socket_path
+from outrider.wire.addresses import socket_path
 from outrider_services.options import Settings, TargetOptions, to_flags
 from outrider_services.pipeline.claim import Claim
 from outrider_services.pipeline.places import share_cores

@@ -19,7 +19,8 @@ from outrider.core.drafter import Drafter
 from outrider.core.engine import Engine
 from outrider.engines.drafter import ModelDrafter
 from outrider.errors import InternalError, OutriderError
-from outrider.wire.transport import Router, check_exposure, socket_path
+from outrider.wire.addresses import check_exposure, socket_path
+from outrider.wire.transport import Router
 from outrider_services import options
 from outrider_services.models.loading import load_engine
 from outrider_services.options import Settings

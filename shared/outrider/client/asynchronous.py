@@ -24,8 +24,9 @@ from outrider.errors import (
     from_code,
 )
 from outrider.wire import messages as wire
+from outrider.wire.addresses import address_of
 from outrider.wire.codec import check
-from outrider.wire.transport import Link, PeerGone, address_of
+from outrider.wire.transport import Link, PeerGone
 
 SILENCE_S = 5.0  # the coordinator pings every second; after so long a silence it is gone
 ANSWER_S = 15.0  # most that a question may take

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from outrider.errors import ConfigError
-from outrider.wire.transport import runtime_dir, socket_path
+from outrider.wire.addresses import runtime_dir, socket_path
 
 
 @pytest.fixture

@@ -1,0 +1,63 @@
+"""Where sockets lie: names of pipelines, their addresses, and who can reach those."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import stat
+from pathlib import Path
+
+from outrider.errors import ConfigError
+
+
+def runtime_dir() -> Path:
+    """The user's own directory for sockets (mode 0700, which is what keeps others out).
+
+    Raises ConfigError where there cannot be one.
+    """
+    base = os.environ.get("XDG_RUNTIME_DIR")
+    path = Path(base) / "outrider" if base else Path(f"/tmp/outrider-{os.getuid()}")
+    try:
+        for missing in reversed([one for one in (path, *path.parents) if not one.exists()]):
+            missing.mkdir(mode=0o700, exist_ok=True)  # `parents=True` would leave them to the umask
+        status = path.lstat()
+    except OSError as exc:
+        raise ConfigError(
+            f"there can be no directory {path}: {exc.strerror}; set XDG_RUNTIME_DIR to one of yours"
+        ) from None
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
+        raise ConfigError(f"{path} must be a directory that only its owner can enter (chmod 700)")
+    return path
+
+
+def socket_path(name: str) -> Path:
+    """Where the pipeline `name` listens. Raises ConfigError for a name that cannot be one."""
+    if not name or not all(c.isalnum() or c in "-_." for c in name) or name.startswith("."):
+        raise ConfigError(f"{name!r} cannot name a pipeline: use letters, digits, '-', '_' and '.'")
+    path = runtime_dir() / f"{name}.sock"
+    if len(bytes(path)) > 100:  # the kernel's limit is 107
+        raise ConfigError(
+            f"the socket path {path} is too long; set XDG_RUNTIME_DIR to a shorter one"
+        )
+    return path
+
+
+def address_of(pipeline: str) -> str:
+    """The ZeroMQ address of a pipeline given by name or by address."""
+    return pipeline if "://" in pipeline else f"ipc://{socket_path(pipeline)}"
+
+
+def check_exposure(address: str, insecure: tuple[str, ...]) -> None:
+    """Raise ConfigError for an address open to other machines, unless it is in `insecure`."""
+    if address.startswith("ipc://") or address in insecure:
+        return
+    host = address.removeprefix("tcp://").rpartition(":")[0].strip("[]")
+    try:
+        local = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        local = host == "localhost"
+    if not local:
+        raise ConfigError(
+            f"{address} is open to the network and has no authentication: listen on loopback and "
+            f"reach it through ssh -L, or say --insecure {address}"
+        )
