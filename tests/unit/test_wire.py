@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import struct
+import tracemalloc
 from collections.abc import Callable
 from typing import Any, get_args
 
@@ -405,3 +406,22 @@ def test_a_changed_value_is_otherwise_the_same() -> None:
 def test_the_core_checks_settings_by_the_bounds_of_the_wire() -> None:
     with pytest.raises(BadRequest, match="temperature must be a number from 0 to 100"):
         Sampling(temperature=101)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        pytest.param(msgpack.packb([[]] * 262_000), id="an-array"),
+        pytest.param(b"\xdd\x00\x03\xff\xfe" + b"\x91\x91\x90" * 262_142, id="nested-arrays"),
+        pytest.param(frame("submit", 1, [{}] * 1_000_000), id="in-the-place-of-a-text"),
+        pytest.param(frame("healthreport", 1, {"x": [{}] * 1_000_000}), id="in-a-report"),
+    ],
+)
+def test_a_megabyte_of_nonsense_is_not_built_before_it_is_refused(data: bytes) -> None:
+    """Else each such frame takes the coordinator 50 ms and 70 MiB."""
+    tracemalloc.start()
+    try:
+        refused(data)
+        assert tracemalloc.get_traced_memory()[1] < 100_000
+    finally:
+        tracemalloc.stop()

@@ -9,7 +9,7 @@ worker (`Hello`), so later messages on it need not repeat that.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, TypeAlias
 
 from outrider.core import events, values
 from outrider.core.engine import Vocabulary
@@ -36,6 +36,10 @@ FRAME_LIMIT = 1 << 20  # bytes; a prompt of 200,000 tokens fits
 
 Line: TypeAlias = Annotated[str, Meta(max_length=4096)]
 Conversation: TypeAlias = Annotated[tuple[tuple[Word, Text], ...], Meta(max_length=1024)]
+Leaf: TypeAlias = bool | int | float | Line | None
+Table: TypeAlias = Annotated[dict[Word, Leaf], Meta(max_length=256)]
+Tables: TypeAlias = Annotated[dict[Word, Leaf | Table], Meta(max_length=256)]
+State: TypeAlias = Annotated[dict[Word, Leaf | Tables], Meta(max_length=256)]
 Curve: TypeAlias = Annotated[tuple[Seconds, ...], Meta(min_length=1, max_length=64)]
 
 
@@ -240,7 +244,7 @@ class HealthReport(Tagged, frozen=True):
     """The answer to `Health` and `Stop`."""
 
     call: Id
-    report: dict[str, Any]
+    report: State
 
 
 Message: TypeAlias = (
