@@ -47,7 +47,16 @@ from outrider.core.sampling import FAR, Sampling, Scores, choose, propose
 from outrider.core.session import Phase, Session
 from outrider.core.stats import Stats
 from outrider.core.stream import Begun, Stream
-from outrider.core.values import Drafted, Fragment, Proposal, TokenId, Verdict, Verify, ids_of
+from outrider.core.values import (
+    Drafted,
+    Fragment,
+    Proposal,
+    Span,
+    TokenId,
+    Verdict,
+    Verify,
+    ids_of,
+)
 from outrider.engines.toy import END, SMALLEST, ToyEngine, ToySettings
 
 ENDS = frozenset({END})
@@ -588,6 +597,7 @@ class Simulation:
     experience: Experience = field(init=False)
     drafting: list[tuple[float, float]] = field(init=False, default_factory=list)
     seen: Counter[str] = field(init=False, default_factory=Counter)  # what has happened
+    spans: list[Span] = field(init=False, default_factory=list)  # the first request's
     pass_s: Iterator[float] = field(init=False)
     token_s: Iterator[float] = field(init=False)
     to_target: Link = field(init=False)

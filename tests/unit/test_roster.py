@@ -13,7 +13,7 @@ from outrider.core.values import Role
 from outrider.errors import BadRequest, OutriderError, RequestTimeout, WorkerLost
 from outrider.wire import messages as wire
 from outrider_services.pipeline import roster as rosters
-from outrider_services.pipeline.roster import BEAT_LOST_S, Member, Roster
+from outrider_services.pipeline.roster import LOST_S, SILENT_S, Member, Roster
 
 VOCABULARY = Vocabulary("bpe", 12, None, 1, False, False, (1,), "one")
 OTHER_DIGEST = VOCABULARY.changed(digest="two")
@@ -35,10 +35,12 @@ class World:
         self.told: list[tuple[bytes, wire.Message]] = []
         self.joined: list[Role] = []
         self.lost: list[tuple[Role, str]] = []
+        self.paused: list[bool] = []
         self.roster = Roster(
             lambda peer, message: self.told.append((peer, message)),
             self.joined.append,
             lambda role, why: self.lost.append((role, why)),
+            self.paused.append,
             lambda: self.now,
         )
 
@@ -281,21 +283,62 @@ async def test_a_draft_is_looked_at_again_if_the_target_changed_meanwhile(world:
 @pytest.mark.parametrize("role", ["target", "draft"])
 async def test_one_that_falls_silent_is_lost_once(world: World, role: Role) -> None:
     await world.welcomed(b"w", hello(role))
-    world.now += BEAT_LOST_S
-    world.roster.look()
+    looks(world, LOST_S)
     assert world.lost == []
-    world.now += 0.01
+    looks(world, 0.5)
     world.roster.look()
-    world.roster.look()
-    assert world.lost == [(role, f"the {role} worker has not been heard of for 1 s")]
+    assert world.lost == [(role, f"the {role} worker has not been heard of for 10 s")]
     assert world.roster.get(role) is None
+
+
+def looks(world: World, seconds: float) -> None:
+    """A look every quarter of a second."""
+    for _ in range(int(seconds * 4)):
+        world.now += 0.25
+        world.roster.look()
+
+
+async def test_nobody_waits_for_a_draft_that_is_paused_and_it_comes_back(world: World) -> None:
+    await world.welcomed(b"d", hello("draft"))
+    looks(world, SILENT_S)
+    assert (world.paused, world.roster.has_draft) == ([], True)
+    looks(world, 5.0)
+    assert (world.paused, world.roster.has_draft) == ([True], False)
+    world.beat(b"d", 1, False)
+    assert (world.paused, world.roster.has_draft) == ([True, False], True)
+    looks(world, SILENT_S)
+    assert world.lost == []
+
+
+async def test_a_target_that_was_paused_goes_on_where_it_stood(world: World) -> None:
+    """Its evaluation has not made progress for 9 s then, and that is no wonder."""
+    await world.welcomed(b"t", hello("target"))
+    world.beat(b"t", 1, True)
+    looks(world, 9.0)
+    world.beat(b"t", 1, True)
+    looks(world, 0.5)
+    assert (world.lost, world.paused) == ([], [])
+
+
+@pytest.mark.parametrize("pause_s", [1.5, 60.0, 86_400.0])
+async def test_whoever_was_paused_reads_before_it_judges_others(
+    world: World, pause_s: float
+) -> None:
+    await world.welcomed(b"t", hello("target"))
+    await world.welcomed(b"d", hello("draft", 2))
+    looks(world, 0.5)
+    world.now += pause_s
+    world.roster.look()
+    assert (world.lost, world.paused) == ([], [])
+    looks(world, LOST_S + 0.25)  # they are really gone
+    assert [role for role, _ in world.lost] == ["target", "draft"]
 
 
 async def test_whatever_it_says_shows_that_it_is_there(world: World) -> None:
     await world.welcomed(b"t", hello("target"))
-    for _ in range(7):
-        world.now += BEAT_LOST_S
-        assert world.roster.role_of(b"t") == "target"
+    for _ in range(2 * int(LOST_S / SILENT_S)):
+        world.now += SILENT_S
+        world.beat(b"t", 1, False)
         world.roster.look()
     assert world.lost == []
 

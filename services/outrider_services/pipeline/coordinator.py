@@ -37,11 +37,19 @@ from outrider.core.rules import FixedRule, PricedRule, Rule
 from outrider.core.session import Session
 from outrider.core.stats import Stats
 from outrider.core.values import Fragment, Mode, Proposal, Role, TokenId, Verdict, Verify
-from outrider.errors import OutriderError, Overloaded, ProtocolError, WorkerLost, from_code
+from outrider.errors import (
+    BadRequest,
+    OutriderError,
+    Overloaded,
+    ProtocolError,
+    WorkerLost,
+    from_code,
+)
 from outrider.wire import messages as wire
 from outrider.wire.transport import PeerGone
 from outrider_services.pipeline import journal
 from outrider_services.pipeline.places import shared
+from outrider_services.pipeline.questions import Questions
 from outrider_services.pipeline.requests import Defaults, Lengths, Request, Requests
 from outrider_services.pipeline.roster import Member, Roster
 
@@ -51,7 +59,6 @@ log = logging.getLogger(__name__)
 
 LOOK_S = 0.25  # between two looks at the workers
 PING_S = 1.0
-BAD_FRAMES = 8  # after so many a peer is no longer listened to
 
 Send = Callable[[bytes, wire.Message], None]
 Clock = Callable[[], float]  # seconds, never going back
@@ -62,11 +69,11 @@ class Coordinator:
 
     def __init__(self, send: Send, defaults: Defaults, clock: Clock = time.monotonic) -> None:
         self._send, self._defaults, self._clock = send, defaults, clock
-        self._roster = Roster(self._tell, self._on_joined, self._on_lost, clock)
+        self._roster = Roster(self._tell, self._on_joined, self._on_lost, self._on_paused, clock)
         self._experience: dict[Mode, Experience] = {}
         self._clients: set[bytes] = set()
-        self._bad_frames: dict[bytes, int] = {}
         self._requests = Requests(defaults.queue)
+        self._questions = Questions(self._roster, self._tell)
         self._tasks: set[asyncio.Task[None]] = set()
         self._began = clock()
         self._stopping = self._closed = False
@@ -75,8 +82,8 @@ class Coordinator:
     # ---- messages -------------------------------------------------------------------------------
 
     def on_message(self, peer: bytes, message: wire.Message) -> None:
-        """Take one message; nothing that a peer sends raises."""
-        if self._closed or self._bad_frames.get(peer, 0) >= BAD_FRAMES:
+        """Take one message. Raises ProtocolError, and nothing else, if it is out of place."""
+        if self._closed:
             return
         match message:
             case wire.Done() | wire.Beat() | wire.Failed():
@@ -87,23 +94,26 @@ class Coordinator:
                 self._on_client(peer, message)
             case wire.Tokenize() | wire.Detokenize() | wire.Render():
                 self._clients.add(peer)
-                self._spawn(self._forward(peer, message))
+                if question := self._questions.ask(peer, message):
+                    self._spawn(question)
             case _:
                 if not self._roster.on_answer(peer, message):
-                    self.on_bad_frame(peer, ProtocolError(f"unexpected {type(message).__name__}"))
+                    raise ProtocolError(f"unexpected {type(message).__name__}")
 
-    def on_bad_frame(self, peer: bytes, error: ProtocolError) -> None:
-        count = self._bad_frames[peer] = self._bad_frames.get(peer, 0) + 1
-        log.warning("dropped: %s", error)
-        if count == BAD_FRAMES:
-            log.warning("a peer sent %d bad frames and is no longer listened to", count)
-            self._on_gone(peer)
-        if len(self._bad_frames) > 1024:
-            self._bad_frames.pop(next(iter(self._bad_frames)))
+    def on_gone(self, peer: bytes) -> None:
+        """The connection of `peer` has ended."""
+        if self._closed:
+            return
+        self._roster.on_gone(peer)
+        if peer in self._clients:
+            self._clients.discard(peer)
+            for request in self._requests:
+                if request.client == peer:
+                    self._cancel(request)
 
-    def on_disconnect(self) -> None:
-        """Some connection has ended: find out whose."""
-        for peer in [*(member.peer for member in self._roster.members), *self._clients]:
+    def ping(self) -> None:
+        """Show everybody that the coordinator lives; find out who is gone."""
+        for peer in [*self._roster.peers, *self._clients]:
             self._tell(peer, wire.Ping())
 
     async def run(self) -> None:
@@ -112,7 +122,7 @@ class Coordinator:
         while not self.stopped.is_set():
             self.look()
             if self._clock() - pinged >= PING_S:
-                self.on_disconnect()
+                self.ping()
                 pinged = self._clock()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.stopped.wait(), LOOK_S)
@@ -149,7 +159,7 @@ class Coordinator:
             case _, wire.Failed(number, code, reason):
                 self._on_failed(role, number, from_code(code, reason))
             case _:
-                self.on_bad_frame(peer, ProtocolError(f"{type(message).__name__} from a {role}"))
+                raise ProtocolError(f"{type(message).__name__} from a {role}")
 
     def _on_failed(self, role: Role, number: int, error: OutriderError) -> None:
         request = self._requests.running.get(number)
@@ -168,8 +178,14 @@ class Coordinator:
             modes: tuple[Mode, ...] = ("sync", "pipelined")
             self._experience = {mode: Experience(CostModel(verify_s, draft_s)) for mode in modes}
         if role == "draft":
-            for request in list(self._requests.running.values()):
-                self._advance(request, DraftReady())
+            self._on_paused(False)
+
+    def _on_paused(self, is_paused: bool) -> None:
+        """Nobody must wait for the draft now; or it has come, perhaps back from a pause."""
+        for request in list(self._requests.running.values()):
+            if is_paused:  # should it come back, it will be told everything anew
+                self._tell_role("draft", wire.Close(request.id))
+            self._advance(request, DraftLost() if is_paused else DraftReady())
 
     def _on_lost(self, role: Role, why: str) -> None:
         for request in list(self._requests.running.values()):
@@ -179,16 +195,6 @@ class Coordinator:
                 self._advance(request, DraftLost())
         for request in list(self._requests.waiting) if role == "target" else ():
             self._fail(request, WorkerLost(why, role))
-
-    def _on_gone(self, peer: bytes) -> None:
-        if self._closed:
-            return
-        self._roster.on_gone(peer)
-        if peer in self._clients:
-            self._clients.discard(peer)
-            for request in self._requests:
-                if request.client == peer:
-                    self._cancel(request)
 
     # ---- clients --------------------------------------------------------------------------------
 
@@ -229,15 +235,6 @@ class Coordinator:
             "requests": requests,
             "uptime_s": self._clock() - self._began,
         }
-
-    async def _forward(self, peer: bytes, question: Any) -> None:
-        """Put a client's question to the target worker, and pass the answer on."""
-        try:
-            target = self._roster.target()
-            answer = await self._roster.ask(target, lambda call: question.changed(call=call))
-            self._tell(peer, answer.changed(call=question.call))
-        except OutriderError as exc:
-            self._tell(peer, wire.Failed(question.call, exc.code, str(exc)))
 
     def _submit(self, request: Request) -> None:
         """Take it or say why not, without waiting: in a burst, others are right behind it."""
@@ -292,8 +289,12 @@ class Coordinator:
         task = request.task(target)
         stats = Stats(mode, task.sampling.seed, request.submitted, step_s=target.curve_s[0])
         request.session = Session(task, self._rule(mode, lengths), stats)
-        self._tell(request.client, wire.Started(submit.call, target.model, mode, request.tokens))
-        self._advance(request, Start(draft=self._roster.get("draft") is not None))
+        try:
+            started = wire.Started(submit.call, target.model, mode, request.tokens)
+            self._tell(request.client, started)
+            self._advance(request, Start(draft=self._roster.has_draft))
+        except BadRequest as exc:
+            self._fail(request, exc)
 
     def _rule(self, mode: Mode, lengths: Lengths) -> Rule:
         """Fixed numbers where somebody has set them, else what the measured costs say."""
@@ -316,7 +317,7 @@ class Coordinator:
             self._advance(request, Cancel())
         else:
             stats = Stats(seed=request.submit.sampling.seed).report()
-            self._end(request, wire.Finished(request.submit.call, "cancelled", stats, None))
+            self._end(request, wire.Finished(request.submit.call, "cancelled", stats))
 
     # ---- sessions -------------------------------------------------------------------------------
 
@@ -330,7 +331,11 @@ class Coordinator:
             state = f"{session.phase.name}, draft {session.draft.state.name}"
             log.debug("%s", journal.line(request.number, event, commands, state))
         for command in commands:
-            self._execute(request, session, command)
+            try:
+                self._execute(request, session, command)
+            except BadRequest as exc:
+                self._fail(request, exc)
+                return
         if request.timer:
             request.timer.cancel()
             request.timer = None
@@ -348,14 +353,21 @@ class Coordinator:
             case CloseDraft():
                 self._tell_role("draft", wire.Close(request.id))
             case Fragment():
-                report = session.stats.report()
-                self._tell(request.client, wire.Progress(request.submit.call, command, report))
+                call, report, spans = (
+                    request.submit.call,
+                    session.stats.report(),
+                    session.trace.take(),
+                )
+                self._tell(request.client, wire.Progress(call, command, report, spans))
             case Settle():
                 session.settle()
             case Finish(reason):
-                trace = tuple(session.trace) if session.task.trace else None
-                report = session.stats.report()
-                self._end(request, wire.Finished(request.submit.call, reason, report, trace))
+                call, report, spans = (
+                    request.submit.call,
+                    session.stats.report(),
+                    session.trace.take(),
+                )
+                self._end(request, wire.Finished(call, reason, report, spans))
             case Fault(error):
                 self._end(request, wire.Failed(request.submit.call, error.code, str(error)))
 
@@ -372,7 +384,10 @@ class Coordinator:
         if self._requests.running.pop(request.id, None):
             self._tell_role("target", wire.Close(request.id))
         if request.client in self._clients:
-            self._tell(request.client, last)
+            try:
+                self._tell(request.client, last)
+            except BadRequest as exc:
+                self._tell(request.client, wire.Failed(request.submit.call, exc.code, str(exc)))
         self._admit()
         self._stop_if_idle()
 
@@ -382,13 +397,12 @@ class Coordinator:
             asyncio.get_running_loop().call_later(0.05, self.stopped.set)
 
     def _tell(self, peer: bytes, message: wire.Message) -> None:
+        """Send, if the peer is there. Raises BadRequest for a message that is too long."""
         try:
             self._send(peer, message)
         except PeerGone:
             # later: the caller may be in the middle of what this changes
-            asyncio.get_running_loop().call_soon(self._on_gone, peer)
-        except ProtocolError as exc:
-            log.error("not sent: %s", exc)
+            asyncio.get_running_loop().call_soon(self.on_gone, peer)
 
     def _tell_role(self, role: Role, message: wire.Message) -> None:
         if member := self._roster.get(role):

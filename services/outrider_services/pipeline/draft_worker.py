@@ -89,6 +89,7 @@ class DraftWorker(Worker[Drafter]):
         self.wake()
 
     def _open(self, request: int, order: OpenDraft) -> None:
+        self._close(request)  # a draft that was given up and is wanted again begins anew
         try:
             slot = self.admit(order.tokens)
         except OutriderError as exc:

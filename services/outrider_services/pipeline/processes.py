@@ -32,6 +32,8 @@ from outrider_services.pipeline.worker import Connection, serve
 log = logging.getLogger(__name__)
 
 PR_SET_PDEATHSIG = 1
+M_MMAP_THRESHOLD = -3
+RELIEVE_S = 0.1  # between two looks at how heavy the coordinator is
 
 
 def coordinator(settings: Settings, name: str, parent_fd: int | None) -> None:
@@ -72,7 +74,7 @@ async def _coordinate(settings: Settings, name: str) -> None:
     draft = settings.draft
     defaults = Defaults(settings.pipeline.mode, draft.n_max, draft.n_min, draft.p_min)
     core = Coordinator(lambda peer, message: router.send(peer, message), defaults)
-    router = Router(core.on_message, core.on_bad_frame, core.on_disconnect)
+    router = Router(core.on_message, core.on_gone)
     path = socket_path(name)
     try:
         router.bind(f"ipc://{path}")
@@ -83,12 +85,26 @@ async def _coordinate(settings: Settings, name: str) -> None:
             if address in settings.coordinator.insecure:
                 log.warning("%s is open to everybody who can reach it", bound)
         say("ready", 1.0)
-        await core.run()
+        relieving = asyncio.ensure_future(_relieve(router))
+        try:
+            await core.run()
+        finally:
+            relieving.cancel()
     finally:
         await core.close()
         await asyncio.sleep(0.05)  # the last messages need a moment to leave
         router.close()
         path.unlink(missing_ok=True)
+
+
+async def _relieve(router: Router) -> None:
+    """Watch over the memory that peers take."""
+    with contextlib.suppress(AttributeError, OSError):  # the C library may be another than glibc
+        # else it learns to keep what large messages took, instead of giving it back
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 128 << 10)
+    while True:
+        router.relieve()
+        await asyncio.sleep(RELIEVE_S)
 
 
 def _run(

@@ -24,8 +24,9 @@ from outrider_services.pipeline.vocabularies import check_pair
 
 log = logging.getLogger(__name__)
 
-ANSWER_S = 10.0  # most that a worker may take to answer a question
-BEAT_LOST_S = 1.0  # four missing heartbeats
+ANSWER_S = 12.0  # most that a worker may take to answer a question
+SILENT_S = 1.0  # four missing heartbeats: nobody waits for such a draft
+LOST_S = 10.0  # so long a worker may be paused, or its machine
 
 Tell = Callable[[bytes, wire.Message], None]
 
@@ -39,6 +40,13 @@ class Member:
     heard: float
     moved: float  # when it last finished an evaluation, or had none to do
     steps: int = 0
+    is_silent: bool = False
+
+    def hear(self, now: float) -> None:
+        """It has said something. A time in which it was paused is none without progress."""
+        if now - self.heard > SILENT_S:
+            self.moved += now - self.heard
+        self.heard = now
 
     def stall_s(self) -> float:
         """Most seconds of an evaluation: 128 rows at the price of single ones, and half more."""
@@ -46,18 +54,23 @@ class Member:
 
 
 class Roster:
-    """At most one target worker and one draft worker."""
+    """At most one target worker and one draft worker.
+
+    `on_joined` and `on_lost` are told of each, and `on_paused` of a draft that nobody must wait
+    for, and then of its return.
+    """
 
     def __init__(
         self,
         tell: Tell,
         on_joined: Callable[[Role], None],
         on_lost: Callable[[Role, str], None],
+        on_paused: Callable[[bool], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.refusals: dict[str, str] = {}
         self._tell, self._on_joined, self._on_lost = tell, on_joined, on_lost
-        self._clock = clock
+        self._on_paused, self._clock, self._looked = on_paused, clock, clock()
         self._members: dict[Role, Member] = {}
         self._joining: dict[bytes, asyncio.Task[None]] = {}
         self._answers: dict[int, tuple[bytes, asyncio.Future[Any]]] = {}  # asked peer, who waits
@@ -72,6 +85,16 @@ class Roster:
     def members(self) -> list[Member]:
         return list(self._members.values())
 
+    @property
+    def peers(self) -> list[bytes]:
+        """The connections of those that are here or about to join."""
+        return [*(member.peer for member in self.members), *self._joining]
+
+    @property
+    def has_draft(self) -> bool:
+        """Whether there is a draft that can be counted on."""
+        return "draft" in self._members and not self._members["draft"].is_silent
+
     def target(self) -> Member:
         """The target worker. Raises WorkerLost if there is none."""
         if target := self._members.get("target"):
@@ -84,7 +107,10 @@ class Roster:
         """The role that `peer` speaks for; an unknown peer is asked who it is."""
         for role, member in self._members.items():
             if member.peer == peer:
-                member.heard = self._clock()
+                member.hear(self._clock())
+                if member.is_silent:
+                    member.is_silent = False
+                    self._on_paused(False)
                 return role
         if peer not in self._joining:
             self._tell(peer, wire.Who())
@@ -177,10 +203,18 @@ class Roster:
 
     def look(self) -> None:
         """Drop workers that are silent or make no progress; to be called a few times a second."""
-        now = self._clock()
+        now, before = self._clock(), self._looked
+        self._looked = now
         for role, member in list(self._members.items()):
-            if now - member.heard > BEAT_LOST_S:
-                self.lose(role, f"the {role} worker has not been heard of for {BEAT_LOST_S:.0f} s")
+            if now - before > SILENT_S:  # this process was paused: it has to read first
+                member.heard = member.moved = now
+            silence_s = now - member.heard
+            if silence_s > LOST_S:
+                self.lose(role, f"the {role} worker has not been heard of for {LOST_S:.0f} s")
+            elif silence_s > SILENT_S:
+                if role == "draft" and not member.is_silent:
+                    member.is_silent = True
+                    self._on_paused(True)
             elif now - member.moved > member.stall_s():
                 self._tell(member.peer, wire.Refused(WorkerLost.code, "it makes no progress"))
                 self.lose(role, f"the {role} worker makes no progress")

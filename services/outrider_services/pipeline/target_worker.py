@@ -18,6 +18,7 @@ from outrider.core.values import Role, TokenId, Verdict, Verify
 from outrider.engines.calibration import calibrate
 from outrider.errors import BadRequest, OutriderError, ProtocolError
 from outrider.wire import messages as wire
+from outrider.wire.codec import check
 from outrider_services.pipeline.worker import Curve, Worker, failure
 
 CHUNK = 128  # most tokens of one prefill pass: a cancellation may have to wait for it
@@ -78,6 +79,7 @@ class TargetWorker(Worker[Engine]):
     # ---- requests -------------------------------------------------------------------------------
 
     def _open(self, request: int, order: Prefill) -> None:
+        self._close(request)  # nobody asks twice for the same, but a slot must not be lost
         try:
             slot = self.admit(order.tokens)
         except OutriderError as exc:
@@ -217,9 +219,18 @@ class TargetWorker(Worker[Engine]):
 
     async def _answer(self, question: Question) -> None:
         try:
-            self.send(await asyncio.to_thread(self._reply, question))
+            self.send(await asyncio.to_thread(self._checked_reply, question))
         except Exception as exc:  # no text may end the worker
             self.send(failure(question.call, exc))
+
+    def _checked_reply(self, question: Question) -> wire.Message:
+        """The answer. Raises BadRequest for one that does not fit a message."""
+        answer = self._reply(question)
+        try:
+            check(answer)
+        except BadRequest as exc:
+            raise BadRequest(f"the answer is too long: {exc}") from None
+        return answer
 
     def _reply(self, question: Question) -> wire.Message:
         engine = self.model

@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 BEAT_S = 0.25
 RETRY_S = 0.05
-SILENCE_S = 60.0  # a worker ends if its coordinator is silent for so long
+SILENCE_S = 60.0  # a worker ends if its coordinator is silent for so long, its own pauses apart
 Curve = tuple[float, ...]
 Status = Callable[[str, float | str], None]
 T = TypeVar("T")
@@ -75,7 +75,7 @@ class Worker(ABC, Generic[M]):
         self._link: Link | None = None
         self._delay_s = 0.0
         self._incarnation = secrets.randbits(62)
-        self._heard = 0.0
+        self._silent_beats = 0
         self._welcomed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._work = asyncio.Event()
 
@@ -121,6 +121,12 @@ class Worker(ABC, Generic[M]):
             self._link.send(message)
         except PeerGone as exc:
             log.debug("not sent: %s (%s)", type(message).__name__, exc)
+        except BadRequest as exc:  # it is too long
+            match message:
+                case wire.Done(number) | wire.LabelTexts(number):
+                    self._link.send(failure(number, exc))
+                case _:
+                    raise
 
     async def owned(self, function: Callable[[], T]) -> T:
         """Run `function` on the thread that owns the model."""
@@ -150,7 +156,7 @@ class Worker(ABC, Generic[M]):
     async def run(self, connection: Connection, status: Status) -> None:
         """Serve until cancelled. Raises OutriderError if refused, or without a coordinator."""
         self._delay_s = connection.delay_s
-        self._link = Link(connection.address, self._on_arrival)
+        self._link = Link(connection.address, self._on_arrival, self.forget)
         tasks = [asyncio.ensure_future(c) for c in (self._beat(), self._compute_forever())]
         try:
             await self._join(connection)
@@ -186,7 +192,7 @@ class Worker(ABC, Generic[M]):
             self._on_message(message)
 
     def _on_message(self, message: wire.Message) -> None:
-        self._heard = time.monotonic()
+        self._silent_beats = 0
         match message:
             case wire.Welcome():
                 self.forget()
@@ -212,7 +218,8 @@ class Worker(ABC, Generic[M]):
             await asyncio.sleep(BEAT_S)
             if self._welcomed.done():
                 self.send(wire.Beat(self.steps, self._since is not None))
-                if time.monotonic() - self._heard > SILENCE_S:
+                self._silent_beats += 1
+                if self._silent_beats * BEAT_S > SILENCE_S:
                     raise ConnectionFailed(f"the coordinator has been silent for {SILENCE_S:.0f} s")
 
     async def _compute_forever(self) -> None:

@@ -28,7 +28,7 @@ from outrider.wire.addresses import address_of
 from outrider.wire.codec import check
 from outrider.wire.transport import Link, PeerGone
 
-SILENCE_S = 5.0  # the coordinator pings every second; after so long a silence it is gone
+SILENCE_S = 10.0  # the coordinator pings every second; so long it may be paused
 ANSWER_S = 15.0  # most that a question may take
 
 Answer = TypeVar("Answer", wire.Tokens, wire.Rendered, wire.HealthReport)
@@ -38,14 +38,15 @@ Inbox = asyncio.Queue[wire.Message | OutriderError]
 class Stream:
     """An answer as it is committed: iterate over its fragments. Leaving `async with` cancels it."""
 
-    def __init__(self, client: AsyncClient, call: int) -> None:
+    def __init__(self, client: AsyncClient, call: int, *, traced: bool = False) -> None:
         self.model = ""
         self.prompt_token_ids: tuple[int, ...] = ()
         self.fragments: list[Fragment] = []
         self.stats: Report | None = None  # live; None until the first fragment
         self.trace: tuple[Span, ...] | None = None
         self.finish_reason: FinishReason | None = None
-        self._client, self._call = client, call
+        self._client, self._call, self._traced = client, call, traced
+        self._spans: list[Span] = []
         self._error: OutriderError | None = None
         self._inbox: Inbox = client._open(call)
 
@@ -59,12 +60,15 @@ class Stream:
             match await self._client._next(self._inbox):
                 case wire.Started(_, model, _, prompt):
                     self.model, self.prompt_token_ids = model, prompt
-                case wire.Progress(_, fragment, stats):
+                case wire.Progress(_, fragment, stats, spans):
                     self.fragments.append(fragment)
                     self.stats = stats
+                    self._spans += spans
                     return fragment
-                case wire.Finished(_, reason, stats, trace):
-                    self.finish_reason, self.stats, self.trace = reason, stats, trace
+                case wire.Finished(_, reason, stats, spans):
+                    self.finish_reason, self.stats = reason, stats
+                    if self._traced:
+                        self.trace = (*self._spans, *spans)
                 case wire.Failed(_, code, words):
                     self._error = from_code(code, words)
                 case OutriderError() as error:
@@ -130,7 +134,7 @@ class AsyncClient:
         if self._link:
             raise BadRequest("this client is connected already: make another")
         address = address_of(self.pipeline)
-        self._link = Link(address, self._on_message)
+        self._link = Link(address, self._on_message, self._on_lost)
         try:
             await self._reach(address)
         except BaseException:
@@ -157,9 +161,7 @@ class AsyncClient:
     async def close(self) -> None:
         """End the connection; whoever still waits gets ConnectionFailed. May be called again."""
         link, self._link = self._link, None
-        for inbox in self._inboxes.values():
-            inbox.put_nowait(ConnectionFailed("the client was closed before the answer ended"))
-        self._inboxes.clear()
+        self._fail_all("the client was closed before the answer ended")
         if link:
             link.close()
 
@@ -232,7 +234,7 @@ class AsyncClient:
         streamed = stream is not None and asked.flag("stream", stream)
         call = next(self._calls)
         submit = asked.submit(call, prompt, messages, settings)
-        answer = Stream(self, call)
+        answer = Stream(self, call, traced=submit.trace)
         try:
             self._send(submit)
         except OutriderError:
@@ -323,12 +325,23 @@ class AsyncClient:
             if isinstance(message, wire.Finished | wire.Failed):
                 self._forget(call)
 
+    def _on_lost(self) -> None:
+        """The coordinator forgets what was asked over a connection that has ended."""
+        self._fail_all(f"the connection to {self.pipeline!r} was lost before the answer ended")
+
+    def _fail_all(self, why: str) -> None:
+        for inbox in self._inboxes.values():
+            inbox.put_nowait(ConnectionFailed(why))
+        self._inboxes.clear()
+
     async def _next(self, inbox: Inbox) -> wire.Message | OutriderError | None:
         """The next message; None after a second without one, if the coordinator still lives."""
         try:
             async with asyncio.timeout(1.0):  # wait_for (3.11) may swallow a cancellation
                 return await inbox.get()
         except TimeoutError:
+            if time.monotonic() - self._heard > SILENCE_S:
+                await asyncio.sleep(0.1)  # if it was this process that was paused, this reads
             if time.monotonic() - self._heard > SILENCE_S:
                 raise ConnectionFailed(
                     f"the coordinator of {self.pipeline!r} went away before the answer ended"

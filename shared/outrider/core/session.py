@@ -69,18 +69,17 @@ from outrider.core.rules import Rule
 from outrider.core.stats import Stats
 from outrider.core.stock import Judged, Stock
 from outrider.core.text import TextStream
+from outrider.core.tracing import Trace
 from outrider.core.values import (
     Fragment,
     Kind,
     Proposal,
     Reason,
-    Span,
     Token,
     TokenId,
     Verdict,
     Verify,
     ids_of,
-    span_of,
 )
 from outrider.errors import ProtocolError
 
@@ -105,7 +104,7 @@ class Session:
         self.round = 0
         self.block = 0  # drafted tokens in the latest pass that the target was asked for
         self.deadline: float | None = None  # when `Timer` is wanted
-        self.trace: list[Span] = []
+        self.trace = Trace(task.trace)
         self._sent = 0.0  # when that pass was asked for
         self._waited_s = 0.0  # time since the last commit that workers spent on other requests
         self._text = TextStream(task.stop)
@@ -175,13 +174,13 @@ class Session:
         if proposal.lineage < self.stock.lineage:
             self.stats.created += count
             self.stats.discarded["stale"] += count
-            self._trace(proposal, now)
+            self.trace.add(proposal, 0, now)
             return []
         if not self._is_possible(proposal):
             return self._offend(now)
         self.stats.created += count
         self.stats.computed(self.stats.draft, now, proposal.elapsed_s)
-        self._trace(proposal, now)
+        self.trace.add(proposal, 0, now)
         self._learn_costs(proposal, now)
         draft.state = DraftState.PAUSED if proposal.paused else DraftState.DRAFTING
         draft.read = proposal.position
@@ -309,7 +308,7 @@ class Session:
         """Record how long the round took, and how much of that the target computed."""
         stats, block, last_commit = self.stats, self.block, self.stats.last_commit
         stats.computed(stats.target, now, verdict.elapsed_s)
-        self._trace(verdict, now)
+        self.trace.add(verdict, block + 1, now)
         if last_commit is not None:
             round_trip_s = max(0.0, now - self._sent - verdict.waited_s)
             spent_s = max(0.0, now - last_commit - self._waited_s - verdict.waited_s)
@@ -319,15 +318,6 @@ class Session:
                 stats.step_s += 0.2 * (now - self._sent - stats.step_s)
         self._waited_s = 0.0
         stats.count(block, verdict.accepted, now)
-
-    def _trace(self, done: Proposal | Verdict, now: float) -> None:
-        """If a trace is wanted, record when the worker computed what it has `done`."""
-        if self.task.trace:
-            lane = "target" if isinstance(done, Verdict) else "draft"
-            # spans of a lane never overlap, even if the report before this one was delayed
-            ended = next((span.end for span in reversed(self.trace) if span.lane == lane), 0.0)
-            began = max(now - done.elapsed_s, ended)
-            self.trace.append(span_of(done, self.block + 1, began, now))
 
     # ---- the draft, and the next pass -----------------------------------------------------------
 

@@ -159,27 +159,3 @@ class Span(Value, frozen=True):
 def ids_of(drafted: Sequence[Drafted]) -> tuple[TokenId, ...]:
     """The token ids alone."""
     return tuple(one.token for one in drafted)
-
-
-def span_of(done: Proposal | Verdict, rows: int, start: float, end: float) -> Span:
-    """The span in which a worker has `done` this; `rows` are those of the pass, if it was one."""
-    if isinstance(done, Verdict):
-        return Span(
-            lane="target",
-            start=start,
-            end=end,
-            rows=rows,
-            number=done.round,
-            base=done.base,
-            tokens=done.tokens,
-        )
-    ids = ids_of(done.drafted)
-    return Span(
-        lane="draft",
-        start=start,
-        end=end,
-        rows=len(ids),
-        number=done.lineage,
-        base=done.position,
-        tokens=ids,
-    )

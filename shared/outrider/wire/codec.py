@@ -33,23 +33,21 @@ def check(message: Message) -> None:
     try:
         value = msgspec.to_builtins(message, builtin_types=(bytes,))
         msgspec.convert(value, type(message), builtin_types=(bytes,))
-        encode(message)
     except msgspec.ValidationError as exc:
         reason, _, place = str(exc).partition(" - at `$[")
         name = message.__struct_fields__[int(place.partition("]")[0]) - 1]  # behind the tag
         name = {"n_predict": "max_tokens"}.get(name, name)
         raise BadRequest(f"{name} is not as it should be: {reason}", name) from None
-    except ProtocolError as exc:
-        raise BadRequest(str(exc)) from None
     except UnicodeEncodeError:
         raise BadRequest("a prompt or a setting is not text that UTF-8 can express") from None
+    encode(message)
 
 
 def encode(message: Message) -> bytes:
-    """The frame of `message`. Raises ProtocolError if it exceeds `FRAME_LIMIT`."""
+    """The frame of `message`. Raises BadRequest if it exceeds `FRAME_LIMIT`."""
     frame: bytes = msgpack.packb(msgspec.to_builtins(message, builtin_types=(bytes,)))
     if len(frame) > FRAME_LIMIT:
-        raise ProtocolError(f"a message of {len(frame)} bytes exceeds the limit of {FRAME_LIMIT}")
+        raise BadRequest(f"a message of {len(frame)} bytes exceeds the limit of {FRAME_LIMIT}")
     return frame
 
 

@@ -31,11 +31,12 @@ from outrider.core.values import (
     Word,
 )
 
-PROTOCOL = 2
+PROTOCOL = 3
 FRAME_LIMIT = 1 << 20  # bytes; a prompt of 200,000 tokens fits
 
 Line: TypeAlias = Annotated[str, Meta(max_length=4096)]
 Conversation: TypeAlias = Annotated[tuple[tuple[Word, Text], ...], Meta(max_length=1024)]
+Spans: TypeAlias = Annotated[tuple[Span, ...], Meta(max_length=4096)]
 Leaf: TypeAlias = bool | int | float | Line | None
 Table: TypeAlias = Annotated[dict[Word, Leaf], Meta(max_length=256)]
 Tables: TypeAlias = Annotated[dict[Word, Leaf | Table], Meta(max_length=256)]
@@ -231,13 +232,14 @@ class Progress(Tagged, frozen=True):
     call: Id
     fragment: values.Fragment
     stats: Report
+    spans: Spans = ()  # if a trace was asked for: those since the last message
 
 
 class Finished(Tagged, frozen=True):
     call: Id
     reason: Reason
     stats: Report
-    trace: tuple[Span, ...] | None
+    spans: Spans = ()
 
 
 class HealthReport(Tagged, frozen=True):

@@ -1,52 +1,81 @@
 """Typed messages over ZeroMQ: one ROUTER (`Router`) that the coordinator binds, and the DEALERs
 (`Link`) that workers and clients connect.
 
-Both call their handler for each message, in order, on the event loop. They never wait: a send that
-would block fails, so no queue grows without bound. The ROUTER gives every connection an id of its
-own; no identity is set, so nobody can steal one. Sending to a connection that is gone raises
-`PeerGone`.
+Both call their handler for each message, in order, on the event loop. Sending never waits: what
+ZeroMQ cannot take yet waits in a backlog, and a peer that lets it grow beyond `BACKLOG_LIMIT` loses
+its connection. So no message is lost unseen: either it arrives, or its connection ends, and both
+sides are told. The ROUTER gives every connection an id of its own, which is the name of the peer
+here; nobody can choose or steal one.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
 
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
-from outrider.errors import ConfigError, ConnectionFailed, ProtocolError
+from outrider.errors import ConfigError, ConnectionFailed, Overloaded, ProtocolError
 from outrider.wire.codec import decode, encode
-from outrider.wire.messages import FRAME_LIMIT, Message
+from outrider.wire.connections import Connections, Patience, Scales, shut
+from outrider.wire.messages import FRAME_LIMIT, Failed, Hello, Message
 
 log = logging.getLogger(__name__)
 
 BURST = 64  # messages handled before other tasks get their turn
+QUEUE = 32  # messages that ZeroMQ itself may hold for or from a peer
+BACKLOG_LIMIT = 4 << 20  # bytes that may wait for a peer besides
+RETRY_S = (0.001, 0.1)  # between two looks at what waits: at first, at most
+GONE_S = 0.002  # what was sent before a connection ended is read within this time
+MUTE_S = 2.0  # a surplus connection that has said nothing for so long ends
+
 OPTIONS = {
     zmq.LINGER: 0,
     zmq.IMMEDIATE: 1,  # nothing is queued for a peer that is not there
     zmq.MAXMSGSIZE: FRAME_LIMIT,
+    zmq.BACKLOG: 1024,
     zmq.HANDSHAKE_IVL: 2000,
-    zmq.HEARTBEAT_IVL: 200,
-    zmq.HEARTBEAT_TIMEOUT: 600,
-    zmq.HEARTBEAT_TTL: 600,
+    # a process that ends closes its connections at once; these are for a peer behind a broken
+    # network, and longer than a process may be paused
+    zmq.HEARTBEAT_IVL: 5000,
+    zmq.HEARTBEAT_TIMEOUT: 15000,
+    zmq.HEARTBEAT_TTL: 15000,
     zmq.CONNECT_TIMEOUT: 500,
     zmq.RECONNECT_IVL: 50,
     zmq.RECONNECT_IVL_MAX: 1000,
-    zmq.SNDHWM: 1000,
-    zmq.RCVHWM: 1000,
+    zmq.SNDHWM: QUEUE,
+    zmq.RCVHWM: QUEUE,
 }
 
 
 class PeerGone(Exception):
-    """The connection is gone, or its peer has stopped reading."""
+    """The connection is gone, or has just been ended because its peer does not read."""
+
+
+@dataclass(slots=True)
+class Backlog:
+    """Frames that wait for a peer, the oldest first."""
+
+    frames: deque[bytes] = field(default_factory=deque)
+    size: int = 0  # bytes
+
+    def append(self, frame: bytes) -> None:
+        self.frames.append(frame)
+        self.size += len(frame)
+
+    def popleft(self) -> None:
+        self.size -= len(self.frames.popleft())
 
 
 class _Endpoint:
     """A socket on the event loop, read whenever ZeroMQ's edge-triggered descriptor says so."""
 
-    def __init__(self, kind: int) -> None:
+    def __init__(self, kind: int, events: int) -> None:
         self._loop = asyncio.get_running_loop()
         self._context = zmq.Context(io_threads=1)
         self._socket: zmq.Socket[bytes] = self._context.socket(kind)
@@ -54,62 +83,135 @@ class _Endpoint:
             self._socket.setsockopt(option, value)
         self._fd = int(self._socket.getsockopt(zmq.FD))
         self._loop.add_reader(self._fd, self._drain)
+        self._monitor: zmq.Socket[bytes] = self._socket.get_monitor_socket(events)
+        self._monitor_fd = int(self._monitor.getsockopt(zmq.FD))
+        self._loop.add_reader(self._monitor_fd, self._drain_monitor)
+        self._loop.call_soon(self._drain_monitor)  # until it was found empty, ZeroMQ wakes nobody
+        self._backlogs: dict[bytes, Backlog] = {}  # by peer; those that are not empty
         self.closed = False
 
-    def _send(self, frames: list[bytes]) -> None:
+    # ---- sending --------------------------------------------------------------------------------
+
+    def _post(self, peer: bytes, frame: bytes) -> None:
+        """Send `frame`, or put it behind what waits for this peer. Raises PeerGone."""
+        waiting = self._backlogs.get(peer)
+        if waiting is None:
+            if self._put(peer, frame):
+                return
+            if not self._backlogs:
+                self._loop.call_later(RETRY_S[0], self._retry, RETRY_S[0])
+            waiting = self._backlogs[peer] = Backlog()
+        waiting.append(frame)
+        if waiting.size > BACKLOG_LIMIT:
+            log.warning("a connection ends: its peer does not read what it is sent")
+            self.end(peer)
+            raise PeerGone("it does not read")
+
+    def _put(self, peer: bytes, frame: bytes) -> bool:
+        """Give `frame` to ZeroMQ; False if there is no room now. Raises PeerGone."""
         try:
-            self._socket.send_multipart(frames, zmq.NOBLOCK)
+            self._socket.send_multipart([peer, frame] if peer else [frame], zmq.NOBLOCK)
+        except zmq.Again:
+            return False
         except zmq.ZMQError as exc:
             raise PeerGone(exc.strerror) from exc
         finally:
             # sending may swallow the edge that announces a message: look for one
             if not self.closed and int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
                 self._loop.call_soon(self._drain)
+        return True
 
-    def _resolve(self, address: str) -> None:
-        """Let the next address be one of IPv6, `tcp://[::1]:5701`; others stay as they were."""
-        self._socket.setsockopt(zmq.IPV6, int("[" in address))
+    def _retry(self, waited_s: float) -> None:
+        """Send what waits as far as there is room; look again, later and later if there is none."""
+        moved = False
+        for peer, waiting in list(self._backlogs.items()):
+            try:
+                while waiting.frames and self._put(peer, waiting.frames[0]):
+                    waiting.popleft()
+                    moved = True
+            except PeerGone:
+                waiting.frames.clear()
+            if not waiting.frames:
+                self._backlogs.pop(peer, None)
+        if self._backlogs and not self.closed:
+            next_s = RETRY_S[0] if moved else min(2 * waited_s, RETRY_S[1])
+            self._loop.call_later(next_s, self._retry, next_s)
+
+    def end(self, peer: bytes) -> None:
+        """End the connection; both sides are told."""
+        raise NotImplementedError
+
+    # ---- receiving ------------------------------------------------------------------------------
 
     def _drain(self) -> None:
         for _ in range(BURST):
             if self.closed:
                 return
             try:
-                frames = self._socket.recv_multipart(zmq.NOBLOCK)
+                self._receive()
             except zmq.Again:
                 return
-            self._receive(frames)
         self._loop.call_soon(self._drain)
 
-    def _receive(self, frames: list[bytes]) -> None:
+    def _receive(self) -> None:
+        """Take one message. Raises zmq.Again if there is none."""
         raise NotImplementedError
+
+    def _rest(self) -> int:
+        """Drop the further frames of a message, one by one; how many there were."""
+        count = 0
+        while self._socket.getsockopt(zmq.RCVMORE):
+            self._socket.recv(zmq.NOBLOCK, copy=False)
+            count += 1
+        return count
+
+    def _drain_monitor(self) -> None:
+        while not self.closed:
+            try:
+                event = parse_monitor_message(self._monitor.recv_multipart(zmq.NOBLOCK))
+            except zmq.Again:
+                return
+            self._on_event(event["event"], event["value"])
+
+    def _on_event(self, event: int, fd: int) -> None:
+        raise NotImplementedError
+
+    def _resolve(self, address: str) -> None:
+        """Let the next address be one of IPv6, `tcp://[::1]:5701`; others stay as they were."""
+        self._socket.setsockopt(zmq.IPV6, int("[" in address))
 
     def close(self) -> None:
         if self.closed:
             return
         self.closed = True
         self._loop.remove_reader(self._fd)
+        self._loop.remove_reader(self._monitor_fd)
+        self._socket.disable_monitor()
+        self._monitor.close(linger=0)
         self._socket.close(linger=0)
         self._context.term()
 
 
 class Router(_Endpoint):
-    """The coordinator's socket; peers are named by the bytes of their connection id."""
+    """The coordinator's socket. `on_message` may raise ProtocolError: that frame was a bad one.
+
+    `on_gone` is called, at most a moment late, for each peer whose connection has ended. Once an
+    origin has sent too many bad frames, it loses its connection at each further one.
+    """
 
     def __init__(
         self,
         on_message: Callable[[bytes, Message], None],
-        on_bad_frame: Callable[[bytes, ProtocolError], None],
-        on_disconnect: Callable[[], None],
+        on_gone: Callable[[bytes], None],
+        *,
+        most: int | None = None,
     ) -> None:
-        super().__init__(zmq.ROUTER)
+        super().__init__(zmq.ROUTER, zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        self._on_message, self._on_bad_frame = on_message, on_bad_frame
-        self._on_disconnect = on_disconnect
-        self._monitor: zmq.Socket[bytes] = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
-        self._monitor_fd = int(self._monitor.getsockopt(zmq.FD))
-        self._loop.add_reader(self._monitor_fd, self._drain_monitor)
-        self._loop.call_soon(self._drain_monitor)  # until it was found empty, ZeroMQ wakes nobody
+        self._on_message, self._on_gone = on_message, on_gone
+        self._connections = Connections(most)
+        self._ended: deque[bytes] = deque(maxlen=1024)  # what they still send is not looked at
+        self._patience, self._scales = Patience(), Scales()
         self.addresses: list[str] = []
 
     def bind(self, address: str) -> str:
@@ -124,45 +226,104 @@ class Router(_Endpoint):
         return bound
 
     def send(self, peer: bytes, message: Message) -> None:
-        """Send now. Raises PeerGone, or ProtocolError for a message that is too long."""
-        self._send([peer, encode(message)])
+        """Send soon. Raises PeerGone, or BadRequest for a message that is too long."""
+        self._post(peer, encode(message))
 
-    def _receive(self, frames: list[bytes]) -> None:
-        try:
-            if len(frames) != 2:
-                raise ProtocolError(f"a message of {len(frames) - 1} frames instead of one")
-            message = decode(frames[1])
-        except ProtocolError as exc:
-            self._on_bad_frame(frames[0], exc)
+    def end(self, peer: bytes) -> None:
+        self._drain_monitor()  # its descriptor may be another connection's by now
+        self._ended.append(peer)
+        self._backlogs.pop(peer, None)
+        self._connections.end(peer)
+        self._loop.call_soon(self._tell_gone, peer)
+
+    def relieve(self) -> None:
+        """If the process has grown too heavy, end the connection to blame; to be called often."""
+        blamed = self._scales.blame(self._connections, self._waiting)
+        if blamed is None:
             return
-        self._on_message(frames[0], message)
+        log.warning("a connection ends: it takes too much memory")
+        if blamed.peer is None:
+            shut(blamed.fd)
+        else:
+            self.end(blamed.peer)
 
-    def _drain_monitor(self) -> None:
-        while not self.closed:
-            try:
-                parse_monitor_message(self._monitor.recv_multipart(zmq.NOBLOCK))
-            except zmq.Again:
-                return
-            # the ROUTER forgets the connection at about the same time: look a moment later
-            self._loop.call_later(0.002, self._on_disconnect)
+    def _waiting(self, peer: bytes) -> int:
+        backlog = self._backlogs.get(peer)
+        return backlog.size if backlog else 0
 
-    def close(self) -> None:
+    def _on_event(self, event: int, fd: int) -> None:
+        if former := self._connections.lose(fd):
+            self._backlogs.pop(former, None)
+            # what it sent before it ended is read first
+            self._loop.call_later(GONE_S, self._tell_gone, former)
+        if event == zmq.EVENT_ACCEPTED:
+            self._connections.accept(fd)
+            if len(self._connections) > self._connections.most:
+                self._loop.call_later(MUTE_S, self._connections.shut_if_mute, fd)
+
+    def _tell_gone(self, peer: bytes) -> None:
         if not self.closed:
-            self._loop.remove_reader(self._monitor_fd)
-            self._socket.disable_monitor()
-            self._monitor.close(linger=0)
-        super().close()
+            self._on_gone(peer)
+
+    def _meet(self, peer: bytes, frame: zmq.Frame) -> str:
+        """Find the connection of a peer that has none yet; return its origin."""
+        self._drain_monitor()
+        origin = str(frame.get("Peer-Address"))
+        if not self._connections.meet(peer, int(frame.get(zmq.SRCFD)), origin):
+            self._loop.call_later(GONE_S, self._tell_gone, peer)
+        return origin
+
+    def _receive(self) -> None:
+        peer = self._socket.recv(zmq.NOBLOCK)
+        if connection := self._connections.of(peer):
+            origin, frame = connection.origin, self._socket.recv(zmq.NOBLOCK)
+        else:
+            first = self._socket.recv(zmq.NOBLOCK, copy=False)
+            origin, frame = self._meet(peer, first), first.bytes
+        rest = self._rest()
+        if connection is None and peer in self._ended:
+            self._connections.end(peer)
+            return
+        try:
+            if rest:
+                raise ProtocolError(f"a message of {rest + 1} frames instead of one")
+            message = decode(frame)
+            # a worker always has room
+            if self._connections.is_refused(peer) and not isinstance(message, Hello):
+                self._refuse(peer, message)
+            else:
+                self._on_message(peer, message)
+        except ProtocolError as exc:
+            log.warning("dropped: %s", exc)
+            if not self._patience.spend(origin):
+                log.warning("a connection ends: too many bad frames came from its origin")
+                self.end(peer)
+
+    def _refuse(self, peer: bytes, message: Message) -> None:
+        reason = f"there are {self._connections.most} connections already"
+        with suppress(PeerGone):
+            self.send(peer, Failed(getattr(message, "call", 0), Overloaded.code, reason))
+        self._loop.call_later(0.1, self.end, peer)  # the answer needs a moment to leave
 
 
 class Link(_Endpoint):
     """A worker's or client's connection to the coordinator; it reconnects by itself.
 
-    Raises ConnectionFailed for something that is no address.
+    `on_lost` is called when a connection has ended. Raises ConnectionFailed for something that is
+    no address.
     """
 
-    def __init__(self, address: str, on_message: Callable[[Message], None]) -> None:
-        super().__init__(zmq.DEALER)
-        self._on_message = on_message
+    def __init__(
+        self,
+        address: str,
+        on_message: Callable[[Message], None],
+        on_lost: Callable[[], None] = lambda: None,
+    ) -> None:
+        events = zmq.EVENT_CONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
+        super().__init__(zmq.DEALER, events)
+        self._on_message, self._on_lost = on_message, on_lost
+        self._connection: int | None = None  # its descriptor
+        self._is_up = False
         self._resolve(address)
         try:
             self._socket.connect(address)
@@ -171,12 +332,39 @@ class Link(_Endpoint):
             raise ConnectionFailed(f"{address!r} is not an address: {exc.strerror}") from exc
 
     def send(self, message: Message) -> None:
-        """Send now. Raises PeerGone while there is no connection, else as `Router.send`."""
-        self._send([encode(message)])
+        """Send soon. Raises PeerGone while there is no connection, else as `Router.send`."""
+        if not self._is_up:
+            raise PeerGone("not connected")
+        self._post(b"", encode(message))
 
-    def _receive(self, frames: list[bytes]) -> None:
+    def end(self, peer: bytes = b"") -> None:
+        self._drain_monitor()
+        if self._connection is not None:
+            shut(self._connection)
+
+    def _on_event(self, event: int, fd: int) -> None:
+        match event:
+            case zmq.EVENT_CONNECTED:
+                self._connection = fd
+            case zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                self._is_up = True
+            case zmq.EVENT_DISCONNECTED:
+                was_up, self._is_up, self._connection = self._is_up, False, None
+                self._backlogs.clear()
+                if was_up:
+                    self._loop.call_later(GONE_S, self._lost)
+
+    def _lost(self) -> None:
+        self._drain()  # what came before the end
+        if not self.closed:
+            self._on_lost()
+
+    def _receive(self) -> None:
+        frame = self._socket.recv(zmq.NOBLOCK)
         try:
-            message = decode(frames[-1])
+            if rest := self._rest():
+                raise ProtocolError(f"a message of {rest + 1} frames instead of one")
+            message = decode(frame)
         except ProtocolError as exc:
             log.warning("dropped: %s", exc)
             return

@@ -1,0 +1,166 @@
+"""What the coordinator knows of the connections to it: descriptors, origins, bad frames, weight.
+
+ZeroMQ owns the descriptors, and tells of each that it has accepted or lost. It has no call that
+ends one connection; but one that is shut down here is found broken by its thread, which cleans up.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import resource
+import socket
+import struct
+import termios
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from math import inf
+
+import psutil
+
+MOST = 4096  # connections, or half as many as there may be open files
+SPARE = 64  # connections beyond that which are told so; further ones just end
+BAD_FRAMES = 8  # that an origin may send at first; one more each second
+ORIGINS = 1024  # whose bad frames are remembered
+UNSURE_S = 0.25  # so long a message may be on its way from a connection that has ended
+HEAVY = 128 << 20  # bytes by which the process may grow before a connection must end
+UNREAD = 64 << 10  # unread bytes from which on a connection may be the one
+
+
+@dataclass(slots=True)
+class Connection:
+    """One that ZeroMQ has accepted; `peer` is None until it has sent something."""
+
+    fd: int
+    is_surplus: bool
+    peer: bytes | None = None
+    origin: str = ""
+
+
+class Connections:
+    """Those that are open now."""
+
+    def __init__(
+        self, most: int | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self.most = min(MOST, files // 2) if most is None else most
+        self._clock = clock
+        self._unmet_at: dict[int, float] = {}  # when a connection ended that had said nothing yet
+        self._by_fd: dict[int, Connection] = {}
+        self._by_peer: dict[bytes, Connection] = {}
+
+    def __len__(self) -> int:
+        return len(self._by_fd)
+
+    def __iter__(self) -> Iterator[Connection]:
+        return iter(self._by_fd.values())
+
+    def of(self, peer: bytes) -> Connection | None:
+        return self._by_peer.get(peer)
+
+    def accept(self, fd: int) -> None:
+        """It is open; if it is one too many it may stay until it is told so, or not at all."""
+        self._by_fd[fd] = Connection(fd, is_surplus=len(self) >= self.most)
+        if len(self) > self.most + SPARE:
+            shut(fd)
+
+    def meet(self, peer: bytes, fd: int, origin: str) -> bool:
+        """`peer` has spoken, with this descriptor; False if that connection is over already."""
+        connection = self._by_fd.get(fd)
+        if connection is None:
+            return False
+        if connection.peer is None and self._clock() - self._unmet_at.get(fd, -inf) > UNSURE_S:
+            connection.peer, connection.origin = peer, origin
+            self._by_peer[peer] = connection
+        return True
+
+    def is_refused(self, peer: bytes) -> bool:
+        """Whether it is one too many, still."""
+        connection = self._by_peer.get(peer)
+        return connection is not None and connection.is_surplus and len(self) > self.most
+
+    def lose(self, fd: int) -> bytes | None:
+        """It is over; return its peer, if that has spoken."""
+        connection = self._by_fd.pop(fd, None)
+        if connection is None:
+            return None
+        if connection.peer is None:
+            self._unmet_at[fd] = self._clock()
+            return None
+        return connection.peer if self._by_peer.pop(connection.peer, None) else None
+
+    def end(self, peer: bytes) -> bool:
+        """End the connection and forget its peer; False if it is over already."""
+        connection = self._by_peer.pop(peer, None)
+        if connection is None:
+            return False
+        shut(connection.fd)
+        return True
+
+    def shut_if_mute(self, fd: int) -> None:
+        """End the connection if it has not said anything."""
+        connection = self._by_fd.get(fd)
+        if connection and connection.peer is None:
+            shut(fd)
+
+
+class Patience:
+    """How many bad frames each origin may still send; reconnecting does not change it.
+
+    An origin is a process on this machine, or another machine.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._left: dict[str, tuple[float, float]] = {}  # bad frames left, and when that was so
+
+    def spend(self, origin: str) -> bool:
+        """Count one; False if it is one too many."""
+        now = self._clock()
+        left, when = self._left.pop(origin, (float(BAD_FRAMES), now))
+        left = min(left + now - when, float(BAD_FRAMES))
+        if len(self._left) >= ORIGINS:
+            self._left.pop(next(iter(self._left)))
+        self._left[origin] = max(left - 1.0, 0.0), now
+        return left >= 1.0
+
+
+class Scales:
+    """Tells which connection makes the process heavy.
+
+    ZeroMQ takes in a message of many frames whole, before anybody sees it, and does not tell how
+    many bytes it holds for whom. The one to blame is where most lies unread, on either side.
+    """
+
+    def __init__(self) -> None:
+        self._process = psutil.Process()
+        self._light = self._process.memory_info().rss
+
+    def blame(self, connections: Connections, waiting: Callable[[bytes], int]) -> Connection | None:
+        """The connection that must end; `waiting` tells the bytes that wait for a peer besides."""
+        if self._process.memory_info().rss - self._light < HEAVY:
+            return None
+
+        def weight(one: Connection) -> int:
+            return unread(one.fd) + (waiting(one.peer) if one.peer else 0)
+
+        heaviest = max(connections, key=weight, default=None)
+        return heaviest if heaviest and weight(heaviest) >= UNREAD else None
+
+
+def unread(fd: int) -> int:
+    """Bytes in the kernel that were sent over `fd` and not read yet, both ways together."""
+    total = 0
+    for request in (termios.FIONREAD, termios.TIOCOUTQ):
+        with suppress(OSError):
+            (count,) = struct.unpack("i", fcntl.ioctl(fd, request, bytes(4)))
+            total += count
+    return total
+
+
+def shut(fd: int) -> None:
+    """End the connection at `fd`; if it is none, nothing happens."""
+    with suppress(OSError), socket.fromfd(fd, socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        connection.shutdown(socket.SHUT_RDWR)
