@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from outrider.core.sampling import Sampling
-from outrider.core.values import AskedMode
+from outrider.core.values import CHAT_ROLES, AskedMode
 from outrider.errors import BadRequest
 from outrider.wire import messages as wire
 
@@ -164,7 +164,10 @@ def _message(place: str, value: object) -> tuple[str, str]:
         if not isinstance(parts, list | tuple):
             raise _wrong(f"{place}.content", "must be a string or a list of parts", content)
         content = "".join(_part(f"{place}.content[{n}]", one) for n, one in enumerate(parts))
-    return text(f"{place}.role", role), text(f"{place}.content", content)
+    role = text(f"{place}.role", role)
+    if role not in CHAT_ROLES:
+        raise _wrong(f"{place}.role", f"must be one of {', '.join(CHAT_ROLES)}", role)
+    return role, text(f"{place}.content", content)
 
 
 def _part(place: str, value: object) -> str:
