@@ -127,3 +127,14 @@ def test_the_same_model_demonstration_accepts_everything(default_draft: Path) ->
         assert demonstrated["stats"]["acceptance_rate"] == 1.0
         assert demonstrated["stats"]["verified_tokens"] > 30
         assert "demonstrates" in told
+
+
+def test_the_marker_of_a_control_token_stops_the_answer(pair: Client) -> None:
+    marker = "<|im_start|>"
+    (token,) = pair.tokenize(marker)
+    answer = pair.create_completion(
+        PROMPT, max_tokens=8, temperature=0, logit_bias={token: 1000}, stop=marker
+    )
+    assert isinstance(answer, Completion)
+    assert (ids(answer), answer.text) == ([token], "")
+    assert answer.choices[0].finish_reason == "stop"

@@ -70,7 +70,8 @@ class CompletionSettings(TypedDict, total=False):
     seed: Whole | None
     """The same seed gives the same text. Default, or if negative: random, see `stats.seed`."""
     stop: str | Sequence[str] | None
-    """The answer ends before the first of these texts, 16 at most."""
+    """The answer ends before the first of these texts, 16 at most; or at a control token, if one of
+    them is its marker, such as `<|im_start|>`."""
     logprobs: bool | None
     """Whether tokens carry the logarithm of the probability that the target gave them."""
     ignore_eos: bool | None
