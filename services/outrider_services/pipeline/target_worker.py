@@ -155,7 +155,7 @@ class TargetWorker(Worker[Engine]):
         """One pass; None if there is more to evaluate, or the request was closed."""
         self._running = request
         try:
-            return await self.owned(lambda: self._evaluate(sequence, drafted))
+            return await self.owned(lambda: self._attempt(sequence, drafted))
         except Cancelled:
             return None  # the request was closed; the next turn finds out
         except (EngineFault, OutriderError, ValueError) as exc:
@@ -167,6 +167,14 @@ class TargetWorker(Worker[Engine]):
             return None
         finally:
             self._running = None
+
+    def _attempt(self, sequence: Sequence, drafted: tuple[TokenId, ...]) -> Verdict | None:
+        """On the owner thread: `_evaluate`; where it fails, the slot is empty afterwards."""
+        try:
+            return self._evaluate(sequence, drafted)
+        except (OutriderError, ValueError):
+            self.model.rewind(sequence.slot, 0)
+            raise
 
     def _evaluate(self, sequence: Sequence, drafted: tuple[TokenId, ...]) -> Verdict | None:
         """On the owner thread: one pass; None if it only brought the text nearer to the block."""
