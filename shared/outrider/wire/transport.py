@@ -27,6 +27,7 @@ from outrider.wire.messages import FRAME_LIMIT, Message
 log = logging.getLogger(__name__)
 
 BURST = 64  # messages handled before other tasks get their turn
+SPARE = 16  # files that a context and a socket hold open, with some for the next connections
 OPTIONS = {
     zmq.LINGER: 0,
     zmq.IMMEDIATE: 1,  # nothing is queued for a peer that is not there
@@ -52,6 +53,7 @@ class _Endpoint:
 
     def __init__(self, kind: int) -> None:
         self._loop = asyncio.get_running_loop()
+        check_room()
         self._context = zmq.Context(io_threads=1)
         self._socket: zmq.Socket[bytes] = self._context.socket(kind)
         for option, value in OPTIONS.items():
@@ -95,6 +97,24 @@ class _Endpoint:
         self._loop.remove_reader(self._fd)
         self._socket.close(linger=0)
         self._context.term()
+
+
+def check_room() -> None:
+    """Raise ConnectionFailed if no socket can be opened for want of descriptors.
+
+    libzmq does not say so: where its own threads can open none, it ends the process.
+    """
+    held: list[int] = []
+    try:
+        while len(held) < SPARE:
+            held.append(os.eventfd(0))
+    except OSError as exc:
+        raise ConnectionFailed(
+            f"cannot open a socket: {exc.strerror}; close files, or raise the limit (ulimit -n)"
+        ) from None
+    finally:
+        for descriptor in held:
+            os.close(descriptor)
 
 
 class Router(_Endpoint):
