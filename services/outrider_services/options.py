@@ -70,7 +70,7 @@ class SamplingOptions:
     frequency_penalty: float = opt(0.0, "--frequency-penalty", "penalise tokens for each occurrence", "X")
     logit_bias: tuple[str, ...] = opt((), "--logit-bias", "change a token's logit, such as 15043+1 or 2-inf", "ID+X")
     seed: int = opt(-1, "-s --seed -seed", "seed of the sampling; -1: random, and shown", "N")
-    stop: tuple[str, ...] = opt((), "--stop -r --reverse-prompt", "stop before this text (repeatable)", "TEXT")
+    stop: tuple[str, ...] = opt((), "--stop -r --reverse-prompt", "stop before this text, or at this control token (repeatable)", "TEXT")
     ignore_eos: bool = opt(False, "--ignore-eos", "never choose an end token")
 
 

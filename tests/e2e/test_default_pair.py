@@ -7,6 +7,9 @@ once, so equality is a hard test.
 from __future__ import annotations
 
 import json
+import mmap
+import shutil
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +19,8 @@ import pytest
 
 from outrider import Client, Completion
 from outrider.core.values import Mode
+from outrider.errors import ModelUnusable
+from outrider_services.models import gguf
 
 pytestmark = [pytest.mark.model, pytest.mark.timeout(300)]
 
@@ -127,3 +132,55 @@ def test_the_same_model_demonstration_accepts_everything(default_draft: Path) ->
         assert demonstrated["stats"]["acceptance_rate"] == 1.0
         assert demonstrated["stats"]["verified_tokens"] > 30
         assert "demonstrates" in told
+
+
+def test_the_marker_of_a_control_token_stops_the_answer(pair: Client) -> None:
+    marker = "<|im_start|>"
+    (token,) = pair.tokenize(marker)
+    answer = pair.create_completion(
+        PROMPT, max_tokens=8, temperature=0, logit_bias={token: 1000}, stop=marker
+    )
+    assert isinstance(answer, Completion)
+    assert (ids(answer), answer.text) == ([token], "")
+    assert answer.choices[0].finish_reason == "stop"
+
+
+@pytest.fixture(scope="module")
+def nonsense(test_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The test model with NaN for the weights of its last norm, so that every logit is NaN."""
+    copy = tmp_path_factory.mktemp("nonsense") / "nan.gguf"
+    shutil.copyfile(test_model, copy)
+    with copy.open("r+b") as file, mmap.mmap(file.fileno(), 0) as data:
+        reader = gguf._Reader(data)
+        gguf._parse(reader)
+        start = -(-reader.at // 32) * 32
+        name = b"output_norm.weight"
+        at = data.find(name) + len(name)
+        dimensions, count, kind, offset = struct.unpack_from("<IQIQ", data, at)
+        assert (dimensions, kind) == (1, 0)  # float32
+        start += offset
+        data[start : start + 4 * count] = struct.pack("<f", float("nan")) * count
+    return copy
+
+
+PLAIN = ("--exact", "--ctx=256", "--parallel=1", "--draft-quant=off", *FIXED)
+
+
+def test_a_target_that_computes_nan_says_so(serve: Any, nonsense: Path, test_model: Path) -> None:
+    client: Client = serve("-m", nonsense, "-md", test_model, *PLAIN)
+    for _ in range(2):  # the worker is as good as before
+        with pytest.raises(ModelUnusable, match="computed NaN where"):
+            client.create_completion(PROMPT, max_tokens=8, logprobs=True)
+
+
+def test_a_draft_that_computes_nan_changes_nothing(
+    serve: Any, nonsense: Path, test_model: Path
+) -> None:
+    client: Client = serve("-m", test_model, "-md", nonsense, *PLAIN)
+    settings: dict[str, Any] = {"max_tokens": 24, **SAMPLED}
+    alone = client.create_completion(PROMPT, mode="plain", **settings)
+    for mode in ("sync", "pipelined"):
+        answer = client.create_completion(PROMPT, mode=mode, **settings)
+        assert ids(answer) == ids(alone)
+        assert answer.stats.verified_tokens == 0
+    assert set(client.health()["workers"]) == {"target", "draft"}

@@ -22,6 +22,7 @@ from outrider.engines.llama import engine as llama
 from outrider.engines.llama.engine import LlamaEngine, LlamaSettings
 from outrider.engines.llama.setup import LONG, attention
 from outrider.errors import BadRequest, ModelNotFound, ModelUnusable
+from outrider_services.pipeline import conversation
 
 pytestmark = [pytest.mark.model, pytest.mark.timeout(180)]
 
@@ -324,6 +325,17 @@ def test_a_chat_is_rendered_up_to_the_answer(engine: LlamaEngine) -> None:
     assert text.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nZoë")
     assert text.endswith("<|im_end|>\n<|im_start|>assistant\n")
     assert text.count("👩‍👩‍👧") == 200
+
+
+def test_a_system_message_that_a_template_would_drop_is_refused(
+    engine: LlamaEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine._text, "_template", b"<start_of_turn>")  # it is known by this
+    brief = ("system", "Be brief.")
+    assert "Be brief." not in engine.render([brief])
+    with pytest.raises(BadRequest, match=r"leaves out messages\[0\]"):
+        conversation.token_ids(engine, [brief])
+    assert "Be brief.\n\nHi" in conversation.text(engine, [brief, ("user", "Hi")])
 
 
 def test_the_default_pair_has_one_vocabulary_and_another_model_another(

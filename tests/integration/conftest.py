@@ -117,6 +117,7 @@ class Cli:
     def __init__(self, runtime: Path, directory: Path) -> None:
         self.runtime, self.directory = runtime, directory
         self.started: list[subprocess.Popen[str]] = []
+        self.prefix: tuple[str, ...] = ()  # a command that starts it
 
     def __call__(
         self, *arguments: str, stdin: str | bytes = "", **environment: str
@@ -165,7 +166,7 @@ class Cli:
         return process
 
     def _command(self, arguments: Sequence[str]) -> list[str]:
-        return [sys.executable, "-m", "outrider_services", *arguments]
+        return [*self.prefix, sys.executable, "-m", "outrider_services", *arguments]
 
     def _environment(self, more: dict[str, str]) -> dict[str, str]:
         kept = {k: v for k, v in os.environ.items() if not k.startswith("OUTRIDER_")}

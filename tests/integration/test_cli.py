@@ -100,6 +100,24 @@ def test_every_mode_and_draft_length_says_what_the_target_says_alone(
         assert (result["stats"]["accepted_tokens"] > 0) == (way[0] != "plain")
 
 
+@pytest.mark.parametrize("limit", ["-Sn 24", "-n 256"], ids=["soft", "least"])
+def test_few_files_may_be_open_and_that_is_enough(cli: Cli, oracle: Oracle, limit: str) -> None:
+    cli.prefix = ("sh", "-c", f'ulimit {limit}; exec "$@"', "sh")
+    done = cli("run", *QUICK, *GREEDY, "-n", "24", PROMPT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == oracle(PROMPT, 24).text + "\n"
+
+
+@pytest.mark.parametrize("verb", ["run --connect=x hi", "serve", "worker draft --connect=x", "ps"])
+def test_too_few_open_files_is_one_sentence(cli: Cli, verb: str) -> None:
+    cli.prefix = ("sh", "-c", 'ulimit -n 24; exec "$@"', "sh")
+    said = sentence(cli(*verb.split(), *(["--backend=toy"] if "ps" not in verb else [])), 3)
+    assert "may hold 24 files open at once, and needs 256" in said
+    assert "ulimit -n" in said
+    for harmless in (["ls"], ["--help"], ["run", "--help"]):
+        assert cli(*harmless).returncode == 0
+
+
 @pytest.mark.parametrize("count", [1, 2, 17, 96])
 def test_the_number_of_tokens_is_exact(served: Served, oracle: Oracle, count: int) -> None:
     for mode in ("sync", "pipelined"):

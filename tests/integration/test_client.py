@@ -129,6 +129,31 @@ async def test_a_stop_string_is_found_over_rounds_and_not_printed(
     assert [t.id for t in result.tokens] == oracle(PROMPT, 150).token_ids[: len(result.tokens)]
 
 
+@pytest.mark.parametrize("mode", MODES)
+async def test_a_control_token_ends_the_answer_where_its_marker_is_a_stop(
+    served: Served, oracle: Oracle, mode: Any
+) -> None:
+    """Nothing of it is in the text, where other stop strings are looked for."""
+    bias, token = {257: 63.0}, 257
+    settings: dict[str, Any] = {"temperature": 1.0, "seed": 5}
+    expected = oracle(PROMPT, 80, logit_bias=tuple(bias.items()), **settings).token_ids
+    end = expected.index(token)
+    assert 5 < end < 75  # the model says it itself, now and then
+    async with served.connect() as client:
+        result = await client.create_completion(
+            PROMPT,
+            max_tokens=80,
+            mode=mode,
+            n_draft=4,
+            logit_bias=bias,
+            stop=["<|system|>", "<nothing>"],
+            **settings,
+        )
+    assert [one.id for one in result.tokens] == expected[: end + 1]
+    assert result.text == bytes(expected[:end]).decode("utf-8", "replace")
+    assert result.choices[0].finish_reason == "stop"
+
+
 async def test_what_looked_like_a_stop_string_is_released(served: Served, oracle: Oracle) -> None:
     said = oracle(PROMPT, 60).text
     almost = said[-8:] + "never"

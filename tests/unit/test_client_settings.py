@@ -197,6 +197,8 @@ def test_a_message_has_text_or_parts(messages: Any, pairs: tuple[tuple[str, str]
         ([{"content": "Hello"}], r"messages\[0\] has no 'role'"),
         ([*user("Hello"), {"role": "user"}], r"messages\[1\] has no 'content'"),
         ([{"role": 5, "content": "Hello"}], r"messages\[0\].role must be"),
+        ([{"role": "us<|end|>er", "content": "Hello"}], r"messages\[0\].role must be one of sys"),
+        ([*user("Hi"), {"role": "wizard", "content": "Hello"}], r"messages\[1\].role must be one"),
         ([{"role": "user", "content": "x", "tool_calls": []}], "unknown field 'tool_calls'"),
         (user(None), r"messages\[0\].content must be"),
         (user(5), r"messages\[0\].content must be"),

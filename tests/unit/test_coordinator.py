@@ -161,6 +161,34 @@ async def test_text_is_turned_into_tokens_by_the_target_first(up: Pipeline) -> N
     assert up.orders(TARGET)[-1].order.tokens == (7, 8)
 
 
+@pytest.mark.parametrize(
+    ("tokens", "text", "outcomes"),
+    [
+        ((7,), "", {1: ["stop"]}),
+        ((6, 7), "", {1: ["stop"]}),
+        ((7,), "<", {}),  # a token like any other: its text is looked for
+        ((7, 8), None, {}),
+        ((), None, {}),
+    ],
+    ids=["control", "behind-a-begin-token", "text", "several-tokens", "nothing"],
+)
+async def test_a_stop_string_that_marks_a_control_token_is_an_end(
+    bare: Pipeline, tokens: tuple[int, ...], text: str | None, outcomes: dict[int, list[str]]
+) -> None:
+    await bare.join(vocabulary=VOCABULARY.changed(bos=6, adds_bos=True), draft=False)
+    await bare.says(CLIENT, submit(stop=("<x>", "plain")))
+    (question,) = bare.to(TARGET, wire.Tokenize)  # of the other stop nothing need be asked
+    assert (question.text, question.special) == ("<x>", True)
+    await bare.says(TARGET, wire.Tokens(question.call, tokens))
+    if text is not None:
+        (question,) = bare.to(TARGET, wire.Detokenize)
+        assert question.tokens == (7,)
+        await bare.says(TARGET, wire.Rendered(question.call, text))
+    (prefill,) = bare.orders(TARGET, Prefill)
+    await bare.verdict(prefill.request, 7)
+    assert bare.outcomes() == outcomes
+
+
 async def test_without_a_target_a_request_fails_at_once(bare: Pipeline) -> None:
     await bare.says(CLIENT, submit())
     assert bare.outcomes() == {1: ["worker_unavailable"]}

@@ -7,6 +7,7 @@ to happen while it thinks, it does itself.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -15,7 +16,7 @@ import pytest
 from outrider.core.drafter import DrafterInfo
 from outrider.core.engine import Cancelled, EngineFault
 from outrider.core.events import Commit, OpenDraft
-from outrider.core.sampling import Sampling
+from outrider.core.sampling import BadScores, Sampling
 from outrider.core.values import Drafted, Proposal, TokenId, ids_of
 from outrider.wire import messages as wire
 from outrider_services.pipeline import draft_worker, worker
@@ -431,9 +432,17 @@ async def test_welcomed_anew_it_holds_nothing(desk: Desk) -> None:
 
 
 @pytest.mark.parametrize(
-    "error", [EngineFault("broken"), ValueError("no such token")], ids=["engine", "text"]
+    ("error", "code"),
+    [
+        (EngineFault("broken"), "internal_error"),
+        (ValueError("no such token"), "internal_error"),
+        (BadScores(math.nan), "model_unusable"),
+    ],
+    ids=["engine", "text", "nan"],
 )
-async def test_a_fault_fails_the_request_and_no_other(desk: Desk, error: Exception) -> None:
+async def test_a_fault_fails_the_request_and_no_other(
+    desk: Desk, error: Exception, code: str
+) -> None:
     desk.open(1, until=10)
     desk.open(2, text=SONG[20:24], until=7)
     desk.drafter.error = error
@@ -441,7 +450,7 @@ async def test_a_fault_fails_the_request_and_no_other(desk: Desk, error: Excepti
     desk.drafter.error = None
     sent = await desk.work()
     (failed,) = [one for one in desk.sent if isinstance(one, wire.Failed)]
-    assert (failed.id, failed.code, failed.message) == (1, "internal_error", str(error))
+    assert (failed.id, failed.code, failed.message) == (1, code, str(error))
     assert [one.request for one in sent if isinstance(one, wire.Done)] == [2]
     assert desk.drafter.forgotten == [0]
     desk.commit(4, SONG[4:5], 30)

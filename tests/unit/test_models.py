@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import multiprocessing
+import os
 import socket
 import struct
 import threading
@@ -59,12 +60,14 @@ def _own_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
-def cached_by_the_hub(cache: Path, repo: str, file: str, content: bytes) -> Path:
+def cached_by_the_hub(
+    cache: Path, repo: str, file: str, content: bytes, revision: str = "0a"
+) -> Path:
     folder = cache / ("models--" + repo.replace("/", "--"))
-    snapshot = folder / "snapshots" / "0a"
-    snapshot.mkdir(parents=True)
-    (folder / "refs").mkdir()
-    (folder / "refs" / "main").write_text("0a")
+    snapshot = folder / "snapshots" / revision
+    snapshot.mkdir(parents=True, exist_ok=True)
+    (folder / "refs").mkdir(exist_ok=True)
+    (folder / "refs" / "main").write_text(revision)
     (snapshot / file).write_bytes(content)
     return snapshot / file
 
@@ -357,6 +360,57 @@ def test_a_hub_model_is_chosen_from_the_list_and_fetched_with_its_shards(
     assert fetched == shards
     with pytest.raises(ModelNotFound, match=r"no GGUF file for 'q2_k'; it has big-Q8_0"):
         catalogue.resolve("hf://some/repo:q2_k", fetch=True)
+
+
+BIG = [f"big-Q8_0-0000{n}-of-00002.gguf" for n in (1, 2)]
+
+
+@pytest.mark.parametrize(("there", "missing"), [(0, 1), (1, 0)])
+def test_a_model_of_which_a_part_is_missing_is_named_or_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: int, missing: int
+) -> None:
+    cache = tmp_path / "cache" / "huggingface" / "hub"
+    path = cached_by_the_hub(cache, "some/repo", BIG[there], TINY_GGUF)
+    for name in (str(path), "hf://some/repo:q8_0", "hf://some/repo"):
+        with pytest.raises(ModelNotFound, match=f"1 of them .* the first being {BIG[missing]}"):
+            catalogue.resolve(name, fetch=False)
+
+    def from_hub(repo: str, file: str, cache: Path) -> Path:
+        return cached_by_the_hub(cache, repo, file, TINY_GGUF)
+
+    monkeypatch.setattr(fetching, "list_hub", lambda repo: BIG)
+    monkeypatch.setattr(fetching, "from_hub", from_hub)
+    first = path.with_name(BIG[0])
+    assert catalogue.resolve("hf://some/repo:q8_0", fetch=True) == first
+    assert catalogue.resolve("hf://some/repo:q8_0", fetch=False) == first
+    assert catalogue.resolve(str(path.with_name(BIG[1])), fetch=False) == first
+    path.with_name(BIG[1]).write_bytes(TINY_GGUF[:-1])
+    with pytest.raises(ModelUnusable, match=f"{BIG[1]} is truncated"):
+        catalogue.resolve("hf://some/repo:q8_0", fetch=False)
+
+
+def test_a_whole_model_is_taken_before_one_in_parts_that_is_not(tmp_path: Path) -> None:
+    cache = tmp_path / "cache" / "huggingface" / "hub"
+    cached_by_the_hub(cache, "some/repo", "z-Q4_K_M-00001-of-00002.gguf", TINY_GGUF)
+    path = cached_by_the_hub(cache, "some/repo", "z-Q8_0.gguf", TINY_GGUF)
+    assert catalogue.resolve("hf://some/repo", fetch=False) == path
+
+
+@pytest.mark.parametrize("main", ["0a", "0b", "0c"])
+def test_of_several_revisions_the_one_that_main_names_is_taken(tmp_path: Path, main: str) -> None:
+    cache = tmp_path / "q8_0" / "hub"  # a name that is not the file's
+    for revision in ("0a", "0b", "0c"):
+        cached_by_the_hub(cache, "some/repo", "tiny-q8_0.gguf", TINY_GGUF, revision)
+        cached_by_the_hub(cache, "some/repo", "tiny-f16.gguf", TINY_GGUF, revision)
+    folder = cache / "models--some--repo"
+    (folder / "refs" / "main").write_text(main)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_CACHE", str(cache))
+        found = catalogue.resolve("hf://some/repo:q8_0", fetch=False)
+        assert found == folder / "snapshots" / main / "tiny-q8_0.gguf"
+        (folder / "refs" / "main").unlink()
+        os.utime(folder / "snapshots" / main, (2e9, 2e9))  # the latest
+        assert catalogue.resolve("hf://some/repo:q8_0", fetch=False) == found
 
 
 def test_the_default_pair_is_known_by_its_hub_name() -> None:

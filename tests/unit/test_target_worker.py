@@ -1,13 +1,18 @@
-"""The target worker without a coordinator: how a conversation becomes token ids."""
+"""The target worker without a coordinator: conversations, and a model that computes nonsense."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
+from outrider.core.events import Prefill
+from outrider.core.sampling import Sampling, Scores
+from outrider.core.values import Verdict
 from outrider.engines.toy import ToyEngine
 from outrider.wire import messages as wire
 from outrider_services.pipeline.target_worker import TargetWorker
@@ -51,3 +56,59 @@ async def test_a_conversation_begins_once(
     reply = worker._reply(wire.Chat(1, (("user", content), ("user", "c"))))
     plain = list(content.encode())
     assert reply == wire.Tokens(1, (BOS, USER, *plain, USER, ord("c"), ASSISTANT))
+
+
+class Broken(ToyEngine):
+    """Some passes give one logit that is none, or as many as there are."""
+
+    def __init__(self, wrong: float, everywhere: bool, times: int) -> None:
+        super().__init__()
+        self.wrong, self.everywhere, self.times = wrong, everywhere, times
+
+    def extend(self, slot: int, tokens: Sequence[int], rows: int) -> Scores:
+        scores = super().extend(slot, tokens, rows)
+        if self.times:
+            self.times -= 1
+            scores[:, slice(None) if self.everywhere else 99] = self.wrong
+        return scores
+
+
+async def answered(engine: ToyEngine, logprobs: bool) -> list[wire.Message]:
+    """What a target worker with `engine` says to a prompt."""
+    sent: list[wire.Message] = []
+    with ThreadPoolExecutor(1) as owner:
+        worker = TargetWorker(engine, owner, (0.1,))
+        setattr(worker, "send", sent.append)  # noqa: B010
+        worker.handle(wire.Do(5, Prefill((1, 2, 3), Sampling(), logprobs)))
+        while await worker.compute():
+            pass
+        assert engine.length(0) in (0, 3)
+    return sent
+
+
+@pytest.mark.parametrize("logprobs", [False, True])
+@pytest.mark.parametrize(
+    ("wrong", "everywhere", "word"),
+    [
+        (math.nan, False, "NaN"),
+        (math.nan, True, "NaN"),
+        (math.inf, False, "an infinite score"),
+        (-math.inf, True, "no finite score"),
+    ],
+)
+async def test_scores_that_are_no_numbers_are_told(
+    wrong: float, everywhere: bool, word: str, logprobs: bool
+) -> None:
+    (failed,) = await answered(Broken(wrong, everywhere, times=-1), logprobs)
+    assert isinstance(failed, wire.Failed)
+    assert (failed.id, failed.code) == (5, "model_unusable")
+    assert f"computed {word} where it was to choose" in failed.message
+
+
+async def test_after_a_pass_that_went_wrong_once_the_text_is_evaluated_again() -> None:
+    usual, again = await answered(ToyEngine(), True), await answered(Broken(np.nan, True, 1), True)
+    for (said,) in (usual, again):
+        assert isinstance(said, wire.Done)
+        assert isinstance(said.done, Verdict)
+    tokens = [said.done.tokens for (said,) in (usual, again)]  # type: ignore[union-attr]
+    assert tokens[0] == tokens[1]

@@ -16,6 +16,7 @@ from outrider.core.engine import Cancelled, Engine
 from outrider.core.sampling import Sampling, Scores, choose, propose
 from outrider.core.values import TokenId
 from outrider.engines.toy import CONTROLS, END, SMALLEST, ToyCosts, ToyEngine, ToySettings
+from outrider.errors import BadRequest
 
 quiet = settings(derandomize=True, database=None, deadline=None)
 PROMPT = list(b"The future of AI is ")
@@ -310,7 +311,7 @@ def test_the_template_is_made_of_control_tokens() -> None:
 
 
 def test_a_role_without_a_marker_is_refused() -> None:
-    with pytest.raises(ValueError, match="end"):
+    with pytest.raises(BadRequest, match="end"):
         ToyEngine().render([("end", "")])
 
 

@@ -16,7 +16,16 @@ from typing import Any
 import outrider
 from outrider.errors import OutriderError
 from outrider_services import options, sources
-from outrider_services.commands import bench, children, models, pipelines, run, serve, tune
+from outrider_services.commands import (
+    bench,
+    children,
+    descriptors,
+    models,
+    pipelines,
+    run,
+    serve,
+    tune,
+)
 from outrider_services.options import Parser, Settings, add_options
 
 INTERRUPTED = 128 + signal.SIGINT
@@ -36,6 +45,7 @@ class Verb:
     flags: Callable[[Parser], None] | None = None  # adds those that are its own
     without: tuple[str, ...] = ()  # settings of the sections that it decides itself
     hidden: bool = False  # for other processes of ours alone
+    connects: bool = True  # opens sockets, or has others open them
 
 
 VERBS = (
@@ -50,7 +60,12 @@ VERBS = (
     Verb("bench", "measure the speed-up", bench.bench, PAIR, bench.flags, bench.DECIDED),
     Verb("worker", "run one worker here, for a coordinator elsewhere", children.worker),
     Verb(
-        "pull", "fetch a model, or the default pair", models.pull, ("pipeline",), models.pull_flags
+        "pull",
+        "fetch a model, or the default pair",
+        models.pull,
+        ("pipeline",),
+        models.pull_flags,
+        connects=False,
     ),
     Verb(
         "tune",
@@ -59,7 +74,7 @@ VERBS = (
         ("target", "draft", "pipeline", "log"),
         tune.flags,
     ),
-    Verb("ls", "list the models in the caches", models.ls),
+    Verb("ls", "list the models in the caches", models.ls, connects=False),
     Verb("ps", "list the pipelines that are up", pipelines.ps, (), pipelines.ps_flags),
     Verb(
         "stop",
@@ -123,6 +138,8 @@ def dispatch(arguments: Sequence[str]) -> int:
     logging.basicConfig(
         level=settings.log.level.upper(), format="%(levelname)s %(message)s", stream=sys.stderr
     )
+    if parsed.connects:
+        descriptors.raise_limit()
     status: int = parsed.call(settings, parsed)
     return status
 
@@ -155,7 +172,7 @@ def _add(commands: Any, verb: Verb) -> Parser:
         "--config", metavar="FILE", help="configuration file (TOML) [OUTRIDER_CONFIG]"
     )
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
-    parser.set_defaults(call=verb.call)
+    parser.set_defaults(call=verb.call, connects=verb.connects)
     if verb.flags:
         verb.flags(parser)
     return parser

@@ -49,7 +49,7 @@ TEST_MODEL = ModelSource(
     part_bytes=98_362_432,
 )
 HUB_PREFIX = "hf://"
-FIRST_SHARD = re.compile(r"-00001-of-(\d{5})\.gguf$")
+SHARD = re.compile(r"-\d{5}-of-(\d{5})\.gguf$")
 
 
 class LocalModel(NamedTuple):
@@ -151,8 +151,7 @@ def resolve(
             if known and choose_file([source.file], quant):
                 return _obtain(source, fetch, offline, progress)
         path = _hub_model(repo, quant, may_fetch=fetch and not offline)
-    check_gguf(path)
-    return path
+    return _checked(path)
 
 
 def choose_file(files: Iterable[str], quant: str = "") -> str | None:
@@ -165,6 +164,14 @@ def choose_file(files: Iterable[str], quant: str = "") -> str | None:
     wanted = re.compile(rf"(^|[-._/]){re.escape(quant or 'Q4_K_M')}[-./]", re.IGNORECASE)
     matching = [file for file in models if wanted.search(file)]
     return next(iter(matching if quant else matching + models), None)
+
+
+def shards(name: str) -> list[str]:
+    """The parts of a model, in order, from the name of any of them; of a whole one its own name."""
+    found = SHARD.search(name)
+    count = int(found[1]) if found else 0
+    stem = name[: found.start()] if found else name
+    return [f"{stem}-{n:05}-of-{count:05}.gguf" for n in range(1, count + 1)] or [name]
 
 
 def local_models() -> list[LocalModel]:
@@ -211,23 +218,55 @@ def _obtain(source: ModelSource, may_fetch: bool, offline: bool, progress: Progr
 
 
 def _hub_model(repo: str, quant: str, *, may_fetch: bool) -> Path:
-    cached = [path for folder in _hub_folders(repo) for path in _files(folder / "snapshots")]
-    file = choose_file((str(path) for path in cached), quant)
+    cached: dict[str, Path] = {}
+    whole: dict[str, Path] = {}
+    for snapshot in filter(None, map(_snapshot, reversed(list(_hub_folders(repo))))):
+        files = {str(path.relative_to(snapshot)): path for path in _files(snapshot)}
+        cached |= files
+        whole |= {n: path for n, path in files.items() if all(p in files for p in shards(n))}
     # where no quantisation was named, the hub may have a better file than the one in the cache
-    if file and (quant or not may_fetch):
-        return Path(file)
+    if (file := choose_file(whole, quant)) and (quant or not may_fetch):
+        return whole[file]
     if not may_fetch:
+        if part := choose_file(cached, quant):
+            return cached[part]  # whoever checks it will say which parts are missing
         raise ModelNotFound(f"{repo} {quant} is in no model cache; fetch it while online")
-    files = fetching.list_hub(repo)
-    chosen = choose_file(files, quant)
+    listed = fetching.list_hub(repo)
+    chosen = choose_file(listed, quant)
     if chosen is None:
-        have = ", ".join(sorted(f for f in files if f.lower().endswith(".gguf"))) or "none"
+        have = ", ".join(sorted(f for f in listed if f.lower().endswith(".gguf"))) or "none"
         raise ModelNotFound(f"{repo} has no GGUF file for {quant or 'any model'!r}; it has {have}")
-    # llama.cpp is given the first shard and opens the others itself, from the same directory
-    shards = int(match[1]) if (match := FIRST_SHARD.search(chosen)) else 1
-    names = [chosen.replace("-00001-of-", f"-{n:05}-of-") for n in range(1, shards + 1)]
-    paths = [fetching.from_hub(repo, name, hub_caches()[0]) for name in names]
+    paths = [fetching.from_hub(repo, name, hub_caches()[0]) for name in shards(chosen)]
     return paths[0]
+
+
+def _checked(path: Path) -> Path:
+    """The file to load, if all parts of the model are whole. Raises ModelNotFound, ModelUnusable.
+
+    llama.cpp is given the first part and opens the others itself, from the same directory.
+    """
+    parts = [path.with_name(name) for name in shards(path.name)]
+    missing = [part.name for part in parts if not part.exists()]
+    if missing:
+        raise ModelNotFound(
+            f"{path} is one of the {len(parts)} parts of a model, and "
+            f"{len(missing)} of them cannot be found, the first being {missing[0]}"
+        )
+    for part in parts:
+        check_gguf(part)
+    return parts[0]
+
+
+def _snapshot(folder: Path) -> Path | None:
+    """The revision that counts in the hub's `folder`: what refs/main names, else the latest."""
+    snapshots = folder / "snapshots"
+    with suppress(OSError, ValueError):
+        revision = (folder / "refs" / "main").read_text().strip()
+        if revision and (snapshots / revision).is_dir():
+            return snapshots / revision
+    with suppress(OSError):
+        return max(snapshots.iterdir(), key=lambda path: path.stat().st_mtime, default=None)
+    return None
 
 
 def _hub_folders(repo: str) -> Iterator[Path]:

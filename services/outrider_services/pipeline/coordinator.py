@@ -11,6 +11,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Any
 
 import outrider
@@ -36,7 +37,7 @@ from outrider.core.experience import Experience
 from outrider.core.rules import FixedRule, PricedRule, Rule
 from outrider.core.session import Session
 from outrider.core.stats import Stats
-from outrider.core.values import Fragment, Mode, Proposal, Role, TokenId, Verdict, Verify
+from outrider.core.values import Fragment, Mode, Proposal, Role, Verdict, Verify
 from outrider.errors import (
     BadRequest,
     OutriderError,
@@ -51,7 +52,7 @@ from outrider_services.pipeline import journal
 from outrider_services.pipeline.places import shared
 from outrider_services.pipeline.questions import Questions
 from outrider_services.pipeline.requests import Defaults, Lengths, Request, Requests
-from outrider_services.pipeline.roster import Member, Roster
+from outrider_services.pipeline.roster import Roster
 
 __all__ = ["Coordinator", "Defaults"]
 
@@ -251,7 +252,8 @@ class Coordinator:
     async def _prepare(self, request: Request) -> None:
         """Turn the prompt into tokens, then start the request or let it wait."""
         try:
-            request.tokens = await self._tokens(self._roster.target(), request.submit)
+            target = self._roster.target()
+            await request.prepare(target.hello, partial(self._roster.ask, target))
             request.check(self._roster.target().hello)  # it may have died with its answer
         except OutriderError as exc:
             self._fail(request, exc)
@@ -259,20 +261,6 @@ class Coordinator:
         if request in self._requests:  # not cancelled in the meantime
             self._requests.waiting.append(request)
             self._admit()
-
-    async def _tokens(self, target: Member, submit: wire.Submit) -> tuple[TokenId, ...]:
-        prompt, messages = submit.prompt, submit.messages
-
-        def question(call: int) -> wire.Message:
-            if messages is not None:
-                return wire.Chat(call, messages)
-            return wire.Tokenize(call, str(prompt), True)
-
-        if messages is None and not isinstance(prompt, str):
-            return prompt
-        answer = await self._roster.ask(target, question)
-        tokens: tuple[TokenId, ...] = answer.tokens
-        return tokens
 
     def _admit(self) -> None:
         """Start waiting requests while the target has sequences free."""

@@ -142,7 +142,7 @@ class DraftWorker(Worker[Drafter]):
         self._running = ride
         try:
             await self.owned(lambda: self._draft(ride, waited_s, post))
-        except (EngineFault, ValueError) as exc:
+        except (EngineFault, OutriderError, ValueError) as exc:
             if ride.is_open:
                 self.send(failure(ride.request, exc))
                 with self._lock:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any, TypeAlias
 
 from outrider.core.engine import Vocabulary
 from outrider.core.events import Task
@@ -17,6 +18,9 @@ from outrider.errors import BadRequest, Overloaded
 from outrider.wire import messages as wire
 
 NEVER = -1e6  # the bias that keeps end tokens from being chosen
+BRACKETS = frozenset("<[")  # every control token that a user would name has one: </s>, [INST]
+
+Ask: TypeAlias = Callable[[Callable[[int], wire.Message]], Awaitable[Any]]  # as `Roster.ask`
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,12 +69,26 @@ class Request:
     submit: wire.Submit
     submitted: float
     tokens: tuple[TokenId, ...] = ()
+    ends: frozenset[TokenId] = frozenset()  # besides the target's own
     session: Session | None = None
     timer: asyncio.TimerHandle | None = None
 
     @property
     def key(self) -> tuple[bytes, int]:
         return self.client, self.submit.call
+
+    async def prepare(self, target: wire.Hello, ask: Ask) -> None:
+        """Have `target` turn the prompt into tokens, and its stop strings if they are tokens."""
+        prompt, messages = self.submit.prompt, self.submit.messages
+        if messages is not None:
+            self.tokens = (await ask(lambda call: wire.Chat(call, messages))).tokens
+        elif isinstance(prompt, str):
+            self.tokens = (await ask(lambda call: wire.Tokenize(call, prompt, True))).tokens
+        else:
+            self.tokens = prompt
+        stops = [stop for stop in self.submit.stop if BRACKETS & set(stop)]
+        named = await asyncio.gather(*(control_token(stop, target, ask) for stop in stops))
+        self.ends = frozenset(token for token in named if token is not None)
 
     def check(self, target: wire.Hello) -> None:
         """Raise BadRequest if `target` cannot serve it; its prompt must be known by now."""
@@ -101,13 +119,25 @@ class Request:
             prompt=self.tokens,
             n_predict=submit.n_predict,
             stop=submit.stop,
-            ends=frozenset(vocabulary.ends),
+            ends=self.ends.union(vocabulary.ends),
             context=target.context,
             vocabulary=vocabulary.size,
             sampling=sampling,
             logprobs=submit.logprobs,
             trace=submit.trace,
         )
+
+
+async def control_token(stop: str, target: wire.Hello, ask: Ask) -> TokenId | None:
+    """The control token that `stop` is the marker of: it has no text in which to find the stop."""
+    vocabulary = vocabulary_of(target)
+    tokens = (await ask(lambda call: wire.Tokenize(call, stop, True))).tokens
+    if vocabulary.adds_bos and len(tokens) == 2 and tokens[0] == vocabulary.bos:
+        tokens = tokens[1:]
+    if len(tokens) != 1:
+        return None
+    text = (await ask(lambda call: wire.Detokenize(call, tokens))).text
+    return None if text else tokens[0]
 
 
 def vocabulary_of(target: wire.Hello) -> Vocabulary:

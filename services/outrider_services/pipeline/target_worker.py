@@ -19,6 +19,7 @@ from outrider.engines.calibration import calibrate
 from outrider.errors import BadRequest, OutriderError, ProtocolError
 from outrider.wire import messages as wire
 from outrider.wire.codec import check
+from outrider_services.pipeline import conversation
 from outrider_services.pipeline.worker import Curve, Worker, failure
 
 CHUNK = 128  # most tokens of one prefill pass: a cancellation may have to wait for it
@@ -156,7 +157,7 @@ class TargetWorker(Worker[Engine]):
         """One pass; None if there is more to evaluate, or the request was closed."""
         self._running = request
         try:
-            return await self.owned(lambda: self._evaluate(sequence, drafted))
+            return await self.owned(lambda: self._attempt(sequence, drafted))
         except Cancelled:
             return None  # the request was closed; the next turn finds out
         except (EngineFault, OutriderError, ValueError) as exc:
@@ -168,6 +169,14 @@ class TargetWorker(Worker[Engine]):
             return None
         finally:
             self._running = None
+
+    def _attempt(self, sequence: Sequence, drafted: tuple[TokenId, ...]) -> Verdict | None:
+        """On the owner thread: `_evaluate`; where it fails, the slot is empty afterwards."""
+        try:
+            return self._evaluate(sequence, drafted)
+        except (OutriderError, ValueError):
+            self.model.rewind(sequence.slot, 0)
+            raise
 
     def _evaluate(self, sequence: Sequence, drafted: tuple[TokenId, ...]) -> Verdict | None:
         """On the owner thread: one pass; None if it only brought the text nearer to the block."""
@@ -240,36 +249,9 @@ class TargetWorker(Worker[Engine]):
             case wire.Detokenize(call, tokens):
                 return wire.Rendered(call, self._text(tokens))
             case wire.Render(call, messages):
-                return wire.Rendered(call, engine.render(messages))
+                return wire.Rendered(call, conversation.text(engine, messages))
             case wire.Chat(call, messages):
-                return wire.Tokens(call, tuple(self._chat(messages)))
-
-    def _chat(self, messages: tuple[tuple[str, str], ...]) -> list[TokenId]:
-        """Token ids: the template's markers become control tokens, markers in contents do not."""
-        engine = self.model
-        contents = [content for _, content in messages]
-        if all(
-            engine.tokenize(c, special=True) == engine.tokenize(c, special=False) for c in contents
-        ):
-            return self._stretch(engine.render(messages), special=True, begins=True)
-        # render private-use characters in place of the contents, then cut the text there
-        places = [chr(0xE000) + f"{n}" + chr(0xE001) for n in range(len(messages))]
-        rendered = engine.render([(role, p) for (role, _), p in zip(messages, places, strict=True)])
-        tokens: list[TokenId] = []
-        for place, content in zip(places, contents, strict=True):
-            before, _, rendered = rendered.partition(place)
-            tokens += self._stretch(before, special=True, begins=not tokens)
-            tokens += self._stretch(content, special=False, begins=not tokens)
-        return tokens + self._stretch(rendered, special=True, begins=not tokens)
-
-    def _stretch(self, text: str, *, special: bool, begins: bool) -> list[TokenId]:
-        """Token ids of a part of a text, with a begin-of-text token where it `begins`, and once."""
-        tokens = self.model.tokenize(text, special=special) if text else []
-        vocabulary = self.model.info.vocabulary
-        if vocabulary.adds_bos and tokens[:1] == [vocabulary.bos]:
-            is_doubled = tokens[1:2] == [vocabulary.bos]  # the template has it, too
-            return tokens[1:] if is_doubled or not begins else tokens
-        return tokens
+                return wire.Tokens(call, tuple(conversation.token_ids(engine, messages)))
 
     def _text(self, tokens: tuple[TokenId, ...]) -> str:
         if any(token >= self.model.info.vocabulary.size for token in tokens):

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from outrider.core.sampling import Sampling
-from outrider.core.values import AskedMode
+from outrider.core.values import CHAT_ROLES, AskedMode
 from outrider.errors import BadRequest
 from outrider.wire import messages as wire
 
@@ -70,7 +70,8 @@ class CompletionSettings(TypedDict, total=False):
     seed: Whole | None
     """The same seed gives the same text. Default, or if negative: random, see `stats.seed`."""
     stop: str | Sequence[str] | None
-    """The answer ends before the first of these texts, 16 at most."""
+    """The answer ends before the first of these texts, 16 at most; or at a control token, if one of
+    them is its marker, such as `<|im_start|>`."""
     logprobs: bool | None
     """Whether tokens carry the logarithm of the probability that the target gave them."""
     ignore_eos: bool | None
@@ -164,7 +165,10 @@ def _message(place: str, value: object) -> tuple[str, str]:
         if not isinstance(parts, list | tuple):
             raise _wrong(f"{place}.content", "must be a string or a list of parts", content)
         content = "".join(_part(f"{place}.content[{n}]", one) for n, one in enumerate(parts))
-    return text(f"{place}.role", role), text(f"{place}.content", content)
+    role = text(f"{place}.role", role)
+    if role not in CHAT_ROLES:
+        raise _wrong(f"{place}.role", f"must be one of {', '.join(CHAT_ROLES)}", role)
+    return role, text(f"{place}.content", content)
 
 
 def _part(place: str, value: object) -> str:

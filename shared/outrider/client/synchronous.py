@@ -14,6 +14,7 @@ from outrider.client.settings import CompletionSettings, Ids, Messages, Prompt
 from outrider.core.stats import Report
 from outrider.core.values import Fragment, Span
 from outrider.errors import ConnectionFailed
+from outrider.wire.transport import check_room
 
 T = TypeVar("T")
 
@@ -26,6 +27,7 @@ class Client:
 
     def __init__(self, pipeline: str = "default", *, timeout_s: float = 3.0) -> None:
         self._client = AsyncClient(pipeline, timeout_s=timeout_s)
+        check_room()  # the loop, too, has descriptors
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="outrider", daemon=True)
         self._thread.start()

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from outrider.core.values import Count, Drafted, Id, Meta, TokenId, Value
-from outrider.errors import BadRequest
+from outrider.errors import BadRequest, ModelUnusable
 
 IdArray: TypeAlias = NDArray[np.uint64]
 Scores: TypeAlias = NDArray[np.float32]
@@ -43,8 +43,14 @@ Share: TypeAlias = Annotated[float, Meta(ge=0, le=1)]
 Bias: TypeAlias = Annotated[float, Meta(ge=-1e6, le=1e6)]
 
 
-class BadScores(ValueError):
+class BadScores(ModelUnusable):
     """A row of logits from which nothing can be chosen: it has NaN or +inf, or no finite value."""
+
+    def __init__(self, top: float) -> None:
+        found = "NaN" if math.isnan(top) else "an infinite score" if top > 0 else "no finite score"
+        super().__init__(
+            f"the model computed {found} where it was to choose a token; its file may be damaged"
+        )
 
 
 class Sampling(Value, frozen=True):
@@ -216,9 +222,9 @@ def logprob(row: Scores, token: TokenId) -> float:
 def _likeliest(row: Scores) -> tuple[TokenId, float]:
     """The id of the highest logit (the lowest on a tie), and that logit. Raises BadScores."""
     token = int(row.argmax()) if row.size else 0  # a NaN counts as the highest
-    top = float(row[token]) if row.size else math.nan
+    top = float(row[token]) if row.size else -math.inf
     if not math.isfinite(top):
-        raise BadScores(f"cannot choose among {row.size} logits whose maximum is {top}")
+        raise BadScores(top)
     return token, top
 
 

@@ -43,6 +43,9 @@ AskedMode: TypeAlias = Literal["plain", "sync", "pipelined", "auto"]
 Kind: TypeAlias = Literal["drafted", "corrected", "bonus", "plain"]
 Reason: TypeAlias = Literal["stop", "length", "cancelled"]
 
+# who may speak in a conversation: a template writes the word next to its markers, unescaped
+CHAT_ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+
 
 class Value(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """A frozen record; on the wire an array of its fields."""

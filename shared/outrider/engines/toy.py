@@ -23,6 +23,7 @@ import numpy as np
 from outrider.core.engine import Cancelled, ModelInfo, Vocabulary
 from outrider.core.sampling import Scores
 from outrider.core.values import TokenId
+from outrider.errors import BadRequest
 
 END = 256
 CONTROLS = ("<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
@@ -238,7 +239,8 @@ class ToyEngine:
 
     def render(self, messages: Sequence[tuple[str, str]]) -> str:
         for role, _ in messages:
-            _require(f"<|{role}|>" in CONTROLS[1:], f"the template has no role {role!r}")
+            if f"<|{role}|>" not in CONTROLS[1:]:
+                raise BadRequest(f"the template has no role {role!r}", "messages")
         turns = [f"<|{role}|>{content}<|end|>" for role, content in messages]
         return "".join(turns) + "<|assistant|>"
 

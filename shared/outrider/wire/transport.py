@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
@@ -33,6 +34,7 @@ BACKLOG_LIMIT = 4 << 20  # bytes that may wait for a peer besides
 RETRY_S = (0.001, 0.1)  # between two looks at what waits: at first, at most
 GONE_S = 0.002  # what was sent before a connection ended is read within this time
 MUTE_S = 2.0  # a surplus connection that has said nothing for so long ends
+SPARE_FILES = 16  # files that a context and a socket hold open, with some for the next connections
 
 OPTIONS = {
     zmq.LINGER: 0,
@@ -77,6 +79,7 @@ class _Endpoint:
 
     def __init__(self, kind: int, events: int) -> None:
         self._loop = asyncio.get_running_loop()
+        check_room()
         self._context = zmq.Context(io_threads=1)
         self._socket: zmq.Socket[bytes] = self._context.socket(kind)
         for option, value in OPTIONS.items():
@@ -190,6 +193,24 @@ class _Endpoint:
         self._monitor.close(linger=0)
         self._socket.close(linger=0)
         self._context.term()
+
+
+def check_room() -> None:
+    """Raise ConnectionFailed if no socket can be opened for want of descriptors.
+
+    libzmq does not say so: where its own threads can open none, it ends the process.
+    """
+    held: list[int] = []
+    try:
+        while len(held) < SPARE_FILES:
+            held.append(os.eventfd(0))
+    except OSError as exc:
+        raise ConnectionFailed(
+            f"cannot open a socket: {exc.strerror}; close files, or raise the limit (ulimit -n)"
+        ) from None
+    finally:
+        for descriptor in held:
+            os.close(descriptor)
 
 
 class Router(_Endpoint):
