@@ -216,16 +216,7 @@ class Coordinator:
 
     def health(self) -> dict[str, Any]:
         """What `outrider ps` shows; its "status" is "ok" while requests can be served."""
-        workers = {
-            member.hello.role: {
-                "model": member.hello.model,
-                "device": member.hello.device,
-                "context": member.hello.context,
-                "slots": member.hello.slots,
-                "step_s": member.hello.curve_s[0],
-            }
-            for member in self._roster.members
-        }
+        workers = self._roster.report()
         requests = {"running": len(self._requests.running), "waiting": len(self._requests.waiting)}
         return {
             "status": "ok" if "target" in workers else "loading",

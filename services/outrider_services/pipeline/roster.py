@@ -14,6 +14,7 @@ from outrider.core.values import Role
 from outrider.errors import (
     IncompatiblePair,
     OutriderError,
+    Overloaded,
     ProtocolError,
     RequestTimeout,
     WorkerLost,
@@ -27,6 +28,8 @@ log = logging.getLogger(__name__)
 ANSWER_S = 12.0  # most that a worker may take to answer a question
 SILENT_S = 1.0  # four missing heartbeats: nobody waits for such a draft
 LOST_S = 10.0  # so long a worker may be paused, or its machine
+
+MOST_ASKED = 8 << 20  # characters in questions that wait for their answers
 
 Tell = Callable[[bytes, wire.Message], None]
 
@@ -75,6 +78,7 @@ class Roster:
         self._joining: dict[bytes, asyncio.Task[None]] = {}
         self._answers: dict[int, tuple[bytes, asyncio.Future[Any]]] = {}  # asked peer, who waits
         self._questions = 0
+        self._asked = 0  # characters in questions that wait for their answers
 
     # ---- who is there ---------------------------------------------------------------------------
 
@@ -84,6 +88,19 @@ class Roster:
     @property
     def members(self) -> list[Member]:
         return list(self._members.values())
+
+    def report(self) -> dict[str, dict[str, str | int | float]]:
+        """What `outrider ps` shows of the workers, by role."""
+        return {
+            member.hello.role: {
+                "model": member.hello.model,
+                "device": member.hello.device,
+                "context": member.hello.context,
+                "slots": member.hello.slots,
+                "step_s": member.hello.curve_s[0],
+            }
+            for member in self._members.values()
+        }
 
     @property
     def peers(self) -> list[bytes]:
@@ -239,13 +256,21 @@ class Roster:
     # ---- questions ------------------------------------------------------------------------------
 
     async def ask(self, member: Member, question: Callable[[int], wire.Message]) -> Any:
-        """Ask under a new number and wait. Raises RequestTimeout, WorkerLost or its error."""
+        """Ask under a new number and wait. Raises RequestTimeout, WorkerLost or its error.
+
+        Raises Overloaded if too much text waits to be read already.
+        """
         self._questions += 1
         call = self._questions
+        message = question(call)
+        characters = length(message)
+        if self._asked + characters > MOST_ASKED:
+            raise Overloaded("too many long texts wait to be read")
         answer = asyncio.get_running_loop().create_future()
         self._answers[call] = member.peer, answer
+        self._asked += characters
         try:
-            self._tell(member.peer, question(call))
+            self._tell(member.peer, message)
             return await asyncio.wait_for(answer, ANSWER_S)
         except TimeoutError:
             role = member.hello.role
@@ -254,6 +279,7 @@ class Roster:
             ) from None
         finally:
             del self._answers[call]
+            self._asked -= characters
 
     def on_answer(self, peer: bytes, message: wire.Message) -> bool:
         """Whether `message` answers a question to `peer`; if so, give it to whoever asked."""
@@ -278,3 +304,15 @@ class Roster:
         for task in list(self._joining.values()):
             task.cancel()
         await asyncio.gather(*self._joining.values(), return_exceptions=True)
+
+
+def length(question: wire.Message) -> int:
+    """About how many characters are in it."""
+    match question:
+        case wire.Tokenize(_, text):
+            return len(text)
+        case wire.Detokenize(_, tokens):
+            return 4 * len(tokens)
+        case wire.Render(_, messages) | wire.Chat(_, messages):
+            return sum(len(content) for _, content in messages)
+    return 0

@@ -14,7 +14,7 @@ from outrider.client.settings import CompletionSettings, Ids, Messages, Prompt
 from outrider.core.stats import Report
 from outrider.core.values import Fragment, Span
 from outrider.errors import ConnectionFailed
-from outrider.wire.transport import check_room
+from outrider.wire.connections import check_room
 
 T = TypeVar("T")
 

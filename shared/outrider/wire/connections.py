@@ -1,4 +1,4 @@
-"""What the coordinator knows of the connections to it: descriptors, origins, bad frames, weight.
+"""What is known of connections: descriptors, origins, bad frames, what waits and what weighs.
 
 ZeroMQ owns the descriptors, and tells of each that it has accepted or lost. It has no call that
 ends one connection; but one that is shut down here is found broken by its thread, which cleans up.
@@ -7,19 +7,24 @@ ends one connection; but one that is shut down here is found broken by its threa
 from __future__ import annotations
 
 import fcntl
+import os
 import resource
 import socket
 import struct
 import termios
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import inf
 
 import psutil
 
+from outrider.errors import ConnectionFailed
+
 MOST = 4096  # connections, or half as many as there may be open files
+SPARE_FILES = 16  # that a context and a socket hold open, and a few more
 SPARE = 64  # connections beyond that which are told so; further ones just end
 BAD_FRAMES = 8  # that an origin may send at first; one more each second
 ORIGINS = 1024  # whose bad frames are remembered
@@ -34,6 +39,7 @@ class Connection:
 
     fd: int
     is_surplus: bool
+    is_worker: bool = False
     peer: bytes | None = None
     origin: str = ""
 
@@ -106,6 +112,21 @@ class Connections:
             shut(fd)
 
 
+@dataclass(slots=True)
+class Backlog:
+    """Frames that wait for a peer, the oldest first."""
+
+    frames: deque[bytes] = field(default_factory=deque)
+    size: int = 0  # bytes
+
+    def append(self, frame: bytes) -> None:
+        self.frames.append(frame)
+        self.size += len(frame)
+
+    def popleft(self) -> None:
+        self.size -= len(self.frames.popleft())
+
+
 class Patience:
     """How many bad frames each origin may still send; reconnecting does not change it.
 
@@ -164,3 +185,21 @@ def shut(fd: int) -> None:
     """End the connection at `fd`; if it is none, nothing happens."""
     with suppress(OSError), socket.fromfd(fd, socket.AF_UNIX, socket.SOCK_STREAM) as connection:
         connection.shutdown(socket.SHUT_RDWR)
+
+
+def check_room() -> None:
+    """Raise ConnectionFailed if no socket can be opened for want of descriptors.
+
+    libzmq does not say so: where its own threads can open none, it ends the process.
+    """
+    held: list[int] = []
+    try:
+        while len(held) < SPARE_FILES:
+            held.append(os.eventfd(0))
+    except OSError as exc:
+        raise ConnectionFailed(
+            f"cannot open a socket: {exc.strerror}; close files, or raise the limit (ulimit -n)"
+        ) from None
+    finally:
+        for descriptor in held:
+            os.close(descriptor)

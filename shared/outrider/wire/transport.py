@@ -2,7 +2,7 @@
 (`Link`) that workers and clients connect.
 
 Both call their handler for each message, in order, on the event loop. Sending never waits: what
-ZeroMQ cannot take yet waits in a backlog, and a peer that lets it grow beyond `BACKLOG_LIMIT` loses
+ZeroMQ cannot take yet waits in a backlog, and a peer that lets it grow beyond its limit loses
 its connection. So no message is lost unseen: either it arrives, or its connection ends, and both
 sides are told. The ROUTER gives every connection an id of its own, which is the name of the peer
 here; nobody can choose or steal one.
@@ -12,29 +12,27 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
 
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
 from outrider.errors import ConfigError, ConnectionFailed, Overloaded, ProtocolError
 from outrider.wire.codec import decode, encode
-from outrider.wire.connections import Connections, Patience, Scales, shut
-from outrider.wire.messages import FRAME_LIMIT, Failed, Hello, Message
+from outrider.wire.connections import Backlog, Connections, Patience, Scales, check_room, shut
+from outrider.wire.messages import FRAME_LIMIT, Failed, Hello, Message, Welcome
 
 log = logging.getLogger(__name__)
 
 BURST = 64  # messages handled before other tasks get their turn
 QUEUE = 32  # messages that ZeroMQ itself may hold for or from a peer
-BACKLOG_LIMIT = 4 << 20  # bytes that may wait for a peer besides
+BACKLOG_LIMIT = 4 << 20  # bytes that may wait for a client besides
+TRUSTED_LIMIT = 64 << 20  # for a worker, and for the coordinator
 RETRY_S = (0.001, 0.1)  # between two looks at what waits: at first, at most
 GONE_S = 0.002  # what was sent before a connection ended is read within this time
 MUTE_S = 2.0  # a surplus connection that has said nothing for so long ends
-SPARE_FILES = 16  # files that a context and a socket hold open, with some for the next connections
 
 OPTIONS = {
     zmq.LINGER: 0,
@@ -57,21 +55,6 @@ OPTIONS = {
 
 class PeerGone(Exception):
     """The connection is gone, or has just been ended because its peer does not read."""
-
-
-@dataclass(slots=True)
-class Backlog:
-    """Frames that wait for a peer, the oldest first."""
-
-    frames: deque[bytes] = field(default_factory=deque)
-    size: int = 0  # bytes
-
-    def append(self, frame: bytes) -> None:
-        self.frames.append(frame)
-        self.size += len(frame)
-
-    def popleft(self) -> None:
-        self.size -= len(self.frames.popleft())
 
 
 class _Endpoint:
@@ -105,7 +88,7 @@ class _Endpoint:
                 self._loop.call_later(RETRY_S[0], self._retry, RETRY_S[0])
             waiting = self._backlogs[peer] = Backlog()
         waiting.append(frame)
-        if waiting.size > BACKLOG_LIMIT:
+        if waiting.size > self._limit(peer):
             log.warning("a connection ends: its peer does not read what it is sent")
             self.end(peer)
             raise PeerGone("it does not read")
@@ -139,6 +122,10 @@ class _Endpoint:
         if self._backlogs and not self.closed:
             next_s = RETRY_S[0] if moved else min(2 * waited_s, RETRY_S[1])
             self._loop.call_later(next_s, self._retry, next_s)
+
+    def _limit(self, peer: bytes) -> int:
+        """Most bytes that may wait for `peer`."""
+        return TRUSTED_LIMIT
 
     def end(self, peer: bytes) -> None:
         """End the connection; both sides are told."""
@@ -195,24 +182,6 @@ class _Endpoint:
         self._context.term()
 
 
-def check_room() -> None:
-    """Raise ConnectionFailed if no socket can be opened for want of descriptors.
-
-    libzmq does not say so: where its own threads can open none, it ends the process.
-    """
-    held: list[int] = []
-    try:
-        while len(held) < SPARE_FILES:
-            held.append(os.eventfd(0))
-    except OSError as exc:
-        raise ConnectionFailed(
-            f"cannot open a socket: {exc.strerror}; close files, or raise the limit (ulimit -n)"
-        ) from None
-    finally:
-        for descriptor in held:
-            os.close(descriptor)
-
-
 class Router(_Endpoint):
     """The coordinator's socket. `on_message` may raise ProtocolError: that frame was a bad one.
 
@@ -248,7 +217,13 @@ class Router(_Endpoint):
 
     def send(self, peer: bytes, message: Message) -> None:
         """Send soon. Raises PeerGone, or BadRequest for a message that is too long."""
+        if isinstance(message, Welcome) and (connection := self._connections.of(peer)):
+            connection.is_worker = True
         self._post(peer, encode(message))
+
+    def _limit(self, peer: bytes) -> int:
+        connection = self._connections.of(peer)
+        return TRUSTED_LIMIT if connection and connection.is_worker else BACKLOG_LIMIT
 
     def end(self, peer: bytes) -> None:
         self._drain_monitor()  # its descriptor may be another connection's by now
@@ -290,7 +265,8 @@ class Router(_Endpoint):
         """Find the connection of a peer that has none yet; return its origin."""
         self._drain_monitor()
         origin = str(frame.get("Peer-Address"))
-        if not self._connections.meet(peer, int(frame.get(zmq.SRCFD)), origin):
+        is_open = self._connections.meet(peer, int(frame.get(zmq.SRCFD)), origin)
+        if not is_open and peer not in self._ended:
             self._loop.call_later(GONE_S, self._tell_gone, peer)
         return origin
 

@@ -1,0 +1,182 @@
+"""Whose connection is whose, how long an origin is borne with, and which connection weighs most."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+
+import pytest
+
+from outrider.wire import connections
+from outrider.wire.connections import BAD_FRAMES, UNREAD, UNSURE_S, Connections, Patience, Scales
+
+Pair = tuple[socket.socket, socket.socket]
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 10.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def pair() -> Iterator[Pair]:
+    ours, theirs = socket.socketpair()
+    yield ours, theirs
+    ours.close()
+    theirs.close()
+
+
+def is_shut(theirs: socket.socket) -> bool:
+    theirs.setblocking(False)
+    try:
+        return theirs.recv(1) == b""
+    except BlockingIOError:
+        return False
+
+
+# ---- whose is whose -----------------------------------------------------------------------------
+
+
+def test_the_end_of_a_connection_names_the_peer_that_spoke_on_it(clock: Clock) -> None:
+    known = Connections(8, clock)
+    known.accept(5)
+    assert known.meet(b"a", 5, "pid 1")
+    found = known.of(b"a")
+    assert found is not None
+    assert (found.fd, found.origin) == (5, "pid 1")
+    assert known.lose(5) == b"a"
+    assert known.of(b"a") is None
+    assert known.lose(5) is None
+
+
+def test_a_message_may_come_after_the_end_of_its_connection(clock: Clock) -> None:
+    known = Connections(8, clock)
+    known.accept(5)
+    assert known.lose(5) is None
+    assert not known.meet(b"a", 5, "")
+
+
+def test_a_late_first_message_is_not_taken_for_one_of_the_next_connection(
+    clock: Clock, pair: Pair
+) -> None:
+    """Else ending its sender's connection would end somebody else's."""
+    ours, theirs = pair
+    known = Connections(8, clock)
+    known.accept(ours.fileno())
+    known.lose(ours.fileno())  # it had sent something that is still on its way
+    known.accept(ours.fileno())  # somebody else, who got the same descriptor
+    assert known.meet(b"late", ours.fileno(), "")
+    assert known.of(b"late") is None
+    assert not known.end(b"late")
+    assert not is_shut(theirs)
+    clock.now += UNSURE_S + 0.01
+    assert known.meet(b"other", ours.fileno(), "")
+    assert known.end(b"other")
+    assert is_shut(theirs)
+
+
+def test_whoever_is_known_to_have_spoken_leaves_no_doubt_about_the_next(clock: Clock) -> None:
+    known = Connections(8, clock)
+    known.accept(5)
+    known.meet(b"a", 5, "")
+    known.lose(5)
+    known.accept(5)
+    known.meet(b"b", 5, "")
+    assert known.lose(5) == b"b"
+
+
+def test_those_beyond_the_most_are_refused_until_there_is_room(pair: Pair) -> None:
+    known = Connections(2)
+    for fd in (1001, 1002, 1003):
+        known.accept(fd)
+        known.meet(b"%d" % fd, fd, "")
+    assert [known.is_refused(b"%d" % fd) for fd in (1001, 1002, 1003)] == [False, False, True]
+    known.lose(1001)
+    assert not known.is_refused(b"1003")
+
+
+def test_far_beyond_the_most_a_connection_just_ends(pair: Pair) -> None:
+    ours, theirs = pair
+    known = Connections(2)
+    for fd in range(1001, 1003 + connections.SPARE):
+        known.accept(fd)
+    assert not is_shut(theirs)
+    known.accept(ours.fileno())
+    assert is_shut(theirs)
+
+
+def test_one_that_says_nothing_can_be_told_from_one_that_has_spoken(pair: Pair) -> None:
+    ours, theirs = pair
+    known = Connections(2)
+    known.accept(ours.fileno())
+    known.meet(b"a", ours.fileno(), "")
+    known.shut_if_mute(ours.fileno())
+    assert not is_shut(theirs)
+    known.lose(ours.fileno())
+    known.accept(ours.fileno())
+    known.shut_if_mute(ours.fileno())
+    assert is_shut(theirs)
+
+
+# ---- bad frames ---------------------------------------------------------------------------------
+
+
+def test_bad_frames_are_counted_by_origin_and_forgiven_with_time(clock: Clock) -> None:
+    patience = Patience(clock)
+    assert all(patience.spend("a") for _ in range(BAD_FRAMES))
+    assert not patience.spend("a")
+    assert patience.spend("b")
+    clock.now += 1.0
+    assert patience.spend("a")
+    assert not patience.spend("a")
+    clock.now += 1000.0
+    assert sum(patience.spend("a") for _ in range(100)) == BAD_FRAMES
+
+
+def test_origins_without_number_are_not_all_remembered(clock: Clock) -> None:
+    patience = Patience(clock)
+    for n in range(3 * connections.ORIGINS):
+        patience.spend(f"{n}")
+    assert len(patience._left) <= connections.ORIGINS
+
+
+# ---- weight -------------------------------------------------------------------------------------
+
+
+def test_of_two_that_make_the_process_heavy_the_heavier_is_blamed(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, theirs = pair
+    known = Connections(8)
+    known.accept(ours.fileno())
+    known.meet(b"a", ours.fileno(), "")
+    theirs.setblocking(False)
+    scales, nobody = Scales(), lambda peer: 0
+    assert scales.blame(known, nobody) is None
+    monkeypatch.setattr(connections, "HEAVY", -(1 << 40))
+    assert scales.blame(known, nobody) is None  # not by its fault
+    while connections.unread(ours.fileno()) < UNREAD:
+        theirs.send(bytes(4096))
+    blamed = scales.blame(known, nobody)
+    assert blamed is not None
+    assert blamed.peer == b"a"
+    known.accept(1001)
+    known.meet(b"b", 1001, "")
+    blamed = scales.blame(known, {b"a": 0, b"b": 1 << 24}.__getitem__)
+    assert blamed is not None
+    assert blamed.peer == b"b"
+
+
+def test_what_is_no_socket_is_left_alone(tmp_path: object) -> None:
+    with open("/dev/null") as file:
+        connections.shut(file.fileno())
+        assert file.read() == ""
+    connections.shut(9999)

@@ -1,0 +1,247 @@
+"""Links and the router: what is sent arrives in order, or both sides learn that it will not."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import pytest
+import zmq
+
+from outrider.errors import ProtocolError
+from outrider.wire import messages as wire
+from outrider.wire import transport
+from outrider.wire.codec import encode
+from outrider.wire.transport import Link, PeerGone, Router
+
+BULK = "x" * 500_000  # of a message that cannot be held in great number
+
+
+class House:
+    """A router, and what happened at it."""
+
+    def __init__(self, address: str) -> None:
+        self.heard: list[tuple[bytes, wire.Message]] = []
+        self.gone: list[bytes] = []
+        self.router = Router(self.on_message, self.gone.append, most=3)
+        self.address = self.router.bind(address)
+
+    def on_message(self, peer: bytes, message: wire.Message) -> None:
+        if isinstance(message, wire.Welcome):
+            raise ProtocolError("unexpected Welcome")
+        self.heard.append((peer, message))
+
+    @property
+    def peer(self) -> bytes:
+        return self.heard[-1][0]
+
+
+class Guest:
+    """A link, and what happened at it."""
+
+    def __init__(self, address: str) -> None:
+        self.heard: list[wire.Message] = []
+        self.lost = 0
+        self.link = Link(address, self.heard.append, self.on_lost)
+
+    def on_lost(self) -> None:
+        self.lost += 1
+
+    async def say(self, message: wire.Message) -> None:
+        """Send it as soon as there is a connection."""
+        async with asyncio.timeout(5):
+            while True:
+                try:
+                    self.link.send(message)
+                    return
+                except PeerGone:
+                    await asyncio.sleep(0.01)
+
+
+async def until(check: Callable[[], object]) -> None:
+    async with asyncio.timeout(5):
+        while not check():  # noqa: ASYNC110: what it looks at is no event
+            await asyncio.sleep(0.005)
+
+
+@pytest.fixture
+async def house(tmp_path: Path) -> AsyncIterator[House]:
+    house = House("tcp://127.0.0.1:0")
+    yield house
+    house.router.close()
+
+
+@pytest.fixture
+async def guest(house: House) -> AsyncIterator[Guest]:
+    guest = Guest(house.address)
+    await guest.say(wire.Health(0))
+    await until(lambda: house.heard)
+    yield guest
+    guest.link.close()
+
+
+async def test_a_burst_beyond_every_queue_arrives_whole_and_in_order(
+    house: House, guest: Guest
+) -> None:
+    for call in range(1, 5000):  # nobody reads before the last is sent
+        guest.link.send(wire.Health(call))
+    await until(lambda: len(house.heard) == 5000)
+    assert [message for _, message in house.heard] == [wire.Health(n) for n in range(5000)]
+    for call in range(5000):
+        house.router.send(house.peer, wire.Cancel(call))
+    await until(lambda: len(guest.heard) == 5000)
+    assert guest.heard == [wire.Cancel(n) for n in range(5000)]
+    assert (guest.lost, house.gone) == (0, [])
+
+
+async def test_a_peer_that_does_not_read_is_held_up_to_and_then_let_go(house: House) -> None:
+    context = zmq.Context()
+    socket = context.socket(zmq.DEALER)
+    socket.setsockopt(zmq.RCVHWM, 1)
+    socket.connect(house.address)
+    try:
+        socket.send(encode(wire.Health(1)))
+        await until(lambda: house.heard)
+        for _ in range(transport.QUEUE):  # as many as ZeroMQ takes, and some more
+            house.router.send(house.peer, wire.Rendered(1, BULK))
+        with pytest.raises(PeerGone):  # noqa: PT012: one of these
+            for _ in range(100):
+                house.router.send(house.peer, wire.Rendered(1, BULK))
+        await until(lambda: house.gone)
+        assert house.gone == [house.peer]
+        with pytest.raises(PeerGone):
+            await until(lambda: house.router.send(house.peer, wire.Ping()))
+    finally:
+        socket.close(linger=0)
+        context.term()
+
+
+async def test_a_worker_may_have_more_waiting(house: House, guest: Guest) -> None:
+    house.router.send(house.peer, wire.Welcome())
+    for _ in range(100):
+        house.router.send(house.peer, wire.Rendered(1, BULK))
+    await until(lambda: len(guest.heard) == 101)
+
+
+async def test_whoever_was_never_there_is_gone(house: House) -> None:
+    with pytest.raises(PeerGone):
+        house.router.send(b"nobody", wire.Ping())
+
+
+async def test_when_a_connection_ends_both_are_told_and_it_comes_back(
+    house: House, guest: Guest
+) -> None:
+    first = house.peer
+    house.router.end(first)
+    await until(lambda: house.gone and guest.lost)
+    await guest.say(wire.Health(2))
+    await until(lambda: house.heard[-1][1] == wire.Health(2))
+    assert (house.gone, guest.lost) == ([first], 1)
+    assert house.peer != first
+    guest.link.end()
+    await until(lambda: len(house.gone) == 2 and guest.lost == 2)
+
+
+async def test_what_was_sent_before_the_end_is_read_before_anybody_is_told(
+    house: House, guest: Guest
+) -> None:
+    for call in range(20):
+        house.router.send(house.peer, wire.Cancel(call))
+    await asyncio.sleep(0.05)  # it is there, and not read yet but for this loop's turns
+    house.router.close()
+    await until(lambda: guest.lost)
+    assert len(guest.heard) == 20
+
+
+async def test_a_link_without_a_connection_says_so(house: House) -> None:
+    guest = Guest("ipc:///nowhere.sock")
+    try:
+        with pytest.raises(PeerGone):
+            guest.link.send(wire.Health(1))
+    finally:
+        guest.link.close()
+
+
+async def test_an_origin_of_bad_frames_loses_its_connection_again_and_again(
+    house: House, guest: Guest
+) -> None:
+    for _ in range(20):
+        guest.link.send(wire.Welcome())
+    await until(lambda: guest.lost)
+    assert len(house.gone) == 1
+    await guest.say(wire.Health(2))  # it may come back
+    await until(lambda: house.heard[-1][1] == wire.Health(2))
+    for _ in range(3):
+        guest.link.send(wire.Welcome())
+    await until(lambda: guest.lost == 2)
+
+
+async def test_one_too_many_is_told_so_unless_it_is_a_worker(house: House, guest: Guest) -> None:
+    guests = [Guest(house.address) for _ in range(4)]
+    try:
+        for n, one in enumerate(guests):
+            await one.say(wire.Health(n + 10))
+            await asyncio.sleep(0.05)
+        await until(lambda: any(one.heard for one in guests))
+        reason = "there are 3 connections already"
+        assert guests[2].heard[0] == wire.Failed(12, "busy", reason)
+        assert guests[3].heard[0] == wire.Failed(13, "busy", reason)
+        heard = [message for _, message in house.heard]
+        assert heard == [wire.Health(0), wire.Health(10), wire.Health(11)]
+        await until(lambda: guests[2].lost)
+    finally:
+        for one in guests:
+            one.link.close()
+
+
+FEW_FILES = """
+import asyncio, os, resource
+from outrider import Client
+from outrider.wire.transport import Link
+from outrider.errors import ConnectionFailed
+
+hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+
+async def connect():
+    held = len(os.listdir("/proc/self/fd")) - 1
+    for spare in range(40):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (held + spare, hard))
+        try:
+            Link("ipc:///nowhere.sock", print).close()
+            print("opened")
+        except ConnectionFailed as exc:
+            print(exc)
+
+asyncio.run(connect())
+try:
+    while True:
+        os.dup(0)
+except OSError:
+    pass
+try:
+    Client("ipc:///nowhere.sock")
+except ConnectionFailed as exc:
+    print(exc)
+"""
+
+
+def test_where_no_socket_can_be_opened_that_is_one_sentence() -> None:
+    """In a process of its own, for libzmq ends one that has too few descriptors."""
+    done = subprocess.run(
+        [sys.executable, "-c", FEW_FILES],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=20,
+    )
+    assert (done.stderr, done.returncode) == ("", 0)
+    *links, client = done.stdout.splitlines()
+    assert len(links) == 40
+    assert links[0] == client
+    assert client.startswith("cannot open a socket: Too many open files")
+    assert links[-1] == "opened"
+    assert sorted(set(links)) == sorted({client, "opened"})
