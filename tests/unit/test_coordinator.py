@@ -16,7 +16,7 @@ from outrider.core.events import Commit, OpenDraft, Prefill
 from outrider.core.sampling import Sampling
 from outrider.core.session import Session
 from outrider.core.values import Drafted, Proposal, Role, Verdict, Verify
-from outrider.errors import ProtocolError
+from outrider.errors import BadRequest, ProtocolError
 from outrider.wire import messages as wire
 from outrider.wire.transport import PeerGone
 from outrider_services.pipeline.coordinator import Coordinator, Defaults
@@ -50,11 +50,14 @@ class Pipeline:
         self.now = 50.0
         self.sent: list[tuple[bytes, wire.Message]] = []
         self.gone: set[bytes] = set()
+        self.too_long: tuple[type, ...] = ()
         self.core = Coordinator(self.send, Defaults(**defaults), lambda: self.now)
 
     def send(self, peer: bytes, message: wire.Message) -> None:
         if peer in self.gone:
             raise PeerGone("gone")
+        if isinstance(message.order if isinstance(message, wire.Do) else message, self.too_long):
+            raise BadRequest("a message of 9 bytes exceeds the limit of 8")
         self.sent.append((peer, message))
 
     async def says(self, peer: bytes, *messages: wire.Message) -> None:
@@ -344,6 +347,61 @@ async def test_a_request_goes_on_when_the_draft_has_let_its_deadline_pass(up: Pi
     waiting.timer._run()  # as the event loop will
     assert up.orders(TARGET)[-1].order == Verify(1, 4, ())
     assert waiting.timer is None
+
+
+# ---- what does not fit a message ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "kind", [wire.Started, Prefill, OpenDraft, wire.Progress, Verify, wire.Finished]
+)
+async def test_a_request_whose_message_is_too_long_fails_and_holds_nothing(
+    up: Pipeline, kind: type
+) -> None:
+    up.too_long = (kind,)
+    await up.says(CLIENT, submit(count=2))
+    for prefill in up.orders(TARGET, Prefill):
+        await up.verdict(prefill.request, 20)
+    for verify in up.orders(TARGET, Verify):
+        await up.verdict(verify.request, 21)
+    assert up.outcomes() == {1: ["invalid_request"]}
+    assert up.core.health()["requests"] == {"running": 0, "waiting": 0}
+    up.too_long = ()
+    await up.begin(2)
+
+
+async def test_a_trace_comes_in_pieces(up: Pipeline) -> None:
+    request = await up.begin(trace=True, mode="plain", count=None)
+    for _ in range(400):
+        await up.verdict(request, 20)
+    await up.says(CLIENT, wire.Cancel(1))
+    pieces = [one.spans for one in up.to(CLIENT, wire.Progress, wire.Finished)]
+    assert [span.number for spans in pieces for span in spans] == [*range(400)]
+    assert max(map(len, pieces)) == 1
+
+
+async def test_questions_are_bounded_for_each_client_and_for_all(up: Pipeline) -> None:
+    for n in range(6):
+        asked = [wire.Tokenize(call, "text", True) for call in range(100)]
+        await up.says(b"client %d" % n, *asked)
+    refused = [up.outcomes(b"client %d" % n) for n in range(6)]
+    assert [len(one) for one in refused] == [36, 36, 36, 36, 100, 100]
+    assert all(codes == ["busy"] for one in refused for codes in one.values())
+    questions = up.to(TARGET, wire.Tokenize)
+    assert len(questions) == 256
+    await up.says(TARGET, *(wire.Tokens(one.call, (1,)) for one in questions))
+    assert len(up.to(b"client 0", wire.Tokens)) == 64
+    await up.says(b"client 0", wire.Tokenize(7, "text", True))
+    assert len(up.to(TARGET, wire.Tokenize)) == 257
+
+
+async def test_so_is_the_text_of_all_that_is_to_be_read(up: Pipeline) -> None:
+    long = "x" * 1_000_000
+    await up.says(CLIENT, *(submit(call, prompt=long) for call in range(20)))
+    assert len(up.to(TARGET, wire.Tokenize)) == 8
+    assert list(up.outcomes().values()) == [["busy"]] * 12
+    await up.says(CLIENT, wire.Tokenize(50, "short", True))
+    assert len(up.to(TARGET, wire.Tokenize)) == 9
 
 
 # ---- workers that are lost, and come ------------------------------------------------------------

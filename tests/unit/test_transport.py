@@ -64,7 +64,7 @@ class Guest:
 
 async def until(check: Callable[[], object]) -> None:
     async with asyncio.timeout(5):
-        while not check():  # noqa: ASYNC110: what it looks at is no event
+        while not check():  # noqa: ASYNC110 - what it looks at is no event
             await asyncio.sleep(0.005)
 
 
@@ -108,7 +108,7 @@ async def test_a_peer_that_does_not_read_is_held_up_to_and_then_let_go(house: Ho
         await until(lambda: house.heard)
         for _ in range(transport.QUEUE):  # as many as ZeroMQ takes, and some more
             house.router.send(house.peer, wire.Rendered(1, BULK))
-        with pytest.raises(PeerGone):  # noqa: PT012: one of these
+        with pytest.raises(PeerGone):  # noqa: PT012 - one of these
             for _ in range(100):
                 house.router.send(house.peer, wire.Rendered(1, BULK))
         await until(lambda: house.gone)
