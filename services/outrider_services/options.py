@@ -79,7 +79,7 @@ class PipelineOptions:
     mode: Mode = opt("auto", "--mode", "auto: pipelined where draft and target have cores of their own, else sync")
     backend: Backend = opt("llama", "--backend", "toy: made-up models without files, to see the machinery")
     exact: bool = opt(False, "--exact", "arithmetic that does not depend on how many tokens are evaluated at once")
-    parallel: int = opt(4, "-np --parallel", "requests served at the same time", "N")
+    parallel: int = opt(4, "-np --parallel", "requests served at the same time (run: one)", "N")
     ready_timeout_s: float = opt(300.0, "--ready-timeout", "how long loading may take, in seconds", "S")
     offline: bool = opt(False, "--offline", "never fetch anything")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import statistics
 import subprocess
 import sys
@@ -414,14 +415,41 @@ def test_a_bad_file_is_refused_in_one_sentence(
 
 
 def test_a_model_that_does_not_fit_into_memory_is_refused(test_model: Path) -> None:
-    with pytest.raises(ModelUnusable, match=r"weights would take about 0\.1 GiB.* 0\.0 GiB are"):
+    with pytest.raises(ModelUnusable, match=r"weights would take about 0\.09 GiB.* 0\.00 GiB are"):
         LlamaEngine.load(test_model, EXACT, available=lambda: 1000)
 
 
 def test_a_cache_that_does_not_fit_into_memory_is_refused(test_model: Path) -> None:
     settings = LlamaSettings(context=8192, slots=64, threads=1)
-    with pytest.raises(ModelUnusable, match=r"KV cache would take about 11\.2 GiB"):
+    with pytest.raises(ModelUnusable, match=r"workspace would take about 11\.\d+ GiB"):
         LlamaEngine.load(test_model, settings, available=lambda: 2**30)
+
+
+@pytest.mark.parametrize("drafts", [False, True])
+@pytest.mark.parametrize(("context", "ubatch"), [(1024, 512), (8192, 512), (8192, 128)])
+def test_what_a_model_needs_is_told_and_is_about_what_it_takes(
+    test_model: Path, caplog: pytest.LogCaptureFixture, context: int, ubatch: int, drafts: bool
+) -> None:
+    caplog.set_level("DEBUG", "outrider.engines.llama.engine")
+    settings = LlamaSettings(context, slots=2, threads=1, ubatch=ubatch, drafts=drafts)
+    engine = LlamaEngine.load(test_model, settings)
+    engine.close()
+    taken = sum(
+        float(found[1]) * 2**20
+        for found in re.finditer(r"(?:KV|compute) buffer size = +([\d.]+) MiB", caplog.text)
+    )
+    taken += test_model.stat().st_size
+    with pytest.raises(ModelUnusable, match="its weights, KV cache and workspace") as caught:
+        LlamaEngine.load(test_model, settings, available=lambda: int(0.9 * taken))
+    told = re.findall(r"([\d.]+) GiB", str(caught.value))
+    assert float(told[0]) == pytest.approx(taken / 2**30, rel=0.25)
+    assert float(told[1]) == pytest.approx(0.9 * taken / 2**30, abs=0.01)
+
+
+def test_what_another_process_takes_meanwhile_is_seen(test_model: Path) -> None:
+    available = iter([2**40, 1000])
+    with pytest.raises(ModelUnusable, match=r"and here 0\.09 GiB are available"):
+        LlamaEngine.load(test_model, EXACT, available=lambda: next(available))
 
 
 DRAFT = LlamaSettings(context=512, slots=1, threads=1, drafts=True)

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from outrider.core.stream import AT_ONCE
 from outrider.errors import ConfigError, ModelNotFound
-from outrider_services.models.loading import load_engine
+from outrider_services.models.loading import PASS, load_engine
 from outrider_services.options import PipelineOptions, Settings, TargetOptions, ToyOptions
+from outrider_services.pipeline.target_worker import CHUNK, ROWS
 
 TOY = Settings(
     target=TargetOptions(ctx=128),
@@ -55,3 +57,7 @@ def test_settings_that_exclude_each_other_are_an_error(tmp_path: Path) -> None:
     target = TargetOptions(model=str(tmp_path / "m.gguf"), ngl=-1)
     with pytest.raises(ConfigError, match="exact"):
         load_engine("target", Settings(target=target, pipeline=PipelineOptions(exact=True)), silent)
+
+
+def test_there_is_room_for_the_largest_pass_of_a_worker() -> None:
+    assert max(CHUNK, AT_ONCE, *ROWS) == PASS

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 from argparse import Namespace
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from outrider.core.values import Span
 from outrider.errors import BadRequest, ConfigError
 from outrider_services.commands import run
 from outrider_services.commands.printing import chrome_trace, measured, statistics, write_trace
+from outrider_services.options import PipelineOptions, Settings
 from outrider_services.tuning import advice
 from outrider_services.tuning.decisions import Decision
 
@@ -188,3 +192,22 @@ def test_the_line_is_told_unless_its_own_question_was_asked(
     run.advise(Decision("q4_0"), found, is_example=True, explained=True)
     run.advise(None, found, is_example=False, explained=True)
     assert capsys.readouterr().err == ""
+
+
+# ---- its pipeline -------------------------------------------------------------------------------
+
+
+async def test_its_pipeline_has_caches_for_one_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[Settings] = []
+
+    @asynccontextmanager
+    async def launch(settings: Settings, *_: object, draft: bool) -> AsyncIterator[None]:
+        started.append(settings)
+        yield
+
+    monkeypatch.setattr(run, "Launcher", launch)
+    given = Settings(pipeline=PipelineOptions(backend="toy", mode="sync"))
+    async with AsyncExitStack() as stack:
+        await run._start(stack, given, "mine")
+    assert given.pipeline.parallel > 1
+    assert started == [replace(given, pipeline=replace(given.pipeline, parallel=1))]

@@ -10,7 +10,7 @@ import shutil
 import signal
 import sys
 from contextlib import AsyncExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -197,7 +197,8 @@ async def _answer(
 
 
 async def _start(stack: AsyncExitStack, settings: Settings, name: str) -> None:
-    """A private pipeline, for as long as `stack` lives."""
+    """A private pipeline, for as long as `stack` lives; its caches hold one answer."""
+    settings = replace(settings, pipeline=replace(settings.pipeline, parallel=1))
     news = News()
     with news:
         launcher = Launcher(settings, name, news.report, news.log, draft=has_draft(settings))

@@ -10,6 +10,8 @@ from outrider.core.engine import Engine
 from outrider.errors import ConfigError, ModelNotFound
 from outrider_services.options import Settings
 
+PASS = 128  # tokens: no worker evaluates more at once, and room for more would lie idle
+
 
 def load_engine(role: str, settings: Settings, progress: Callable[[float], None]) -> Engine:
     """The engine of a worker of `role`; its model is the target of `settings`, whatever the role.
@@ -33,6 +35,7 @@ def _llama(role: str, settings: Settings, progress: Callable[[float], None]) -> 
             context=target.ctx,
             slots=pipeline.parallel,
             threads=threads,
+            ubatch=PASS,
             gpu_layers=target.ngl,
             exact=pipeline.exact,
             drafts=role == "draft",

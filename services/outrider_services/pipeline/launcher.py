@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import json
 import os
+import signal
 import sys
 import time
 from collections import deque
@@ -229,8 +230,9 @@ class Launcher:
         if self._stopping:
             return
         self._report(child.role, "ended", 0.0)
+        hint = ", killed: perhaps memory ran out" if status == -signal.SIGKILL else ""
         error = child.error or WorkerLost(
-            f"the {child.role} process ended by itself with status {status}", child.role
+            f"the {child.role} process ended by itself with status {status}{hint}", child.role
         )
         if child.role == "coordinator" and status == 0:
             self._fail(None)  # it was told to stop

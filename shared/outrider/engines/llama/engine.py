@@ -14,6 +14,7 @@ import atexit
 import contextlib
 import ctypes
 import functools
+import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,7 +29,6 @@ from outrider.core.values import TokenId
 from outrider.engines.llama.setup import (
     CANNOT_TAKE_BACK,
     LlamaSettings,
-    available_memory,
     cache_size,
     check_file,
     check_kind,
@@ -38,8 +38,10 @@ from outrider.engines.llama.setup import (
     load_model,
     make_context,
     metadata,
+    workspace_size,
 )
 from outrider.engines.llama.text import TextModel
+from outrider.engines.memory import available_memory
 from outrider.errors import InternalError, ModelUnusable
 
 __all__ = ["LlamaEngine", "LlamaSettings", "prepare_environment"]
@@ -114,16 +116,19 @@ class LlamaEngine:
         Raises `ModelNotFound`, `ModelUnusable`, or what `progress` raises to end the loading.
         """
         size = check_file(path)
-        if settings.gpu_layers == 0:
-            check_memory(path, size, available(), "its weights")
+        room = math.inf if settings.gpu_layers else available()
+        check_memory(path, size, room, "its weights")
         lib = library(settings.exact)
         with contextlib.ExitStack() as undo:
             model = load_model(lib, path, settings, progress)
             undo.callback(lib.llama_model_free, model)
             check_kind(lib, path, model)
             if settings.gpu_layers == 0:
-                needed = cache_size(lib, model, settings)
-                check_memory(path, needed, available(), "its KV cache")
+                needed = size + cache_size(lib, model, settings)
+                needed += workspace_size(lib, model, settings)
+                # meanwhile another process may have taken some, the other worker above all
+                room = min(room, available() + size)
+                check_memory(path, needed, room, "its weights, KV cache and workspace")
             context = make_context(lib, path, model, settings)
             undo.callback(lib.llama_free, context)
             text = TextModel(lib, model)

@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from outrider.engines import processor
 from outrider.errors import ModelNotFound, ModelUnusable
 
@@ -78,10 +76,6 @@ class LlamaSettings:
         return 1 if self.exact else self.threads
 
 
-def available_memory() -> int:
-    return int(psutil.virtual_memory().available)
-
-
 # enum ggml_log_level: 1 debug (thousands of lines), 2 info, 3 warning, 4 error, 5 continued line;
 # an error is ours to tell, as the call fails too: llama.cpp logs four for a cancelled decode
 LEVELS = {2: logging.DEBUG, 3: logging.INFO, 4: logging.INFO}
@@ -128,8 +122,8 @@ def check_memory(path: Path, needed: float, available: float, what: str) -> None
     """Raise ModelUnusable if more bytes are needed than there are."""
     if needed > available:
         raise ModelUnusable(
-            f"{path}: {what} would take about {needed / GIB:.1f} GiB of memory, "
-            f"{available / GIB:.1f} GiB are available"
+            f"{path}: {what} would take about {needed / GIB:.2f} GiB of memory, and here "
+            f"{available / GIB:.2f} GiB are available (limits of a container included)"
         )
 
 
@@ -207,6 +201,15 @@ def cache_size(lib: Any, model: Any, settings: LlamaSettings) -> float:
     heads = lib.llama_model_n_layer(model) * lib.llama_model_n_head_kv(model)
     token = heads * (k_head * k_bytes + v_head * v_bytes)
     return float(settings.slots * settings.rounded_context * token)
+
+
+def workspace_size(lib: Any, model: Any, settings: LlamaSettings) -> float:
+    """About how many bytes a pass takes: its logits, or else the mask and scores of attention."""
+    flash, _, _ = attention(settings, False)
+    heads = 2 if flash else lib.llama_model_n_head(model) + 1
+    vocabulary = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(model))
+    widest = max(vocabulary, heads * settings.rounded_context)
+    return 4.0 * min(settings.batch, settings.ubatch) * float(widest)
 
 
 def attention(settings: LlamaSettings, bf16: bool) -> tuple[bool, str, str]:
