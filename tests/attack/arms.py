@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Action = Literal["none", "attacker", "kill", "stop", "fake"]
+FIVE_STARTS_S = 24.0  # so long does a launcher need to give a worker up
 LOST = frozenset({"worker_unavailable"})  # no request is resumed: it ends with its target
 
 
@@ -20,7 +21,8 @@ class Arm:
     role: str = ""  # which process is struck
     count: int = 30  # times share: how often, how many
     least: int = 3
-    within_s: float = 60.0  # times share, but not below `LEAST_S`: how long at most
+    within_s: float = 60.0  # times share, but not below `least_s`: how long at most
+    least_s: float = 2.5
     attackers: int = 1
     streams: int = 2
     timed: bool = True  # whether an answer must take its usual time
@@ -33,10 +35,7 @@ class Arm:
         return max(self.least, round(self.count * share))
 
     def seconds(self, share: float) -> float:
-        return max(LEAST_S, self.within_s * share)
-
-
-LEAST_S = 4.0
+        return max(self.least_s, self.within_s * share)
 
 
 def _struck(role: str, action: Action, help: str, may_fail: frozenset[str] = frozenset()) -> Arm:
@@ -46,7 +45,7 @@ def _struck(role: str, action: Action, help: str, may_fail: frozenset[str] = fro
         action,
         role=role,
         streams=8,
-        timed=role == "launcher",
+        timed=False,
         may_fail=may_fail,
     )
 
@@ -94,7 +93,7 @@ ARMS = (
         "clients that ask large questions or have answers streamed, and never read",
         "attacker",
         "slow",
-        count=2000,
+        count=600,
         polite=True,
     ),
     Arm(
@@ -114,6 +113,7 @@ ARMS = (
         "fake_draft",
         "draft",
         within_s=30,
+        least_s=FIVE_STARTS_S,
         timed=False,
     ),
     Arm(
@@ -123,6 +123,7 @@ ARMS = (
         "fake_target",
         "target",
         within_s=30,
+        least_s=FIVE_STARTS_S,
         timed=False,
         may_fail=LOST,
     ),

@@ -30,6 +30,7 @@ from outrider.wire import messages as wire
 from outrider.wire.codec import encode
 
 NICE = 15
+ASK_S = 0.1  # between two large questions of slow readers
 LARGE = "river " * 50_000  # 300,000 letters
 PART = bytes(1 << 20)
 Told = dict[str, Any]
@@ -71,14 +72,16 @@ def frames(job: Job) -> Told:
     """Malformed messages; half of the connections are given up after a few, half are kept."""
     told: Counter[str] = Counter()
     kept = [job.dealer(address) for address in job.addresses]
+    pool = [malformed(job.rng) for _ in range(400)]
     while told["frames"] < job.count and not job.is_over:
         quick = job.dealer(job.rng.choice(job.addresses))
+        pool[job.rng.randrange(len(pool))] = malformed(job.rng)
         for _ in range(12):
             for one in (quick, job.rng.choice(kept)):
                 if job.is_over:
                     break
                 try:
-                    one.send_multipart(malformed(job.rng))
+                    one.send_multipart(job.rng.choice(pool))
                     told["frames"] += 1
                 except zmq.Again:
                     told["not taken"] += 1
@@ -107,6 +110,8 @@ def churn(job: Job) -> Told:
     ask = encode(wire.Health(1))
     idle = []
     for _ in range(job.count * 4 // 10):
+        if job.is_over:
+            break
         idle.append(job.dealer(job.rng.choice(job.addresses)))
         with suppress(zmq.Again):
             idle[-1].send(ask)
@@ -214,21 +219,19 @@ def slow(job: Job) -> Told:
     for streamer in streamers:
         streamer.send(encode(_long_request()))
     askers = [job.dealer(job.addresses[n % 2], SNDTIMEO=0, **small_buffers) for n in range(8)]
-    ask = encode(wire.Tokenize(1, LARGE[:100_000], False))
+    ask = encode(wire.Tokenize(1, LARGE[:200_000], False))
     told: Counter[str] = Counter()
     while not job.is_over:
-        for asker in askers:
-            if told["questions"] < job.count:
-                with suppress(zmq.Again):
-                    asker.send(ask)
-                    told["questions"] += 1
-        if job.reads:
-            for one in (*streamers, *askers):
-                with suppress(zmq.Again):
-                    while True:
-                        one.recv_multipart(zmq.NOBLOCK)
-                        told["read"] += 1
-        time.sleep(0.02)
+        if told["questions"] < job.count:
+            with suppress(zmq.Again):
+                askers[told["questions"] % len(askers)].send(ask)
+                told["questions"] += 1
+        for one in (*streamers, *askers) if job.reads else ():
+            with suppress(zmq.Again):
+                while True:
+                    one.recv_multipart(zmq.NOBLOCK)
+                    told["read"] += 1
+        time.sleep(ASK_S)
     return dict(told)
 
 

@@ -22,8 +22,8 @@ from tests.attack.strikes import Striker, joined
 
 SLOWER, MORE_MEMORY = 1.5, 1.3  # most that an attack may do to a time and to a process's memory
 SLACK = 1 << 21  # bytes; a process may hold so much more in any case
-CALM = 3  # answers of each client before the attack, behind a first one that warms up
-AFTERWARDS = 2  # right answers of each client once it is over
+CALM = 3  # answers of each client before the attack, behind a first one; of a share fewer
+AFTERWARDS = 1  # right answers of each client once it is over
 SETTLE_S, RECOVER_S = 10.0, 20.0
 
 # a device that is mostly waited for: two cores are enough for all of it
@@ -38,11 +38,13 @@ class Result:
     arm: Arm
     told: str = ""
     outcomes: list[Outcome] = field(default_factory=list)
+    began: float = field(default_factory=time.monotonic)
     usual_s: float = 0.0
     slowest: float | None = None  # the slowest answer against its usual time
     noise: float = 1.0  # the twin's slowest at the same time against its own
     before: dict[str, Usage] = field(default_factory=dict)
     after: dict[str, Usage] = field(default_factory=dict)
+    cpu_s: float = float("nan")  # of the coordinator, from the attack on
     complaints: list[str] = field(default_factory=list)
     log: str = ""
 
@@ -52,12 +54,6 @@ class Result:
     @property
     def codes(self) -> Counter[str]:
         return Counter(outcome.what for outcome in self.outcomes if outcome.kind == "failed")
-
-    @property
-    def cpu_s(self) -> float:
-        """Seconds of processor time that the coordinator used."""
-        before, after = self.before.get("coordinator"), self.after.get("coordinator")
-        return after.cpu_s - before.cpu_s if before and after else float("nan")
 
 
 class Times:
@@ -124,12 +120,12 @@ class Campaign:
 
     async def _attack(self, arm: Arm, service: Service, crowd: Crowd, result: Result) -> None:
         kind = await self._calm(arm, service, crowd, result)
-        result.before = service.usage()
+        cpu_s = _coordinators_cpu_s(service.usage())
         began = time.monotonic()
         first = len(crowd.outcomes)
         result.told = await self._strike(arm, service, result)
         if arm.timed:  # so that there is something to compare
-            await crowd.each_has(2, began, 4 * HANG_S)
+            await crowd.each_has(1, began, 4 * HANG_S)
         ended = time.monotonic()
         roles = {"target", "draft"}
         if not await joined(service, roles, RECOVER_S):
@@ -142,6 +138,7 @@ class Campaign:
         elif not await crowd.each_has(AFTERWARDS, ended, RECOVER_S):
             result.complaints.append(f"not every client is answered {RECOVER_S:.0f} s afterwards")
         result.after = await _settled(service, result.before)
+        result.cpu_s = _coordinators_cpu_s(result.after) - cpu_s
         result.outcomes = [o for o in crowd.outcomes[first:] if o.ended >= began]
         self._judge(kind, ended, result)
 
@@ -150,11 +147,12 @@ class Campaign:
         kind = arm.name if arm.polite else f"{arm.streams} streams"
         if not await crowd.each_has(1, 0.0, 4 * HANG_S):
             result.complaints.append("not every client was answered before the attack")
+        result.before = service.usage()
         polite = await self._attacker(arm, service, reads=True) if arm.polite else None
         try:
             since, first = time.monotonic(), len(crowd.outcomes)
             if arm.timed:
-                await crowd.each_has(CALM if self.share >= 1 else 2, since, 6 * HANG_S)
+                await crowd.each_has(CALM if self.share >= 1 else 1, since, 6 * HANG_S)
             calm = [one for one in crowd.outcomes[first:] if one.began >= since]
         finally:
             if polite:
@@ -239,11 +237,14 @@ class Campaign:
                 complain(f"{count} × {code}")
         if arm.timed:
             self._judge_times(kind, ended, result)
-        result.complaints += _grown(result.before, result.after)
+        result.complaints += grown(result.before, result.after)
 
     def _judge_times(self, kind: str, ended: float, result: Result) -> None:
         ratios = [
-            (outcome.took_s / self._times.usual(kind, outcome.client), self._noise(outcome))
+            (
+                outcome.took_s / self._times.usual(kind, outcome.client),
+                self._noise(outcome, result.began),
+            )
             for outcome in result.outcomes
             if outcome.kind == "right" and outcome.began < ended
         ]
@@ -254,14 +255,17 @@ class Campaign:
         if result.slowest > SLOWER * result.noise:
             result.complaints.append(f"an answer took {result.slowest:.2f} × its usual time")
 
-    def _noise(self, outcome: Outcome) -> float:
-        """How much slower than usual, at most, an answer of the twin was at the same time."""
+    def _noise(self, outcome: Outcome, since: float) -> float:
+        """How much slower than usual, at most, an answer of the twin was at the same time.
+
+        Only those that began after `since` count: between two arms nobody may have listened.
+        """
         assert self._twin
         usual = self._times.usual("twin", 0)
         took = [
             other.took_s / usual
             for other in self._twin.outcomes
-            if other.began < outcome.ended and other.ended > outcome.began
+            if since <= other.began < outcome.ended and other.ended > outcome.began
         ]
         return max(1.0, *took) if took else 1.0
 
@@ -270,7 +274,11 @@ def _always(question: Question) -> Callable[[], Question]:
     return lambda: question
 
 
-def _grown(before: dict[str, Usage], after: dict[str, Usage]) -> list[str]:
+def _coordinators_cpu_s(usage: dict[str, Usage]) -> float:
+    return usage["coordinator"].cpu_s if "coordinator" in usage else float("nan")
+
+
+def grown(before: dict[str, Usage], after: dict[str, Usage]) -> list[str]:
     """What of a process is more than it may be."""
     found = []
     for role in sorted(before.keys() & after.keys()):
@@ -287,7 +295,7 @@ async def _settled(service: Service, before: dict[str, Usage]) -> dict[str, Usag
     deadline = time.monotonic() + SETTLE_S
     while True:
         after = service.usage()
-        if not _grown(before, after) or time.monotonic() > deadline:
+        if not grown(before, after) or time.monotonic() > deadline:
             return after
         await asyncio.sleep(0.2)
 

@@ -1,0 +1,130 @@
+"""A tenth of `scripts/attack`, and a short `scripts/soak`: whatever is done, nothing goes wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import pytest
+from tests.attack import clients
+from tests.attack.arms import ARMS
+from tests.attack.campaign import Campaign, grown
+from tests.attack.questions import Question, answer_to, fault_in, text_of
+from tests.attack.service import ROOT, Pauses, Usage
+
+from outrider.wire import messages as wire
+from outrider.wire.transport import Router
+
+SHARE, SEED = 0.1, 1
+
+
+class Running:
+    """A campaign whose twin stays up from test to test."""
+
+    def __init__(self) -> None:
+        self._runner = asyncio.Runner()
+        self._campaign = Campaign(SHARE, SEED)
+        self._twin = self._campaign.twin()
+        self._runner.run(self._twin.__aenter__())
+
+    def complaints(self, *names: str) -> dict[str, list[str]]:
+        """Run these arms together; what is not as it should be, by arm."""
+
+        async def run() -> dict[str, list[str]]:
+            arms = [arm for arm in ARMS if arm.name in names]
+            results = await asyncio.gather(*map(self._campaign.run, arms))
+            return {one.arm.name: one.complaints for one in results if one.complaints}
+
+        return self._runner.run(run())
+
+    def close(self) -> None:
+        self._runner.run(self._twin.__aexit__(None, None, None))
+        self._runner.close()
+
+
+@pytest.fixture(scope="module")
+def campaign() -> Iterator[Running]:
+    running = Running()
+    yield running
+    running.close()
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("name", [arm.name for arm in ARMS if arm.timed])
+def test_an_attack_harms_nobody_else(campaign: Running, name: str) -> None:
+    assert campaign.complaints(name) == {}
+
+
+@pytest.mark.timeout(180)
+def test_signals_and_fake_workers_change_no_token_and_leave_nobody_waiting(
+    campaign: Running,
+) -> None:
+    assert campaign.complaints(*(arm.name for arm in ARMS if not arm.timed)) == {}
+
+
+@pytest.mark.timeout(120)
+def test_a_mixed_load_goes_on_while_processes_die_and_stop() -> None:
+    soak = [sys.executable, str(ROOT / "scripts/soak"), "--seconds=20", "--every=4"]
+    done = subprocess.run(soak, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "No text was wrong, and nothing has grown." in done.stdout
+
+
+# ---- controls: what they look for would be found ------------------------------------------------
+
+
+def test_an_answer_that_is_not_the_references_is_called_wrong() -> None:
+    question = Question("The river", 40)
+    ids = list(answer_to(question))
+    text, _ = text_of(ids, (), True)
+    assert fault_in(question, ids, text, "length") is None
+    half, _ = text_of(ids[:20], (), False)
+    assert fault_in(question, ids[:20], half, None) is None
+    other = [*ids[:7], ids[7] ^ 1, *ids[8:]]
+    assert fault_in(question, other, text, "length") == "token 7 after 'The river' is wrong"
+    assert (
+        fault_in(question, ids[:20], half, "length") == "20 tokens after 'The river' instead of 40"
+    )
+    assert "the text after" in str(fault_in(question, ids, text + "x", "length"))
+    assert "token 40" in str(fault_in(question, [*ids, 32], text + " ", "length"))
+
+
+async def test_a_client_that_is_left_without_an_outcome_is_called_hung(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its coordinator is alive and says nothing; while it was stopped by us it need not."""
+    monkeypatch.setattr(clients, "HANG_S", 0.5)
+
+    def answer(peer: bytes, message: wire.Message) -> None:
+        if isinstance(message, wire.Health):
+            router.send(peer, wire.HealthReport(message.call, {}))
+
+    router = Router(answer, lambda *_: None, lambda: None)
+    pauses = Pauses()
+    try:
+        address = router.bind("tcp://127.0.0.1:0")
+        began = time.monotonic()
+        pauses.add(began, began + 1.0)
+        question = Question("The river", 4)
+        async with clients.Crowd([address], [lambda: question], pauses) as crowd:
+            for _ in range(100):
+                if not crowd.outcomes:
+                    await asyncio.sleep(0.05)
+        (hung,) = crowd.outcomes
+        assert (hung.kind, hung.what) == ("hung", "after 0 tokens")
+        assert 1.4 < hung.took_s < 3.0
+    finally:
+        router.close()
+
+
+def test_what_a_process_keeps_is_told() -> None:
+    before = {"coordinator": Usage(30 << 20, 20, 4, 0.0), "target": Usage(30 << 20, 20, 4, 0.0)}
+    after = {"coordinator": Usage(42 << 20, 20, 4, 9.0), "target": Usage(39 << 20, 21, 9, 9.0)}
+    assert grown(before, before) == []
+    assert grown(before, after) == [
+        "memory of the coordinator 1.40 ×",
+        "21 descriptors of the target, not 20",
+    ]
