@@ -133,5 +133,15 @@ ARMS = (
     _struck("target", "stop", "the target is stopped", LOST),
     _struck("coordinator", "stop", "the coordinator is stopped"),
     _struck("launcher", "stop", "the launcher is stopped"),
+    Arm(
+        "stop-client",
+        "a process of eight clients is stopped; those of another one are not",
+        "stop",
+        "clients",
+        "client",
+        within_s=300,
+        least_s=60,
+        timed=False,
+    ),
 )
 BY_NAME = {arm.name: arm for arm in ARMS}

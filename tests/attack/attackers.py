@@ -12,16 +12,21 @@ import json
 import os
 import random
 import resource
+import signal
 import socket
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import zmq
+from tests.attack.clients import Crowd
 from tests.attack.frames import malformed
+from tests.attack.questions import answered, steady
+from tests.attack.service import Pauses
 
 from outrider.client import connect
 from outrider.core.sampling import Sampling
@@ -254,6 +259,23 @@ def _long_request() -> wire.Submit:
     )
 
 
+def clients(job: Job) -> Told:
+    """No attack: eight clients that ask until SIGTERM; they are to be stopped for a while."""
+    return asyncio.run(_ask_on(job))
+
+
+async def _ask_on(job: Job) -> Told:
+    questions = [steady(100 + n, 40) for n in range(8)]
+    over = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, over.set)
+    choices = [partial(answered, question) for question in questions]
+    async with Crowd(job.addresses, choices, Pauses()) as crowd:
+        with suppress(TimeoutError):
+            await asyncio.wait_for(over.wait(), job.until - time.monotonic())
+        await crowd.rest()
+        return dict(Counter(f"{one.kind} {one.what}".strip() for one in crowd.outcomes))
+
+
 # ---- the process --------------------------------------------------------------------------------
 
 
@@ -267,6 +289,7 @@ def main() -> None:
         "raw": raw,
         "questions": questions,
         "slow": slow,
+        "clients": clients,
         "fake_draft": fake_draft,
         "fake_target": fake_target,
     }
@@ -279,7 +302,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, required=True)
     parser.add_argument("--reads", action="store_true", help="the polite form of the same")
     parsed = parser.parse_args()
-    os.nice(NICE)
+    if parsed.job != "clients":
+        os.nice(NICE)
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     told = jobs[parsed.job](Job(parsed))

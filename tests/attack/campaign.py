@@ -14,6 +14,7 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
 from tests.attack.arms import Arm
 from tests.attack.clients import HANG_S, Crowd, Outcome
 from tests.attack.questions import Question, answer_to, steady
@@ -82,17 +83,17 @@ class Campaign:
 
     def __init__(self, share: float, seed: int, logs: Path | None = None) -> None:
         self.share, self.seed, self.logs = share, seed, logs
-        self._times = Times()
-        self._twin: Crowd | None = None
+        self.times = Times()
+        self.twins: list[Outcome] = []  # of the twin
 
     @asynccontextmanager
     async def twin(self) -> AsyncIterator[None]:
         """Keep the twin up."""
         with Service(FLAGS) as service:
             async with Crowd([service.ipc], [_always(steady(99, COUNTS[2]))], service.pauses) as it:
-                self._twin = it
+                self.twins = it.outcomes
                 await it.each_has(1 + CALM, 0.0, 20.0)
-                self._times.add("twin", it.outcomes[1:])
+                self.times.add("twin", it.outcomes[1:])
                 yield
 
     async def run(self, arm: Arm) -> Result:
@@ -157,8 +158,8 @@ class Campaign:
         finally:
             if polite:
                 await _end(polite)
-        self._times.add(kind, calm)
-        usual = [self._times.usual(kind, n) for n in range(arm.streams)] if arm.timed else [0.0]
+        self.times.add(kind, calm)
+        usual = [self.times.usual(kind, n) for n in range(arm.streams)] if arm.timed else [0.0]
         result.usual_s = max(usual)
         return kind
 
@@ -177,13 +178,34 @@ class Campaign:
                 for process in (service.processes().get(arm.role),):
                     if process:
                         process.kill()
-                return await _told(fake, arm.seconds(self.share))
+                return _words(await _told(fake, arm.seconds(self.share)))
             case "stop":
-                for _ in range(arm.times(self.share)):
-                    await striker.moment()
-                    await striker.stop(arm.role)
+                return await self._stop(arm, service, striker, result)
             case "kill":
                 return await self._kill(arm, striker, result)
+        return "nothing"
+
+    async def _stop(self, arm: Arm, service: Service, striker: Striker, result: Result) -> str:
+        """Stop a process of the service, or clients that are a process of their own."""
+        guests = await self._attacker(arm, service) if arm.job else None
+        try:
+            await asyncio.sleep(1.0 if guests else 0.0)  # they ask by now
+            for _ in range(arm.times(self.share)):
+                await striker.moment()
+                await striker.stop(arm.role, psutil.Process(guests.pid) if guests else None)
+            if guests:
+                await striker.moment()
+                guests.terminate()
+                told = await _told(guests, 2 * HANG_S)
+                result.complaints += [
+                    f"{count} × {what} of those stopped"
+                    for what, count in told.items()
+                    if what != "right"
+                ]
+                return f"{len(striker.struck)} times, {_words(told)}"
+        finally:
+            if guests:
+                await _end(guests)
         return f"{len(striker.struck)} times"
 
     async def _kill(self, arm: Arm, striker: Striker, result: Result) -> str:
@@ -200,7 +222,8 @@ class Campaign:
     async def _attackers(self, arm: Arm, service: Service) -> str:
         started = [await self._attacker(arm, service, n) for n in range(arm.attackers)]
         within_s = arm.seconds(self.share)
-        return "; ".join(await asyncio.gather(*(_told(one, within_s) for one in started)))
+        told = await asyncio.gather(*(_told(one, within_s) for one in started))
+        return "; ".join(map(_words, told))
 
     async def _attacker(
         self, arm: Arm, service: Service, number: int = 0, reads: bool = False
@@ -209,7 +232,7 @@ class Campaign:
             "ipc": service.ipc,
             "tcp": service.tcp,
             "count": arm.times(self.share) // arm.attackers,
-            "within": arm.seconds(self.share) if not reads else 10 * HANG_S,
+            "within": 10 * HANG_S if reads else arm.seconds(self.share),
             "seed": self.seed + number,
         }
         return await asyncio.create_subprocess_exec(
@@ -236,13 +259,14 @@ class Campaign:
             if code not in arm.may_fail:
                 complain(f"{count} × {code}")
         if arm.timed:
-            self._judge_times(kind, ended, result)
+            self.judge_times(kind, ended, result)
         result.complaints += grown(result.before, result.after)
 
-    def _judge_times(self, kind: str, ended: float, result: Result) -> None:
+    def judge_times(self, kind: str, ended: float, result: Result) -> None:
+        """Compare the answers that began before `ended` with their usual times."""
         ratios = [
             (
-                outcome.took_s / self._times.usual(kind, outcome.client),
+                outcome.took_s / self.times.usual(kind, outcome.client),
                 self._noise(outcome, result.began),
             )
             for outcome in result.outcomes
@@ -260,11 +284,10 @@ class Campaign:
 
         Only those that began after `since` count: between two arms nobody may have listened.
         """
-        assert self._twin
-        usual = self._times.usual("twin", 0)
+        usual = self.times.usual("twin", 0)
         took = [
             other.took_s / usual
-            for other in self._twin.outcomes
+            for other in self.twins
             if since <= other.began < outcome.ended and other.ended > outcome.began
         ]
         return max(1.0, *took) if took else 1.0
@@ -300,20 +323,25 @@ async def _settled(service: Service, before: dict[str, Usage]) -> dict[str, Usag
         await asyncio.sleep(0.2)
 
 
-async def _told(attacker: asyncio.subprocess.Process, within_s: float) -> str:
-    """Wait for its end; what it tells."""
+async def _told(attacker: asyncio.subprocess.Process, within_s: float) -> dict[str, int]:
+    """Wait for its end; what it tells, or how it failed."""
     assert attacker.stdout
     try:
         async with asyncio.timeout(within_s + 4 * HANG_S):
             line = await attacker.stdout.read()
             await attacker.wait()
     except TimeoutError:
-        return "an attacker had to be killed"
+        return {"attacker that had to be killed": 1}
     finally:
         await _end(attacker)
     if not line:
-        return f"an attacker failed with status {attacker.returncode}"
-    return ", ".join(f"{count} {name}" for name, count in json.loads(line).items())
+        return {f"attacker that failed with status {attacker.returncode}": 1}
+    told: dict[str, int] = json.loads(line)
+    return told
+
+
+def _words(told: dict[str, int]) -> str:
+    return ", ".join(f"{count} {what}" for what, count in told.items())
 
 
 async def _end(attacker: asyncio.subprocess.Process) -> None:

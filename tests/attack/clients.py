@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
@@ -163,7 +163,7 @@ class Crowd:
     def __init__(
         self,
         addresses: Iterable[str],
-        choices: list[Callable[[], Question]],
+        choices: Sequence[Callable[[], Question]],
         pauses: Pauses,
     ) -> None:
         self.outcomes: list[Outcome] = []

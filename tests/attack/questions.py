@@ -90,3 +90,9 @@ def fault_in(question: Question, ids: Sequence[int], text: str, reason: str | No
 def steady(number: int, count: int) -> Question:
     """The one question that the undisturbed client `number` asks again and again."""
     return Question(f"Number {number} of those who wait for the river", count)
+
+
+def answered(question: Question) -> Question:
+    """The same; its answer is known from now on."""
+    answer_to(question)
+    return question

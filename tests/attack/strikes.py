@@ -28,20 +28,21 @@ class Striker:
         self._kills: dict[str, deque[float]] = {}
         self.struck: list[tuple[str, float, float]] = []  # role, from, until
 
-    async def stop(self, role: str, longest_s: float = PAUSE_S[1]) -> None:
-        """SIGSTOP, and SIGCONT a while later."""
-        process = self._service.processes().get(role)
+    async def stop(self, role: str, guest: psutil.Process | None = None) -> None:
+        """SIGSTOP, and SIGCONT a while later: to the service's process of `role`, or to `guest`."""
+        process = guest or self._service.processes().get(role)
         if process is None:
             return
         began = time.monotonic()
         try:
             process.send_signal(signal.SIGSTOP)
-            await asyncio.sleep(self._rng.uniform(PAUSE_S[0], longest_s))
+            await asyncio.sleep(self._rng.uniform(*PAUSE_S))
         finally:
             with suppress(psutil.Error):
                 process.send_signal(signal.SIGCONT)
             ended = time.monotonic()
-            self._service.pauses.add(began, ended)
+            if not guest:
+                self._service.pauses.add(began, ended)
             self.struck.append((role, began, ended))
 
     def may_kill(self, role: str) -> bool:

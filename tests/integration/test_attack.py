@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 from tests.attack import clients
 from tests.attack.arms import ARMS
-from tests.attack.campaign import Campaign, grown
+from tests.attack.campaign import Campaign, Result, grown
 from tests.attack.questions import Question, answer_to, fault_in, text_of
 from tests.attack.service import ROOT, Pauses, Usage
 
@@ -118,6 +118,23 @@ async def test_a_client_that_is_left_without_an_outcome_is_called_hung(
         assert 1.4 < hung.took_s < 3.0
     finally:
         router.close()
+
+
+@pytest.mark.parametrize(
+    ("twin_s", "found"),
+    [(1.0, ["an answer took 2.00 × its usual time"]), (1.5, [])],
+    ids=["the-machine-is-as-usual", "the-machine-is-slower-itself"],
+)
+def test_an_answer_that_took_too_long_is_told(twin_s: float, found: list[str]) -> None:
+    campaign = Campaign(SHARE, SEED)
+    calm = [clients.Outcome(0, "right", "", at, at + 1.0) for at in (0.0, 1.0, 2.0)]
+    campaign.times.add("2 streams", calm)
+    campaign.times.add("twin", calm)
+    campaign.twins = [clients.Outcome(0, "right", "", 10.0, 10.0 + twin_s)]
+    result = Result(ARMS[0], began=3.0)
+    result.outcomes = [clients.Outcome(0, "right", "", 10.0, 12.0)]
+    campaign.judge_times("2 streams", 20.0, result)
+    assert result.complaints == found
 
 
 def test_what_a_process_keeps_is_told() -> None:
