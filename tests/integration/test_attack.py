@@ -7,13 +7,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
-from tests.attack import clients
+from tests.attack import clients, report
 from tests.attack.arms import ARMS
 from tests.attack.campaign import Campaign, Result, grown
 from tests.attack.questions import Question, answer_to, fault_in, text_of
-from tests.attack.service import ROOT, Pauses, Usage
+from tests.attack.service import ROLES, ROOT, Pauses, Service, Usage
+from tests.attack.soak import Soak
 
 from outrider.wire import messages as wire
 from outrider.wire.transport import Router
@@ -144,4 +147,43 @@ def test_what_a_process_keeps_is_told() -> None:
     assert grown(before, after) == [
         "memory of the coordinator 1.40 ×",
         "21 descriptors of the target, not 20",
+    ]
+
+
+def test_the_command_says_by_its_status_whether_all_is_as_it_should_be(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    complaints: list[str] = []
+
+    async def attacked(*_: object) -> list[Result]:
+        return [Result(ARMS[0], complaints=complaints)]
+
+    monkeypatch.setattr(report, "attacked", attacked)
+    assert report.main(["--only", "none"]) == 0
+    complaints.append("3 × wrong")
+    assert report.main(["--only", "none"]) == 1
+    assert "3 × wrong" in capsys.readouterr().out
+    assert report.main(["--list"]) == 0
+    assert all(arm.help in capsys.readouterr().out for arm in ARMS[:1])
+
+
+def test_a_soak_tells_what_has_grown_and_what_no_death_explains() -> None:
+    soak = Soak(cast(Service, SimpleNamespace(left=[], pauses=Pauses())), 1000.0, 20.0, SEED)
+    use = Usage(30 << 20, 20, 4, 0.0)
+    soak.first = soak.last = dict.fromkeys(ROLES, use)
+    soak.samples = [(float(at), dict.fromkeys(ROLES, use)) for at in range(1000)]
+    soak.striker.struck = [("target", 100.0, 101.0)]
+    lost = clients.Outcome(0, "failed", "worker_unavailable", 99.0, 100.5)
+    soak.outcomes = [lost]
+    assert soak.verdict() == []
+    soak.outcomes = [lost, clients.Outcome(0, "failed", "worker_unavailable", 300.0, 300.5)]
+    soak.samples[900:] = [
+        (float(at), {**dict.fromkeys(ROLES, use), "launcher": Usage(40 << 20, 20, 4, 0.0)})
+        for at in range(900, 1000)
+    ]
+    soak.last = {**soak.first, "draft": Usage(30 << 20, 21, 4, 0.0)}
+    assert soak.verdict() == [
+        "1 × worker_unavailable that no death explains",
+        "memory of the launcher 1.33 ×",
+        "21 descriptors of the draft, not 20",
     ]
