@@ -80,13 +80,13 @@ ARMS = (
     Arm("churn", "400 idle clients and 1,000 quick ones", "attacker", "churn", count=1000),
     Arm(
         "few-descriptors",
-        "more connections than files may be open: 200 against a limit of 64",
+        "more connections than files may be open: 400 against a limit of 300",
         "attacker",
         "churn",
-        count=500,
-        least=150,
+        count=1000,
+        least=500,
         within_s=30,
-        descriptors=64,
+        descriptors=300,
     ),
     Arm(
         "slow-readers",
@@ -130,7 +130,7 @@ ARMS = (
     _struck("draft", "kill", "the draft dies at random moments"),
     _struck("draft", "stop", "the draft is stopped for 0.1 to 3 s at random moments"),
     _struck("target", "kill", "the target dies", LOST),
-    _struck("target", "stop", "the target is stopped", LOST),
+    _struck("target", "stop", "the target is stopped"),
     _struck("coordinator", "stop", "the coordinator is stopped"),
     _struck("launcher", "stop", "the launcher is stopped"),
     Arm(

@@ -105,7 +105,7 @@ async def test_a_client_that_is_left_without_an_outcome_is_called_hung(
         if isinstance(message, wire.Health):
             router.send(peer, wire.HealthReport(message.call, {}))
 
-    router = Router(answer, lambda *_: None, lambda: None)
+    router = Router(answer, lambda _: None)
     pauses = Pauses()
     try:
         address = router.bind("tcp://127.0.0.1:0")
