@@ -93,7 +93,7 @@ ARMS = (
         "clients that ask large questions or have answers streamed, and never read",
         "attacker",
         "slow",
-        count=600,
+        count=240,
         polite=True,
     ),
     Arm(

@@ -1,7 +1,7 @@
 """What attacks, each in a process of its own and of low priority: see `main`.
 
 An attacker does `count` of something within `within` seconds, by raw sockets where outrider's own
-client would not do it, and tells at the end what it did, as a line of JSON.
+client would not do it. It writes a line when it begins, and at the end what it did, as JSON.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from outrider.wire import messages as wire
 from outrider.wire.codec import encode
 
 NICE = 15
-ASK_S = 0.1  # between two large questions of slow readers
+ASK_S = 0.25  # between two large questions of slow readers
 LARGE = "river " * 50_000  # 300,000 letters
 PART = bytes(1 << 20)
 Told = dict[str, Any]
@@ -306,6 +306,8 @@ def main() -> None:
         os.nice(NICE)
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    sys.stdout.write("ready\n")
+    sys.stdout.flush()
     told = jobs[parsed.job](Job(parsed))
     sys.stdout.write(json.dumps(told) + "\n")
     sys.stdout.flush()

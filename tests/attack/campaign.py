@@ -25,7 +25,7 @@ SLOWER, MORE_MEMORY = 1.5, 1.3  # most that an attack may do to a time and to a 
 SLACK = 1 << 21  # bytes; a process may hold so much more in any case
 CALM = 3  # answers of each client before the attack, behind a first one; of a share fewer
 AFTERWARDS = 1  # right answers of each client once it is over
-SETTLE_S, RECOVER_S = 10.0, 20.0
+FIRST_S, SETTLE_S, RECOVER_S = 60.0, 10.0, 20.0
 
 # a device that is mostly waited for: two cores are enough for all of it
 FLAGS = ("--toy-step-ms=20", "--toy-row-ms=0.2", "--toy-draft-ms=2", "--parallel=12")
@@ -109,8 +109,8 @@ class Campaign:
                 async with Crowd([service.ipc, service.tcp], choices, service.pauses) as crowd:
                     await self._attack(arm, service, crowd, result)
                     result.log = service.log()
-        except RuntimeError as exc:
-            result.complaints.append(str(exc))
+        except (RuntimeError, TimeoutError) as exc:
+            result.complaints.append(str(exc) or "an attacker did not start")
         result.complaints += service.left
         if self.logs:
             self.logs.mkdir(parents=True, exist_ok=True)
@@ -146,18 +146,22 @@ class Campaign:
     async def _calm(self, arm: Arm, service: Service, crowd: Crowd, result: Result) -> str:
         """Learn what an answer takes; returns the kind under which these times are kept."""
         kind = arm.name if arm.polite else f"{arm.streams} streams"
-        if not await crowd.each_has(1, 0.0, 4 * HANG_S):
+        if not await crowd.each_has(1, 0.0, FIRST_S):
             result.complaints.append("not every client was answered before the attack")
         result.before = service.usage()
-        polite = await self._attacker(arm, service, reads=True) if arm.polite else None
-        try:
+        for _ in range(3):
+            polite = await self._attacker(arm, service, reads=True) if arm.polite else None
             since, first = time.monotonic(), len(crowd.outcomes)
-            if arm.timed:
-                await crowd.each_has(CALM if self.share >= 1 else 1, since, 6 * HANG_S)
-            calm = [one for one in crowd.outcomes[first:] if one.began >= since]
-        finally:
-            if polite:
-                await _end(polite)
+            try:
+                if arm.timed:
+                    await crowd.each_has(CALM if self.share >= 1 else 1, since, 6 * HANG_S)
+            finally:
+                lasted = polite is None or polite.returncode is None
+                if polite:
+                    await _end(polite)
+            if lasted:  # libzmq may have aborted it
+                break
+        calm = [one for one in crowd.outcomes[first:] if one.began >= since]
         self.times.add(kind, calm)
         usual = [self.times.usual(kind, n) for n in range(arm.streams)] if arm.timed else [0.0]
         result.usual_s = max(usual)
@@ -189,7 +193,6 @@ class Campaign:
         """Stop a process of the service, or clients that are a process of their own."""
         guests = await self._attacker(arm, service) if arm.job else None
         try:
-            await asyncio.sleep(1.0 if guests else 0.0)  # they ask by now
             for _ in range(arm.times(self.share)):
                 await striker.moment()
                 await striker.stop(arm.role, psutil.Process(guests.pid) if guests else None)
@@ -228,6 +231,7 @@ class Campaign:
     async def _attacker(
         self, arm: Arm, service: Service, number: int = 0, reads: bool = False
     ) -> asyncio.subprocess.Process:
+        """One that has begun. Raises TimeoutError."""
         arguments = {
             "ipc": service.ipc,
             "tcp": service.tcp,
@@ -235,7 +239,7 @@ class Campaign:
             "within": 10 * HANG_S if reads else arm.seconds(self.share),
             "seed": self.seed + number,
         }
-        return await asyncio.create_subprocess_exec(
+        started = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
             "tests.attack.attackers",
@@ -246,6 +250,14 @@ class Campaign:
             stdout=asyncio.subprocess.PIPE,
             env=environment(service.runtime),
         )
+        assert started.stdout
+        try:
+            async with asyncio.timeout(4 * HANG_S):
+                await started.stdout.readline()
+        except BaseException:
+            await _end(started)
+            raise
+        return started
 
     # ---- the verdict ----------------------------------------------------------------------------
 

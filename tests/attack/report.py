@@ -11,6 +11,7 @@ from pathlib import Path
 from rich.table import Table
 from tests.attack.arms import ARMS, BY_NAME, Arm
 from tests.attack.campaign import SLOWER, Campaign, Result
+from tests.attack.service import end_on_sigterm
 
 from outrider_services.terminal import show, tell
 
@@ -34,7 +35,7 @@ than 1.3 times its private memory (plus 2 MiB), or more descriptors, 10 s after 
 def table_of(results: Sequence[Result]) -> Table:
     columns = (
         "arm", "attack", "answers", "right", "wrong", "failed", "hung", "untyped", "usual s",
-        "slowest × usual (twin)", "private MiB", "descriptors", "CPU s", "verdict",
+        "slowest × usual (twin)", "private MiB", "peak MiB", "descriptors", "CPU s", "verdict",
     )  # fmt: skip
     table = Table(*columns, box=None, pad_edge=False)
     for result in results:
@@ -64,6 +65,7 @@ def _row(result: Result) -> list[str]:
         f"{result.usual_s:.2f}" if result.arm.timed else "-",
         slowest,
         ", ".join(memory),
+        ", ".join(f"{result.after[r].peak / 2**20:.0f}" for r in roles),
         ", ".join(files),
         f"{result.cpu_s:.2f}",
         "; ".join(result.complaints) or "as it should be",
@@ -106,6 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             table.add_row(arm.name, arm.help, str(arm.times(1.0)))
         show(table)
         return 0
+    end_on_sigterm()
     results = asyncio.run(attacked(arms, parsed.share, parsed.seed, parsed.logs))
     show(table_of(results))
     failed = [result.arm.name for result in results if result.complaints]

@@ -30,6 +30,7 @@ class Usage(NamedTuple):
     descriptors: int
     threads: int
     cpu_s: float
+    peak: int = 0  # bytes of memory that it has had at most, shared ones included
 
 
 class Pauses:
@@ -129,6 +130,7 @@ class Service:
                     process.num_fds(),
                     process.num_threads(),
                     times.user + times.system,
+                    _peak(process.pid),
                 )
         return found
 
@@ -181,6 +183,23 @@ class Service:
             if not (processes or files) or time.monotonic() > deadline:
                 return processes + files
             time.sleep(0.05)
+
+
+def end_on_sigterm() -> None:
+    """Let SIGTERM unwind this process, so that all that it has started is ended."""
+
+    def end(number: int, _: object) -> None:
+        raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, end)
+
+
+def _peak(pid: int) -> int:
+    with suppress(OSError):
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return 0
 
 
 def environment(runtime: Path) -> Mapping[str, str]:

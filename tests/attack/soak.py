@@ -16,7 +16,7 @@ from rich.table import Table
 from tests.attack.arms import LOST
 from tests.attack.clients import HANG_S, Crowd, Outcome
 from tests.attack.questions import Question, answer_to
-from tests.attack.service import ROLES, Service, Usage
+from tests.attack.service import ROLES, Service, Usage, end_on_sigterm
 from tests.attack.strikes import BACK_S, Striker, joined
 
 from outrider.engines.toy import WORDS
@@ -252,6 +252,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = parser.parse_args(arguments)
     if not (1 <= parsed.seconds <= 86400 and parsed.every >= 1):
         parser.error("--seconds must be from 1 to 86400, --every at least 1")
+    end_on_sigterm()
     with Service(FLAGS) as service:
         soak = Soak(service, parsed.seconds, parsed.every, parsed.seed)
         try:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import cast
 
+import psutil
 import pytest
 from tests.attack import clients, report
 from tests.attack.arms import ARMS
@@ -74,6 +75,28 @@ def test_a_mixed_load_goes_on_while_processes_die_and_stop() -> None:
     done = subprocess.run(soak, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "No text was wrong, and nothing has grown." in done.stdout
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("script", ["attack", "soak"])
+def test_sigterm_ends_all_that_a_script_has_started(script: str) -> None:
+    def started() -> list[int]:
+        children = psutil.Process(running.pid).children(recursive=True)
+        return [child.pid for child in children]
+
+    running = subprocess.Popen([sys.executable, str(ROOT / "scripts" / script)])
+    try:
+        for _ in range(200):
+            if len(pids := started()) >= 4:  # launcher, coordinator, target, draft
+                break
+            time.sleep(0.1)
+        running.terminate()
+        assert running.wait(30) == 143
+        assert len(pids) >= 4
+        assert not any(psutil.pid_exists(pid) for pid in pids)
+    finally:
+        running.kill()
+        running.wait()
 
 
 # ---- controls: what they look for would be found ------------------------------------------------
