@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import os
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import suppress
@@ -29,13 +30,17 @@ from outrider.wire.transport import Link, PeerGone, address_of
 
 SILENCE_S = 5.0  # the coordinator pings every second; after so long a silence it is gone
 ANSWER_S = 15.0  # most that a question may take
+FORKED = "a client does not outlive fork(): make one in each process"
 
 Answer = TypeVar("Answer", wire.Tokens, wire.Rendered, wire.HealthReport)
 Inbox = asyncio.Queue[wire.Message | OutriderError]
 
 
 class Stream:
-    """An answer as it is committed: iterate over its fragments. Leaving `async with` cancels it."""
+    """An answer as it is committed: iterate over its fragments.
+
+    Leaving `async with` cancels it; so does dropping it, for nobody can read it any more.
+    """
 
     def __init__(self, client: AsyncClient, call: int) -> None:
         self.model = ""
@@ -47,6 +52,14 @@ class Stream:
         self._client, self._call = client, call
         self._error: OutriderError | None = None
         self._inbox: Inbox = client._open(call)
+
+    def __del__(self) -> None:
+        self._abandon()
+
+    def _abandon(self) -> None:
+        """Cancel it from whatever thread this is, and keep nothing for it: nobody will read it."""
+        if self.finish_reason is None and self._error is None:
+            self._client._abandon(self._call)
 
     def __aiter__(self) -> AsyncIterator[Fragment]:
         return self
@@ -123,12 +136,15 @@ class AsyncClient:
         self._calls = itertools.count(1)
         self._inboxes: dict[int, Inbox] = {}
         self._link: Link | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None  # of the link
+        self._process = 0  # the same
         self._heard = 0.0
 
     async def __aenter__(self) -> AsyncClient:
         if self._link:
             raise BadRequest("this client is connected already: make another")
         address = address_of(self.pipeline)
+        self._loop, self._process = asyncio.get_running_loop(), os.getpid()
         self._link = Link(address, self._on_message)
         try:
             await self._reach(address)
@@ -154,10 +170,23 @@ class AsyncClient:
         await self.close()
 
     async def close(self) -> None:
-        """End the connection; whoever still waits gets ConnectionFailed. May be called again."""
+        """End the connection; whoever still waits gets ConnectionFailed. May be called again.
+
+        In a process that was forked it does nothing: the connection is the parent's.
+        """
+        loop = self._loop
+        if loop is None or self._process != os.getpid():
+            return
+        if loop is not asyncio.get_running_loop() and loop.is_running():  # in another thread
+            loop.call_soon_threadsafe(self._end)
+        else:
+            self._end()
+
+    def _end(self) -> None:
         link, self._link = self._link, None
         for inbox in self._inboxes.values():
-            inbox.put_nowait(ConnectionFailed("the client was closed before the answer ended"))
+            with suppress(RuntimeError):  # who waited for it in a loop that is closed does no more
+                inbox.put_nowait(ConnectionFailed("the client was closed before the answer ended"))
         self._inboxes.clear()
         if link:
             link.close()
@@ -305,12 +334,34 @@ class AsyncClient:
     def _forget(self, call: int) -> None:
         self._inboxes.pop(call, None)
 
-    def _send(self, message: wire.Message) -> None:
+    def _abandon(self, call: int) -> None:
+        """Cancel `call` and forget it; from any thread, at any time, for destructors call it."""
+        if self._loop is None or self._process != os.getpid() or call not in self._inboxes:
+            return
+        with suppress(RuntimeError):  # the loop is closed, and the connection with it
+            self._loop.call_soon_threadsafe(self._drop, call)
+
+    def _drop(self, call: int) -> None:
+        if call in self._inboxes:
+            self._forget(call)
+            with suppress(ConnectionFailed):  # then nobody is left to cancel it
+                self._send(wire.Cancel(call))
+
+    def _connection(self) -> Link:
+        """The link, if whoever asks may use it. Raises ConnectionFailed."""
         if self._link is None:
             raise ConnectionFailed("the client has no connection outside of its `with` block")
+        if self._process != os.getpid():
+            raise ConnectionFailed(FORKED)
+        if self._loop is not asyncio.get_running_loop():
+            raise ConnectionFailed("a client serves the event loop that it was opened in: make one")
+        return self._link
+
+    def _send(self, message: wire.Message) -> None:
+        link = self._connection()
         check(message)
         try:
-            self._link.send(message)
+            link.send(message)
         except PeerGone:
             raise ConnectionFailed(f"the coordinator of {self.pipeline!r} is gone") from None
 
@@ -324,6 +375,8 @@ class AsyncClient:
 
     async def _next(self, inbox: Inbox) -> wire.Message | OutriderError | None:
         """The next message; None after a second without one, if the coordinator still lives."""
+        if self._link:
+            self._connection()
         try:
             async with asyncio.timeout(1.0):  # wait_for (3.11) may swallow a cancellation
                 return await inbox.get()

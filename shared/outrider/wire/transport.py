@@ -92,7 +92,8 @@ class _Endpoint:
         if self.closed:
             return
         self.closed = True
-        self._loop.remove_reader(self._fd)
+        if not self._loop.is_closed():
+            self._loop.remove_reader(self._fd)
         self._socket.close(linger=0)
         self._context.term()
 
