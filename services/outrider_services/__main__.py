@@ -11,9 +11,11 @@ def main() -> None:
     interrupt = signal.getsignal(signal.SIGINT)
     if interrupt is signal.default_int_handler:  # not where Ctrl-C is to be ignored
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+    from outrider_services import outlet
     from outrider_services.commands import cli
 
     signal.signal(signal.SIGINT, interrupt)
+    outlet.install()
     cli.main()
 
 

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.table import Table
 
+from outrider_services import outlet
+
 # called with: bytes done, bytes in all, what is being fetched
 Progress = Callable[[int, int, str], None]
 
@@ -16,7 +18,7 @@ Progress = Callable[[int, int, str], None]
 def tell(line: str) -> None:
     """One line for the user, on stderr."""
     sys.stderr.write(line + "\n")
-    sys.stderr.flush()
+    outlet.settle()
 
 
 def show(table: Table | str) -> None:
@@ -51,7 +53,7 @@ class News:
             self._status.update(", ".join(self._states.values()))
 
     def log(self, role: str, line: str) -> None:
-        tell(f"[{role}] {line}")
+        sys.stderr.write(f"[{role}] {line}\n")
 
 
 # ---- downloads ----------------------------------------------------------------------------------

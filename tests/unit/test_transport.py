@@ -186,7 +186,7 @@ async def test_one_too_many_is_told_so_unless_it_is_a_worker(house: House, guest
         for n, one in enumerate(guests):
             await one.say(wire.Health(n + 10))
             await asyncio.sleep(0.05)
-        await until(lambda: any(one.heard for one in guests))
+        await until(lambda: guests[2].heard and guests[3].heard)
         reason = "there are 3 connections already"
         assert guests[2].heard[0] == wire.Failed(12, "busy", reason)
         assert guests[3].heard[0] == wire.Failed(13, "busy", reason)

@@ -25,6 +25,7 @@ from outrider.errors import ConfigError
 from outrider_services.bench.replay import Replay, World
 from outrider_services.bench.traces import record
 from outrider_services.options import Settings
+from outrider_services.outlet import put
 from outrider_services.pipeline.launcher import Launcher
 from outrider_services.terminal import News, tell
 
@@ -70,9 +71,9 @@ async def simulate(settings: Settings, parsed: Any) -> None:
             tell(f"[{len(cells) + 1}/{len(acceptances) * len(costs)}] {cell}")
             cells.append(cell)
     if parsed.output == "json":
-        sys.stdout.write(json.dumps([asdict(cell) for cell in cells], indent=2) + "\n")
+        await put(json.dumps([asdict(cell) for cell in cells], indent=2) + "\n")
     else:
-        show(cells)
+        await put(table_of(cells))
 
 
 async def measured(
@@ -145,8 +146,8 @@ def ideal(settings: Settings, count: int) -> float:
     return Replay(trace, world.rule("pipelined"), world).speedup()
 
 
-def show(cells: list[Cell]) -> None:
-    """Print them as a table."""
+def table_of(cells: list[Cell]) -> str:
+    """The cells as a table."""
     titles = ("acceptance", "draft cost", "pipelined", "ideal", "of ideal", "sync", "sync, fixed")
     table = Table(*titles, "1/(1-a)", "1/c + 1", box=None)
     for cell in cells:
@@ -156,4 +157,7 @@ def show(cells: list[Cell]) -> None:
         limits = (f"{cell.tokens_limit:.1f}", f"{cell.draft_limit:.1f}")
         row = (f"{cell.acceptance:g}", f"{cell.cost:g}", first, second, share, *others, *limits)
         table.add_row(*row)
-    Console(width=None if sys.stdout.isatty() else 200).print(table)
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    with console.capture() as captured:
+        console.print(table)
+    return captured.get()

@@ -15,7 +15,7 @@ from typing import Any
 
 import outrider
 from outrider.errors import OutriderError
-from outrider_services import options, sources
+from outrider_services import options, outlet, sources
 from outrider_services.commands import (
     bench,
     children,
@@ -110,13 +110,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"outrider: {exc}", file=sys.stderr)
         status = exc.exit_code
     except KeyboardInterrupt:
-        status = INTERRUPTED
+        status = unread(INTERRUPTED)
     except asyncio.CancelledError:
-        status = TERMINATED
+        status = unread(TERMINATED)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 1
+        status = unread(1)
     sys.exit(status)
+
+
+def unread(status: int) -> int:
+    """The same status; what nobody has read on stdout does not keep Python from ending."""
+    if sys.__stdout__ and sys.stdout is sys.__stdout__:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())
+    return status
 
 
 def dispatch(arguments: Sequence[str]) -> int:
@@ -135,8 +141,10 @@ def dispatch(arguments: Sequence[str]) -> int:
         },
         parsed.config,
     )
+    shown = logging.StreamHandler(sys.stderr)
+    shown.addFilter(outlet.Few())
     logging.basicConfig(
-        level=settings.log.level.upper(), format="%(levelname)s %(message)s", stream=sys.stderr
+        level=settings.log.level.upper(), format="%(levelname)s %(message)s", handlers=[shown]
     )
     if parsed.connects:
         descriptors.raise_limit()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-import sys
+import time
+from collections.abc import Awaitable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from outrider.core.sampling import NEAR
 from outrider.core.stats import Report
 from outrider.core.values import Fragment, Span
 from outrider.errors import ConfigError
+from outrider_services.outlet import in_thread, put
 from outrider_services.terminal import tell
 
 
@@ -22,11 +24,21 @@ class Printer:
         self._client, self._verbose = client, parsed.verbose == "true"
         self._json, self._stats = parsed.output == "json", not parsed.no_stats
         self._texts: dict[int, str] = {}
+        self._waits_since: float | None = None
+
+    @property
+    def waited_s(self) -> float:
+        """For how long nobody has taken what is to be written."""
+        return 0.0 if self._waits_since is None else time.monotonic() - self._waits_since
+
+    async def _patiently(self, writing: Awaitable[object]) -> None:
+        self._waits_since = time.monotonic()
+        await writing
+        self._waits_since = None
 
     async def fragment(self, fragment: Fragment) -> None:
         if not self._json:
-            sys.stdout.write(fragment.text)
-            sys.stdout.flush()
+            await self._patiently(put(fragment.text))
         if self._verbose:
             for line in await self._fates(fragment):
                 tell(line)
@@ -58,7 +70,10 @@ class Printer:
             )
         return self._texts[token]
 
-    def result(self, result: Completion, report: Report) -> None:
+    async def trace(self, path: str, lanes: tuple[Span, ...]) -> None:
+        await self._patiently(in_thread(lambda: write_trace(path, lanes)))  # it may be a pipe
+
+    async def result(self, result: Completion, report: Report) -> None:
         if self._json:
             shown = {
                 "text": result.text,
@@ -69,10 +84,9 @@ class Printer:
                 "mode": report.mode,
                 "stats": report.as_dict(),
             }
-            sys.stdout.write(json.dumps(shown, ensure_ascii=False) + "\n")
+            await self._patiently(put(json.dumps(shown, ensure_ascii=False) + "\n"))
         else:
-            sys.stdout.write("\n")
-        sys.stdout.flush()
+            await self._patiently(put("\n"))
         if self._stats:
             tell("\n" + statistics(report))
 

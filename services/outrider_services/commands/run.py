@@ -21,7 +21,7 @@ from outrider.core.sampling import Sampling
 from outrider.core.stats import Report
 from outrider.errors import BadRequest, ConfigError
 from outrider_services.commands.prepared import has_draft, with_files, with_some_draft
-from outrider_services.commands.printing import Printer, measured, write_trace
+from outrider_services.commands.printing import Printer, measured
 from outrider_services.options import Parser, Settings
 from outrider_services.pipeline.launcher import Launcher
 from outrider_services.terminal import News, tell
@@ -30,6 +30,7 @@ from outrider_services.tuning.decisions import Decision
 
 DEFAULT_PROMPT = "The future of AI is"
 DEFAULT_LENGTH = 100
+UNREAD_S = 1.0  # most that an interrupted answer waits for somebody who reads it
 
 
 def flags(parser: Parser) -> None:
@@ -184,15 +185,15 @@ async def _answer(
             await _start(stack, settings, name)
         client = await stack.enter_async_context(connect(name))
         interrupts.client = client
-        printer = Printer(client, parsed)
+        printer = interrupts.printer = Printer(client, parsed)
         result = await _generate(client, prompt, request, parsed.chat, printer, interrupts)
         report = result.stats
         if parsed.baseline and result.choices[0].finish_reason != "cancelled":
             alone = await _ask(client, prompt, {**request, "mode": "plain"}, parsed.chat)
             report = measured(report, (await alone.result()).stats)
         if parsed.trace:
-            write_trace(parsed.trace, result.trace or ())
-        printer.result(result, report)
+            await printer.trace(parsed.trace, result.trace or ())
+        await printer.result(result, report)
         return report
 
 
@@ -235,6 +236,7 @@ class Interrupts:
 
     def __init__(self) -> None:
         self.status = 0
+        self.printer: Printer | None = None
         self.client: AsyncClient | None = None
         self.stream: Stream | None = None
         self._task = asyncio.current_task()
@@ -245,5 +247,13 @@ class Interrupts:
         first, self.status = self.status == 0, 128 + number
         if first and number == signal.SIGINT and self.stream is not None:
             self._cancelling = asyncio.ensure_future(self.stream.cancel())
+            self._show()
         elif self._task:
             self._task.cancel()
+
+    def _show(self) -> None:
+        """Quit if nobody takes what there is to show."""
+        if self.printer and self.printer.waited_s > UNREAD_S and self._task:
+            self._task.cancel()
+        else:
+            asyncio.get_running_loop().call_later(0.1, self._show)

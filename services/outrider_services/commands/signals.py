@@ -9,6 +9,8 @@ from typing import Any
 
 from outrider_services.pipeline.launcher import first_of
 
+NUMBERS = (signal.SIGINT, signal.SIGTERM)
+
 
 def signalled() -> asyncio.Future[int]:
     """A future of the exit status that a signal asks for; done once a signal has come."""
@@ -19,7 +21,7 @@ def signalled() -> asyncio.Future[int]:
         if not stop.done():
             stop.set_result(128 + number)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in NUMBERS:
         loop.add_signal_handler(number, on, number)
     return stop
 
@@ -28,10 +30,14 @@ async def until_signalled(work: Coroutine[Any, Any, None]) -> int:
     """Do `work`; the exit status of the signal that ended it first, else 0."""
     stop = signalled()
     task = asyncio.ensure_future(work)
-    await first_of(task, stop)
-    if not task.done():
-        task.cancel()
-        await asyncio.wait([task])
-        return stop.result()
-    task.result()
-    return 0
+    try:
+        await first_of(task, stop)
+        if not task.done():
+            task.cancel()
+            await asyncio.wait([task])
+            return stop.result()
+        task.result()
+        return 0
+    finally:
+        for number in NUMBERS:  # uvloop would leave its own, which do nothing without it
+            asyncio.get_running_loop().remove_signal_handler(number)

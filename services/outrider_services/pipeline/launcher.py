@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -264,11 +264,11 @@ class Launcher:
                 self.failed.set_exception(error)
 
     async def _read_states(self, child: Child, stream: asyncio.StreamReader) -> None:
-        async for line in stream:
+        async for line in lines(stream):
             try:
                 state, detail, *rest = json.loads(line)
             except ValueError:
-                self._log(child.role, line.decode("utf-8", "replace").rstrip())
+                self._log(child.role, line)
                 continue
             if state == "error":
                 child.error = from_code(detail, rest[0])
@@ -281,10 +281,22 @@ class Launcher:
             self._report(child.role, state, float(detail))
 
     async def _forward(self, child: Child, stream: asyncio.StreamReader) -> None:
-        async for line in stream:
+        async for line in lines(stream):
             if self._stopping and child.role == "coordinator":
                 continue  # it complains of the workers that we have just ended
-            self._log(child.role, line.decode("utf-8", "replace").rstrip())
+            self._log(child.role, line)
+
+
+async def lines(stream: asyncio.StreamReader) -> AsyncIterator[str]:
+    """The lines of `stream`, whatever they are; one too long to be kept comes in its last part."""
+    while True:
+        try:
+            line = await stream.readline()
+        except ValueError:
+            continue
+        if not line:
+            return
+        yield line.decode("utf-8", "replace").rstrip()
 
 
 async def first_of(*futures: asyncio.Future[Any]) -> None:

@@ -1,8 +1,9 @@
 """The client library: `connect()` gives an asynchronous client, `Client` is its sync twin."""
 
-from outrider.client.asynchronous import AsyncClient, Stream, connect
+from outrider.client.asynchronous import AsyncClient, connect
 from outrider.client.results import Completion, CompletionChoice, FinishReason, Usage
 from outrider.client.settings import ChatMessage, CompletionSettings, TextPart
+from outrider.client.stream import Stream
 from outrider.client.synchronous import Client, SyncStream
 
 __all__ = [

@@ -1,19 +1,19 @@
-"""The asynchronous client: a connection to a coordinator, and the streams that it feeds."""
+"""The asynchronous client: a connection to a coordinator, and what is asked over it."""
 
 from __future__ import annotations
 
 import asyncio
 import itertools
+import os
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any, Literal, TypeVar, Unpack, overload
 
 from outrider.client import settings as asked
-from outrider.client.results import Completion, CompletionChoice, FinishReason, Usage
+from outrider.client.results import Completion
 from outrider.client.settings import CompletionSettings, Ids, Messages, Prompt
-from outrider.core.stats import Report
-from outrider.core.values import Fragment, Span
+from outrider.client.stream import Inbox, Stream
 from outrider.errors import (
     BadRequest,
     ConfigError,
@@ -30,88 +30,9 @@ from outrider.wire.transport import Link, PeerGone
 
 SILENCE_S = 10.0  # the coordinator pings every second; so long it may be paused
 ANSWER_S = 15.0  # most that a question may take
+FORKED = "a client does not outlive fork(): make one in each process"
 
 Answer = TypeVar("Answer", wire.Tokens, wire.Rendered, wire.HealthReport)
-Inbox = asyncio.Queue[wire.Message | OutriderError]
-
-
-class Stream:
-    """An answer as it is committed: iterate over its fragments. Leaving `async with` cancels it."""
-
-    def __init__(self, client: AsyncClient, call: int, *, traced: bool = False) -> None:
-        self.model = ""
-        self.prompt_token_ids: tuple[int, ...] = ()
-        self.fragments: list[Fragment] = []
-        self.stats: Report | None = None  # live; None until the first fragment
-        self.trace: tuple[Span, ...] | None = None
-        self.finish_reason: FinishReason | None = None
-        self._client, self._call, self._traced = client, call, traced
-        self._spans: list[Span] = []
-        self._error: OutriderError | None = None
-        self._inbox: Inbox = client._open(call)
-
-    def __aiter__(self) -> AsyncIterator[Fragment]:
-        return self
-
-    async def __anext__(self) -> Fragment:
-        while self.finish_reason is None:
-            if self._error:
-                raise self._error  # again and again: it has no other outcome
-            match await self._client._next(self._inbox):
-                case wire.Started(_, model, _, prompt):
-                    self.model, self.prompt_token_ids = model, prompt
-                case wire.Progress(_, fragment, stats, spans):
-                    self.fragments.append(fragment)
-                    self.stats = stats
-                    self._spans += spans
-                    return fragment
-                case wire.Finished(_, reason, stats, spans):
-                    self.finish_reason, self.stats = reason, stats
-                    if self._traced:
-                        self.trace = (*self._spans, *spans)
-                case wire.Failed(_, code, words):
-                    self._error = from_code(code, words)
-                case OutriderError() as error:
-                    self._error = error
-        raise StopAsyncIteration
-
-    async def cancel(self) -> None:
-        """Stop generating; iteration ends normally. Does nothing when called again or too late."""
-        if self.finish_reason is None and self._error is None:
-            self._client._send(wire.Cancel(self._call))
-
-    async def result(self) -> Completion:
-        """Read to the end and return the whole answer. Raises OutriderError if there is none."""
-        async for _ in self:
-            pass
-        return self._whole()
-
-    def _whole(self) -> Completion:
-        tokens = tuple(token for fragment in self.fragments for token in fragment.tokens)
-        text = "".join(fragment.text for fragment in self.fragments)
-        logprobs = tuple(t.logprob for t in tokens if t.logprob is not None)
-        prompt = len(self.prompt_token_ids)
-        assert self.stats  # it has ended
-        assert self.finish_reason
-        return Completion(
-            id=f"cmpl-{self._call}",
-            object="text_completion",
-            created=int(time.time()),
-            model=self.model,
-            choices=(CompletionChoice(text, 0, self.finish_reason, logprobs or None),),
-            usage=Usage(prompt, len(tokens), prompt + len(tokens)),
-            tokens=tokens,
-            prompt_token_ids=self.prompt_token_ids,
-            stats=self.stats,
-            trace=self.trace,
-        )
-
-    async def __aenter__(self) -> Stream:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        with suppress(ConnectionFailed):  # then nobody is left to cancel it
-            await self.cancel()
 
 
 class AsyncClient:
@@ -128,12 +49,15 @@ class AsyncClient:
         self._calls = itertools.count(1)
         self._inboxes: dict[int, Inbox] = {}
         self._link: Link | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None  # of the link
+        self._process = 0  # the same
         self._heard = 0.0
 
     async def __aenter__(self) -> AsyncClient:
         if self._link:
             raise BadRequest("this client is connected already: make another")
         address = address_of(self.pipeline)
+        self._loop, self._process = asyncio.get_running_loop(), os.getpid()
         self._link = Link(address, self._on_message, self._on_lost)
         try:
             await self._reach(address)
@@ -159,7 +83,19 @@ class AsyncClient:
         await self.close()
 
     async def close(self) -> None:
-        """End the connection; whoever still waits gets ConnectionFailed. May be called again."""
+        """End the connection; whoever still waits gets ConnectionFailed. May be called again.
+
+        In a process that was forked it does nothing: the connection is the parent's.
+        """
+        loop = self._loop
+        if loop is None or self._process != os.getpid():
+            return
+        if loop is not asyncio.get_running_loop() and loop.is_running():  # in another thread
+            loop.call_soon_threadsafe(self._end)
+        else:
+            self._end()
+
+    def _end(self) -> None:
         link, self._link = self._link, None
         self._fail_all("the client was closed before the answer ended")
         if link:
@@ -308,12 +244,34 @@ class AsyncClient:
     def _forget(self, call: int) -> None:
         self._inboxes.pop(call, None)
 
-    def _send(self, message: wire.Message) -> None:
+    def _abandon(self, call: int) -> None:
+        """Cancel `call` and forget it; from any thread, at any time, for destructors call it."""
+        if self._loop is None or self._process != os.getpid() or call not in self._inboxes:
+            return
+        with suppress(RuntimeError):  # the loop is closed, and the connection with it
+            self._loop.call_soon_threadsafe(self._drop, call)
+
+    def _drop(self, call: int) -> None:
+        if call in self._inboxes:
+            self._forget(call)
+            with suppress(ConnectionFailed):  # then nobody is left to cancel it
+                self._send(wire.Cancel(call))
+
+    def _connection(self) -> Link:
+        """The link, if whoever asks may use it. Raises ConnectionFailed."""
         if self._link is None:
             raise ConnectionFailed("the client has no connection outside of its `with` block")
+        if self._process != os.getpid():
+            raise ConnectionFailed(FORKED)
+        if self._loop is not asyncio.get_running_loop():
+            raise ConnectionFailed("a client serves the event loop that it was opened in: make one")
+        return self._link
+
+    def _send(self, message: wire.Message) -> None:
+        link = self._connection()
         check(message)
         try:
-            self._link.send(message)
+            link.send(message)
         except PeerGone:
             raise ConnectionFailed(f"the coordinator of {self.pipeline!r} is gone") from None
 
@@ -331,11 +289,14 @@ class AsyncClient:
 
     def _fail_all(self, why: str) -> None:
         for inbox in self._inboxes.values():
-            inbox.put_nowait(ConnectionFailed(why))
+            with suppress(RuntimeError):  # who waited for it in a loop that is closed does no more
+                inbox.put_nowait(ConnectionFailed(why))
         self._inboxes.clear()
 
     async def _next(self, inbox: Inbox) -> wire.Message | OutriderError | None:
         """The next message; None after a second without one, if the coordinator still lives."""
+        if self._link:
+            self._connection()
         try:
             async with asyncio.timeout(1.0):  # wait_for (3.11) may swallow a cancellation
                 return await inbox.get()

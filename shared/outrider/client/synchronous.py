@@ -3,20 +3,81 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
-from collections.abc import Coroutine, Iterator
+import weakref
+from collections.abc import Callable, Coroutine, Iterator
+from concurrent.futures import Future
 from contextlib import suppress
-from typing import Any, Literal, TypeVar, Unpack, overload
+from typing import Any, Generic, Literal, TypeVar, Unpack, overload
 
-from outrider.client.asynchronous import ANSWER_S, AsyncClient, Stream
+from outrider.client.asynchronous import ANSWER_S, FORKED, AsyncClient
 from outrider.client.results import Completion, FinishReason
 from outrider.client.settings import CompletionSettings, Ids, Messages, Prompt
+from outrider.client.stream import Stream
 from outrider.core.stats import Report
 from outrider.core.values import Fragment, Span
-from outrider.errors import ConnectionFailed
+from outrider.errors import ConnectionFailed, OutriderError
 from outrider.wire.connections import check_room
 
 T = TypeVar("T")
+Work = Callable[[], Coroutine[Any, Any, T]]
+
+
+class Call(Generic[T]):
+    """Work for a loop in another thread, and its outcome.
+
+    It is there before it begins: whatever interrupts who waits for it, it can be given up.
+    """
+
+    def __init__(self, work: Work[T]) -> None:
+        self.outcome: Future[T] = Future()
+        self._work = work
+        self._task: asyncio.Task[T] | None = None
+
+    def begin(self) -> None:
+        """On the loop."""
+        self._task = asyncio.ensure_future(self._work())
+        self._task.add_done_callback(self._over)
+
+    def _over(self, task: asyncio.Task[T]) -> None:
+        if task.cancelled():
+            self.outcome.set_exception(ConnectionFailed("the call was given up"))
+        elif error := task.exception():
+            self.outcome.set_exception(error)
+        else:
+            self.outcome.set_result(task.result())
+
+    def give_up(self) -> None:
+        """On the loop: nobody waits for the outcome."""
+        if self._task and not self._task.cancel() and not self._task.exception():
+            abandon(self._task.result())
+
+
+def abandon(answer: object) -> None:
+    """Cancel `answer` if it is a stream: nobody will read it."""
+    if isinstance(answer, Stream):
+        answer._abandon()
+
+
+def serve(loop: asyncio.AbstractEventLoop, client: AsyncClient, ended: asyncio.Event) -> None:
+    """What a client's thread does."""
+
+    async def until_ended() -> None:
+        await ended.wait()
+        await client.close()
+        calls = asyncio.all_tasks() - {asyncio.current_task()}  # other threads' calls: they fail
+        await asyncio.gather(*calls, return_exceptions=True)
+
+    loop.run_until_complete(until_ended())
+    loop.close()
+
+
+def end(loop: asyncio.AbstractEventLoop, ended: asyncio.Event, process: int) -> None:
+    """Let `serve` end, if it is in this process; from any thread."""
+    if process == os.getpid():
+        with suppress(RuntimeError):  # it has ended
+            loop.call_soon_threadsafe(ended.set)
 
 
 class Client:
@@ -28,13 +89,19 @@ class Client:
     def __init__(self, pipeline: str = "default", *, timeout_s: float = 3.0) -> None:
         self._client = AsyncClient(pipeline, timeout_s=timeout_s)
         check_room()  # the loop, too, has descriptors
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="outrider", daemon=True)
-        self._thread.start()
-        self._lock = threading.Lock()  # nothing is given to a loop that is closing
+        self._loop, ended = asyncio.new_event_loop(), asyncio.Event()
+        self._lock = threading.RLock()  # nothing is given to a loop that is closing
         self._closed = False
+        self._process = os.getpid()
+        # the thread does not know this object: one that is dropped ends as if it were closed
+        self._thread = threading.Thread(
+            target=serve, args=(self._loop, self._client, ended), name="outrider", daemon=True
+        )
+        self._end = weakref.finalize(self, end, self._loop, ended, self._process)
+        self._end.atexit = False
+        self._thread.start()
         try:
-            self._wait(self._client.__aenter__())
+            self._wait(self._client.__aenter__)
         except BaseException:
             self.close()
             raise
@@ -78,7 +145,9 @@ class Client:
         `outrider.CompletionSettings`. The text depends on prompt, seed and sampling settings alone,
         never on `mode`, `n_draft`, `n_min` or `p_min`.
         """
-        return self._answer(self._client.create_completion(prompt, stream=stream, **settings))
+        return self._answer(
+            lambda: self._client.create_completion(prompt, stream=stream, **settings)
+        )
 
     @overload
     def create_chat_completion(
@@ -105,39 +174,39 @@ class Client:
     ) -> Completion | SyncStream:
         """As `create_completion`, with `messages` in the model's chat template as the prompt."""
         return self._answer(
-            self._client.create_chat_completion(messages, stream=stream, **settings)
+            lambda: self._client.create_chat_completion(messages, stream=stream, **settings)
         )
 
     def tokenize(self, text: str, *, special: bool = True) -> tuple[int, ...]:
         """The target's token ids of `text`; with `special`, markers become control tokens."""
-        return self._wait(self._client.tokenize(text, special=special))
+        return self._wait(lambda: self._client.tokenize(text, special=special))
 
     def detokenize(self, tokens: Ids) -> str:
         """The text of these token ids."""
-        return self._wait(self._client.detokenize(tokens))
+        return self._wait(lambda: self._client.detokenize(tokens))
 
     def apply_template(self, messages: Messages) -> str:
         """`messages` in the model's chat template, up to where the answer begins."""
-        return self._wait(self._client.apply_template(messages))
+        return self._wait(lambda: self._client.apply_template(messages))
 
     def health(self, *, timeout_s: float = ANSWER_S) -> dict[str, Any]:
         """The state of coordinator, workers and requests."""
-        return self._wait(self._client.health(timeout_s=timeout_s))
+        return self._wait(lambda: self._client.health(timeout_s=timeout_s))
 
     def stop(self) -> None:
         """End the pipeline as soon as it has finished what it is generating."""
-        self._wait(self._client.stop())
+        self._wait(self._client.stop)
 
     def close(self) -> None:
-        """End the connection; whoever still waits gets ConnectionFailed. May be called again."""
-        with self._lock:
-            if self._closed:
-                return
-            self._closed = True
-        asyncio.run_coroutine_threadsafe(self._end(), self._loop).result()
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
+        """End the connection; whoever still waits gets ConnectionFailed. May be called again.
+
+        In a process that was forked it does nothing: the connection is the parent's.
+        """
+        if self._process == os.getpid():
+            with self._lock:
+                self._closed = True
+            self._end()
+            self._thread.join()
 
     def __enter__(self) -> Client:
         return self
@@ -145,30 +214,40 @@ class Client:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    async def _end(self) -> None:
-        await self._client.close()
-        calls = asyncio.all_tasks() - {asyncio.current_task()}  # other threads' calls: they fail
-        await asyncio.gather(*calls, return_exceptions=True)
+    def _answer(self, answer: Work[Completion | Stream]) -> Completion | SyncStream:
+        got = None
+        try:
+            got = self._wait(answer)
+            return SyncStream(self, got) if isinstance(got, Stream) else got
+        except BaseException:
+            abandon(got)
+            raise
 
-    def _answer(self, answer: Coroutine[Any, Any, Completion | Stream]) -> Completion | SyncStream:
-        got = self._wait(answer)
-        return SyncStream(self, got) if isinstance(got, Stream) else got
+    def _wait(self, work: Work[T]) -> T:
+        call = Call(work)
+        try:
+            self._begin(call)
+            return call.outcome.result()
+        except BaseException:  # Ctrl-C: nobody waits for the answer any more
+            if self._process == os.getpid():
+                with suppress(RuntimeError):  # the loop is closed
+                    self._loop.call_soon_threadsafe(call.give_up)
+            raise
 
-    def _wait(self, call: Coroutine[Any, Any, T]) -> T:
+    def _begin(self, call: Call[Any]) -> None:
+        if self._process != os.getpid():  # before the lock: the parent may have held it
+            raise ConnectionFailed(FORKED)
         with self._lock:
             if self._closed:
-                call.close()
                 raise ConnectionFailed("the client is closed")
-            future = asyncio.run_coroutine_threadsafe(call, self._loop)
-        try:
-            return future.result()
-        except BaseException:  # Ctrl-C: nobody waits for the answer any more
-            future.cancel()
-            raise
+            self._loop.call_soon_threadsafe(call.begin)
 
 
 class SyncStream:
-    """`Stream` without `await`: iterate over its fragments. Leaving `with` cancels it."""
+    """`Stream` without `await`: iterate over its fragments.
+
+    Leaving `with` cancels it, and so do dropping it and a Ctrl-C while it waits for a fragment.
+    """
 
     def __init__(self, client: Client, stream: Stream) -> None:
         self._client, self._stream = client, stream
@@ -180,9 +259,15 @@ class SyncStream:
         if self.finish_reason is not None:
             raise StopIteration  # even after the client was closed
         try:
-            return self._client._wait(self._stream.__anext__())
+            return self._client._wait(self._stream.__anext__)
         except StopAsyncIteration:
             raise StopIteration from None
+        except OutriderError:
+            raise
+        except BaseException:  # Ctrl-C
+            with suppress(ConnectionFailed):
+                self._client._begin(Call(self._stream.cancel))
+            raise
 
     @property
     def model(self) -> str:
@@ -217,7 +302,7 @@ class SyncStream:
     def cancel(self) -> None:
         """Stop generating; iteration ends normally. Does nothing when called again or too late."""
         if self.finish_reason is None:
-            self._client._wait(self._stream.cancel())
+            self._client._wait(self._stream.cancel)
 
     def result(self) -> Completion:
         """Read to the end and return the whole answer. Raises OutriderError if there is none."""

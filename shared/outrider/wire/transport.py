@@ -174,8 +174,9 @@ class _Endpoint:
         if self.closed:
             return
         self.closed = True
-        self._loop.remove_reader(self._fd)
-        self._loop.remove_reader(self._monitor_fd)
+        if not self._loop.is_closed():
+            self._loop.remove_reader(self._fd)
+            self._loop.remove_reader(self._monitor_fd)
         self._socket.disable_monitor()
         self._monitor.close(linger=0)
         self._socket.close(linger=0)

@@ -1,0 +1,116 @@
+"""An answer while it comes."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from typing import Protocol
+
+from outrider.client.results import Completion, CompletionChoice, FinishReason, Usage
+from outrider.core.stats import Report
+from outrider.core.values import Fragment, Span
+from outrider.errors import ConnectionFailed, OutriderError, from_code
+from outrider.wire import messages as wire
+
+Inbox = asyncio.Queue[wire.Message | OutriderError]
+
+
+class Feeder(Protocol):
+    """What a stream needs of the client that it belongs to."""
+
+    def _open(self, call: int) -> Inbox: ...
+    async def _next(self, inbox: Inbox) -> wire.Message | OutriderError | None: ...
+    def _send(self, message: wire.Message) -> None: ...
+    def _abandon(self, call: int) -> None: ...
+
+
+class Stream:
+    """An answer as it is committed: iterate over its fragments.
+
+    Leaving `async with` cancels it; so does dropping it, for nobody can read it any more.
+    """
+
+    def __init__(self, client: Feeder, call: int, *, traced: bool = False) -> None:
+        self.model = ""
+        self.prompt_token_ids: tuple[int, ...] = ()
+        self.fragments: list[Fragment] = []
+        self.stats: Report | None = None  # live; None until the first fragment
+        self.trace: tuple[Span, ...] | None = None
+        self.finish_reason: FinishReason | None = None
+        self._client, self._call, self._traced = client, call, traced
+        self._spans: list[Span] = []
+        self._error: OutriderError | None = None
+        self._inbox: Inbox = client._open(call)
+
+    def __del__(self) -> None:
+        self._abandon()
+
+    def _abandon(self) -> None:
+        """Cancel it from whatever thread this is, and keep nothing for it: nobody will read it."""
+        if self.finish_reason is None and self._error is None:
+            self._client._abandon(self._call)
+
+    def __aiter__(self) -> AsyncIterator[Fragment]:
+        return self
+
+    async def __anext__(self) -> Fragment:
+        while self.finish_reason is None:
+            if self._error:
+                raise self._error  # again and again: it has no other outcome
+            match await self._client._next(self._inbox):
+                case wire.Started(_, model, _, prompt):
+                    self.model, self.prompt_token_ids = model, prompt
+                case wire.Progress(_, fragment, stats, spans):
+                    self.fragments.append(fragment)
+                    self.stats = stats
+                    self._spans += spans
+                    return fragment
+                case wire.Finished(_, reason, stats, spans):
+                    self.finish_reason, self.stats = reason, stats
+                    if self._traced:
+                        self.trace = (*self._spans, *spans)
+                case wire.Failed(_, code, words):
+                    self._error = from_code(code, words)
+                case OutriderError() as error:
+                    self._error = error
+        raise StopAsyncIteration
+
+    async def cancel(self) -> None:
+        """Stop generating; iteration ends normally. Does nothing when called again or too late."""
+        if self.finish_reason is None and self._error is None:
+            self._client._send(wire.Cancel(self._call))
+
+    async def result(self) -> Completion:
+        """Read to the end and return the whole answer. Raises OutriderError if there is none."""
+        async for _ in self:
+            pass
+        return self._whole()
+
+    def _whole(self) -> Completion:
+        tokens = tuple(token for fragment in self.fragments for token in fragment.tokens)
+        text = "".join(fragment.text for fragment in self.fragments)
+        logprobs = tuple(t.logprob for t in tokens if t.logprob is not None)
+        prompt = len(self.prompt_token_ids)
+        assert self.stats  # it has ended
+        assert self.finish_reason
+        return Completion(
+            id=f"cmpl-{self._call}",
+            object="text_completion",
+            created=int(time.time()),
+            model=self.model,
+            choices=(CompletionChoice(text, 0, self.finish_reason, logprobs or None),),
+            usage=Usage(prompt, len(tokens), prompt + len(tokens)),
+            tokens=tokens,
+            prompt_token_ids=self.prompt_token_ids,
+            stats=self.stats,
+            trace=self.trace,
+        )
+
+    async def __aenter__(self) -> Stream:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        with suppress(ConnectionFailed):  # then nobody is left to cancel it
+            await self.cancel()
