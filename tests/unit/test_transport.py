@@ -245,3 +245,42 @@ def test_where_no_socket_can_be_opened_that_is_one_sentence() -> None:
     assert client.startswith("cannot open a socket: Too many open files")
     assert links[-1] == "opened"
     assert sorted(set(links)) == sorted({client, "opened"})
+
+
+FLOODER = """
+import os, sys, time, zmq
+one = zmq.Context().socket(zmq.DEALER)
+one.connect(sys.argv[1])
+for _ in range(500):
+    one.send(bytes(2000))
+time.sleep(0.3)
+os._exit(0)
+"""
+FLOODED = """
+import asyncio, subprocess, sys, time
+from outrider.wire.transport import Router
+
+async def main():
+    router = Router(print, print)
+    address = router.bind(f"ipc://{sys.argv[2]}")
+    subprocess.run([sys.executable, "-c", sys.argv[1], address])
+    time.sleep(1.5)  # nobody reads meanwhile, and the connection is broken
+    await asyncio.sleep(0.2)
+    router.close()
+
+asyncio.run(main())
+"""
+
+
+def test_a_peer_that_dies_while_its_queue_is_full_ends_nobody_else(tmp_path: Path) -> None:
+    """libzmq 4.3.5 ends the process at the next heartbeat of its own on such a connection."""
+    assert zmq.HEARTBEAT_IVL not in transport.OPTIONS
+    done = subprocess.run(
+        [sys.executable, "-c", FLOODED, FLOODER, str(tmp_path / "s")],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=20,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr

@@ -41,10 +41,13 @@ OPTIONS = {
     zmq.BACKLOG: 1024,
     zmq.HANDSHAKE_IVL: 2000,
     # a process that ends closes its connections at once; these are for a peer behind a broken
-    # network, and longer than a process may be paused
-    zmq.HEARTBEAT_IVL: 5000,
-    zmq.HEARTBEAT_TIMEOUT: 15000,
-    zmq.HEARTBEAT_TTL: 15000,
+    # network, and longer than a process may be paused. Not ZeroMQ's own heartbeats: where one is due
+    # on a connection that broke while its queue was full, libzmq (4.3.5) ends the process
+    zmq.TCP_KEEPALIVE: 1,
+    zmq.TCP_KEEPALIVE_IDLE: 10,
+    zmq.TCP_KEEPALIVE_INTVL: 5,
+    zmq.TCP_KEEPALIVE_CNT: 3,
+    zmq.TCP_MAXRT: 25000,
     zmq.CONNECT_TIMEOUT: 500,
     zmq.RECONNECT_IVL: 50,
     zmq.RECONNECT_IVL_MAX: 1000,
