@@ -348,13 +348,13 @@ class Coordinator:
                 )
                 self._end(request, wire.Finished(call, reason, report, spans))
             case Fault(error):
-                self._end(request, wire.Failed(request.submit.call, error.code, str(error)))
+                self._end(request, wire.failure(request.submit.call, error))
 
     def _fail(self, request: Request, error: OutriderError) -> None:
         if request.session:
             self._advance(request, Failure(error))
         else:
-            self._end(request, wire.Failed(request.submit.call, error.code, str(error)))
+            self._end(request, wire.failure(request.submit.call, error))
 
     def _end(self, request: Request, last: wire.Message) -> None:
         """Give a request its one outcome; free whatever it held."""
@@ -366,7 +366,7 @@ class Coordinator:
             try:
                 self._tell(request.client, last)
             except BadRequest as exc:
-                self._tell(request.client, wire.Failed(request.submit.call, exc.code, str(exc)))
+                self._tell(request.client, wire.failure(request.submit.call, exc))
         self._admit()
         self._stop_if_idle()
 

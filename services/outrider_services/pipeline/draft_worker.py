@@ -23,7 +23,7 @@ from outrider.core.stream import Stream
 from outrider.core.values import Drafted, Proposal, Role, TokenId
 from outrider.errors import OutriderError
 from outrider.wire import messages as wire
-from outrider_services.pipeline.worker import Curve, Worker, failure
+from outrider_services.pipeline.worker import Curve, Worker
 
 
 @dataclass(slots=True)
@@ -93,7 +93,7 @@ class DraftWorker(Worker[Drafter]):
         try:
             slot = self.admit(order.tokens)
         except OutriderError as exc:
-            self.send(failure(request, exc))
+            self.send(wire.failure(request, exc))
             return
         stream = Stream.opened(order, self.model.info.context)
         ride = Ride(
@@ -144,7 +144,7 @@ class DraftWorker(Worker[Drafter]):
             await self.owned(lambda: self._draft(ride, waited_s, post))
         except (EngineFault, OutriderError, ValueError) as exc:
             if ride.is_open:
-                self.send(failure(ride.request, exc))
+                self.send(wire.failure(ride.request, exc))
                 with self._lock:
                     self._close(ride.request)
         finally:

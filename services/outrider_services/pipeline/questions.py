@@ -42,4 +42,4 @@ class Questions:
             self._waiting = +self._waiting  # only those who wait
 
     def _fail(self, client: bytes, question: Question, error: OutriderError) -> None:
-        self._tell(client, wire.Failed(question.call, error.code, str(error)))
+        self._tell(client, wire.failure(question.call, error))

@@ -208,8 +208,8 @@ class Roster:
 
     def _refuse(self, peer: bytes, role: Role, error: OutriderError) -> None:
         log.warning("%s worker refused: %s", role, error)
-        self.refusals[role] = str(error)
-        self._tell(peer, wire.Refused(error.code, str(error)))
+        self.refusals[role] = wire.words(error)
+        self._tell(peer, wire.Refused(error.code, wire.words(error)))
 
     # ---- leaving --------------------------------------------------------------------------------
 

@@ -20,7 +20,7 @@ from outrider.errors import BadRequest, OutriderError, ProtocolError
 from outrider.wire import messages as wire
 from outrider.wire.codec import check
 from outrider_services.pipeline import conversation
-from outrider_services.pipeline.worker import Curve, Worker, failure
+from outrider_services.pipeline.worker import Curve, Worker
 
 CHUNK = 128  # most tokens of one prefill pass: a cancellation may have to wait for it
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16)  # rows of the passes that are measured at load
@@ -84,7 +84,7 @@ class TargetWorker(Worker[Engine]):
         try:
             slot = self.admit(order.tokens)
         except OutriderError as exc:
-            self.send(failure(request, exc))
+            self.send(wire.failure(request, exc))
             return
         self._sequences[request] = Sequence(
             slot=slot,
@@ -110,7 +110,7 @@ class TargetWorker(Worker[Engine]):
             or any(token >= info.vocabulary.size for token in order.drafted)
         ):
             reason = f"round {order.round} does not follow from round {sequence.round}"
-            self.send(failure(request, ProtocolError(reason)))
+            self.send(wire.failure(request, ProtocolError(reason)))
             return
         sequence.round, sequence.drafted = order.round, order.drafted
         sequence.asked = self.computed_s
@@ -164,7 +164,7 @@ class TargetWorker(Worker[Engine]):
             # the slot is empty now: its text is evaluated again, but only once
             sequence.faults += 1
             if sequence.faults > 1:
-                self.send(failure(request, exc))
+                self.send(wire.failure(request, exc))
                 self._close(request)
             return None
         finally:
@@ -230,7 +230,7 @@ class TargetWorker(Worker[Engine]):
         try:
             self.send(await asyncio.to_thread(self._checked_reply, question))
         except Exception as exc:  # no text may end the worker
-            self.send(failure(question.call, exc))
+            self.send(wire.failure(question.call, exc))
 
     def _checked_reply(self, question: Question) -> wire.Message:
         """The answer. Raises BadRequest for one that does not fit a message."""

@@ -20,7 +20,7 @@ import outrider
 from outrider.core.drafter import DrafterInfo
 from outrider.core.engine import ModelInfo
 from outrider.core.values import Role, TokenId
-from outrider.errors import BadRequest, ConnectionFailed, OutriderError, Overloaded, from_code
+from outrider.errors import BadRequest, ConnectionFailed, Overloaded, from_code
 from outrider.wire import messages as wire
 from outrider.wire.transport import Link, PeerGone
 from outrider_services.pipeline.places import place
@@ -124,7 +124,7 @@ class Worker(ABC, Generic[M]):
         except BadRequest as exc:  # it is too long
             match message:
                 case wire.Done(number) | wire.LabelTexts(number):
-                    self._link.send(failure(number, exc))
+                    self._link.send(wire.failure(number, exc))
                 case _:
                     raise
 
@@ -156,7 +156,7 @@ class Worker(ABC, Generic[M]):
     async def run(self, connection: Connection, status: Status) -> None:
         """Serve until cancelled. Raises OutriderError if refused, or without a coordinator."""
         self._delay_s = connection.delay_s
-        self._link = Link(connection.address, self._on_arrival, self.forget)
+        self._link = Link(connection.address, self._on_arrival, self._on_lost)
         tasks = [asyncio.ensure_future(c) for c in (self._beat(), self._compute_forever())]
         try:
             await self._join(connection)
@@ -190,6 +190,10 @@ class Worker(ABC, Generic[M]):
             asyncio.get_running_loop().call_later(self._delay_s, self._on_message, message)
         else:
             self._on_message(message)
+
+    def _on_lost(self, why: str) -> None:
+        log.info("%s", why)
+        self.forget()
 
     def _on_message(self, message: wire.Message) -> None:
         self._silent_beats = 0
@@ -295,9 +299,3 @@ class Slots:
         """On the owner thread: `forget` what the slots given back still hold."""
         while self._used:
             forget(self._used.pop())
-
-
-def failure(request: int, exc: Exception) -> wire.Failed:
-    """The message that tells of `exc`, its text cut to 1,000 characters."""
-    code = exc.code if isinstance(exc, OutriderError) else "internal_error"
-    return wire.Failed(request, code, f"{exc!s:.1000}")

@@ -52,6 +52,7 @@ class AsyncClient:
         self._loop: asyncio.AbstractEventLoop | None = None  # of the link
         self._process = 0  # the same
         self._heard = 0.0
+        self._lost = ""  # why the last connection was
 
     async def __aenter__(self) -> AsyncClient:
         if self._link:
@@ -74,9 +75,8 @@ class AsyncClient:
                 return
             except (ConnectionFailed, RequestTimeout):
                 if time.monotonic() > deadline:
-                    raise ConnectionFailed(
-                        f"no coordinator answers at {address}; start one with `outrider serve`"
-                    ) from None
+                    start = f"no coordinator answers at {address}; start one with `outrider serve`"
+                    raise ConnectionFailed(self._lost or start) from None
                 await asyncio.sleep(0.02)
 
     async def __aexit__(self, *_: object) -> None:
@@ -283,9 +283,10 @@ class AsyncClient:
             if isinstance(message, wire.Finished | wire.Failed):
                 self._forget(call)
 
-    def _on_lost(self) -> None:
+    def _on_lost(self, why: str) -> None:
         """The coordinator forgets what was asked over a connection that has ended."""
-        self._fail_all(f"the connection to {self.pipeline!r} was lost before the answer ended")
+        self._lost = f"{self.pipeline!r}: {why} before the answer ended"
+        self._fail_all(self._lost)
 
     def _fail_all(self, why: str) -> None:
         for inbox in self._inboxes.values():

@@ -30,6 +30,7 @@ from outrider.core.values import (
     Value,
     Word,
 )
+from outrider.errors import InternalError, OutriderError
 
 PROTOCOL = 3
 FRAME_LIMIT = 1 << 20  # bytes; a prompt of 200,000 tokens fits
@@ -125,6 +126,17 @@ class Failed(Tagged, frozen=True):
     id: Id
     code: Word
     message: Line
+
+
+def failure(id: int, exc: Exception) -> Failed:
+    """The message that tells of `exc`."""
+    code = exc.code if isinstance(exc, OutriderError) else InternalError.code
+    return Failed(id, code, words(exc))
+
+
+def words(exc: Exception) -> str:
+    """What `exc` says, as a message can carry it: cut, and without what UTF-8 cannot express."""
+    return f"{exc!s:.1000}".encode("utf-8", "backslashreplace").decode()
 
 
 # ---- questions about text: client → coordinator → target worker, and back -----------------------

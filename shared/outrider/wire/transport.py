@@ -34,15 +34,17 @@ RETRY_S = (0.001, 0.1)  # between two looks at what waits: at first, at most
 GONE_S = 0.002  # what was sent before a connection ended is read within this time
 MUTE_S = 2.0  # a surplus connection that has said nothing for so long ends
 
+LOST = "the connection was lost"
+
 OPTIONS = {
     zmq.LINGER: 0,
     zmq.IMMEDIATE: 1,  # nothing is queued for a peer that is not there
     zmq.MAXMSGSIZE: FRAME_LIMIT,
     zmq.BACKLOG: 1024,
     zmq.HANDSHAKE_IVL: 2000,
-    # a process that ends closes its connections at once; these are for a peer behind a broken
-    # network, and longer than a process may be paused. Not ZeroMQ's own heartbeats: where one is due
-    # on a connection that broke while its queue was full, libzmq (4.3.5) ends the process
+    # A process that ends closes its connections at once; these are for a peer behind a broken
+    # network, and longer than a process may be paused. Not ZeroMQ's own heartbeats: where one is
+    # due on a connection that broke while its queue was full, libzmq (4.3.5) ends the process.
     zmq.TCP_KEEPALIVE: 1,
     zmq.TCP_KEEPALIVE_IDLE: 10,
     zmq.TCP_KEEPALIVE_INTVL: 5,
@@ -310,21 +312,22 @@ class Router(_Endpoint):
 class Link(_Endpoint):
     """A worker's or client's connection to the coordinator; it reconnects by itself.
 
-    `on_lost` is called when a connection has ended. Raises ConnectionFailed for something that is
-    no address.
+    `on_lost` is told why a connection has ended; one over which something unreadable comes is
+    ended, since what it was may be waited for. Raises ConnectionFailed for what is no address.
     """
 
     def __init__(
         self,
         address: str,
         on_message: Callable[[Message], None],
-        on_lost: Callable[[], None] = lambda: None,
+        on_lost: Callable[[str], None] = lambda _: None,
     ) -> None:
         events = zmq.EVENT_CONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
         super().__init__(zmq.DEALER, events)
         self._on_message, self._on_lost = on_message, on_lost
         self._connection: int | None = None  # its descriptor
         self._is_up = False
+        self._why = LOST
         self._resolve(address)
         try:
             self._socket.connect(address)
@@ -357,8 +360,9 @@ class Link(_Endpoint):
 
     def _lost(self) -> None:
         self._drain()  # what came before the end
+        why, self._why = self._why, LOST
         if not self.closed:
-            self._on_lost()
+            self._on_lost(why)
 
     def _receive(self) -> None:
         frame = self._socket.recv(zmq.NOBLOCK)
@@ -368,5 +372,7 @@ class Link(_Endpoint):
             message = decode(frame)
         except ProtocolError as exc:
             log.warning("dropped: %s", exc)
+            self._why = "the coordinator said what this version of outrider cannot read"
+            self.end()
             return
         self._on_message(message)
