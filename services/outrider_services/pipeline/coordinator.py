@@ -62,7 +62,7 @@ class Coordinator:
 
     def __init__(self, send: Send, defaults: Defaults, clock: Clock = time.monotonic) -> None:
         self._send, self._defaults, self._clock = send, defaults, clock
-        self._roster = Roster(self._tell, self._on_joined, self._on_lost, clock)
+        self._roster = Roster(self._tell, self._on_joined, self._on_lost, clock, defaults.tokens)
         self._experience: dict[Mode, Experience] = {}
         self._clients: set[bytes] = set()
         self._bad_frames: dict[bytes, int] = {}

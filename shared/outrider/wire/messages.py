@@ -31,7 +31,7 @@ from outrider.core.values import (
     Word,
 )
 
-PROTOCOL = 2
+PROTOCOL = 3
 FRAME_LIMIT = 1 << 20  # bytes; a prompt of 200,000 tokens fits
 
 Line: TypeAlias = Annotated[str, Meta(max_length=4096)]
@@ -63,6 +63,7 @@ class Hello(Tagged, frozen=True):
     device: Word
     cores: Word  # where it computes: "host:0,1", "host:gpu0", "host:gpu*"; "": a device of its own
     curve_s: Curve  # of a target, a pass over 1, 2 … rows; of a draft, one token
+    token: Word = ""  # what the launcher gave to the workers that it started
 
 
 class Welcome(Tagged, frozen=True):
