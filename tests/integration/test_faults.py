@@ -33,6 +33,7 @@ from outrider.errors import ConnectionFailed, IncompatiblePair, Overloaded, Work
 from outrider.wire import messages as wire
 from outrider.wire.codec import decode, encode
 from outrider.wire.transport import Link, PeerGone
+from outrider_services.pipeline import launcher as launchers
 from outrider_services.pipeline import worker as workers
 from outrider_services.pipeline.draft_worker import DraftWorker
 from outrider_services.pipeline.launcher import Launcher
@@ -847,6 +848,9 @@ async def test_a_draft_that_lies_changes_no_token(
         assert health["requests"] == {"running": 0, "waiting": 0}
 
 
+TAKEN = """print('["error", "busy", "there is a draft worker already"]')"""
+
+
 # ---- workers that do not fit --------------------------------------------------------------------
 
 
@@ -862,7 +866,8 @@ async def test_a_draft_that_lies_changes_no_token(
         (
             {"role": "target"},
             "invalid_config",
-            "there is a target worker already",
+            "this pipeline starts its target worker itself; to let others join, start it with "
+            "--target-place remote",
         ),
     ],
     ids=["another-protocol", "a-second-target"],
@@ -919,11 +924,76 @@ async def test_a_second_draft_is_refused_and_the_first_rides_on(
         served.connect() as client,
         Byzantine(wrong_tokens).connected(served.ipc) as worker,
     ):
-        reason = "there is a draft worker already"
-        assert worker.joined.result() == wire.Refused("invalid_config", reason)
+        refused = worker.joined.result()
+        assert isinstance(refused, wire.Refused)
+        assert "starts its draft worker itself" in refused.reason
         done = await complete(client, 40)
         assert ids(done) == oracle(PROMPT, 40).token_ids
         assert done.stats.accepted_tokens > 0
+
+
+async def test_a_second_draft_from_elsewhere_is_told_that_one_is_there(
+    without_draft: Served,
+) -> None:
+    async with Byzantine(wrong_tokens).connected(without_draft.ipc) as first:
+        assert isinstance(first.joined.result(), wire.Welcome)
+        async with Byzantine(wrong_tokens, incarnation=5).connected(without_draft.ipc) as second:
+            answer = wire.Refused("busy", "there is a draft worker already")
+            assert second.joined.result() == answer
+
+
+@pytest.mark.parametrize("role", ["draft", "target"])
+async def test_nobody_takes_the_place_of_a_worker_that_died(
+    pipeline: Pipelines, oracle: Oracle, role: str
+) -> None:
+    async with pipeline(**SLOW) as up, up.connect() as client:
+        address = f"ipc://{up.runtime}/outrider/{up.name}.sock"
+        told = " ".join(arg for pid in up.pids().values() for arg in psutil.Process(pid).cmdline())
+        assert up.launcher._token not in told
+        for number in range(2):
+            dead = up.pids()[role]
+            os.kill(dead, signal.SIGKILL)
+            stranger = Byzantine(wrong_tokens, role=role, incarnation=number)
+            async with stranger.connected(address):
+                assert isinstance(stranger.joined.result(), wire.Refused)
+                await up.joined(client, role)
+                health = await client.health()
+                assert health["workers"][role]["model"] != "byzantine"
+                assert health["refused"] == {}
+                done = await complete(client, 40)
+                assert ids(done) == oracle(PROMPT, 40).token_ids
+                assert done.stats.accepted_tokens > 0 or role == "target"
+                assert up.pids()[role] != dead
+            assert stranger.asked == 0
+        assert not [line for line in up.lines if "stays down" in line]
+
+
+async def test_a_worker_whose_place_is_taken_is_started_until_it_is_free(
+    pipeline: Pipelines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More often than a worker that crashes would be."""
+    monkeypatch.setattr(launchers, "BACKOFF_S", (0.01, 0.02))
+    monkeypatch.setattr(launchers, "RESTARTS", (1, 60.0))
+    async with pipeline(**SLOW) as up, up.connect() as client:
+        (draft,) = (child for child in up.launcher._children if child.role == "draft")
+        real, draft.arguments = draft.arguments, ["-c", TAKEN]
+        start = asyncio.create_subprocess_exec
+
+        def instead(program: str, *arguments: str, **more: Any) -> Any:
+            if "-c" in arguments:  # it only says what a worker says whose place is taken
+                return start(program, "-c", TAKEN, **more)
+            return start(program, *arguments, **more)
+
+        monkeypatch.setattr(asyncio, "create_subprocess_exec", instead)
+        os.kill(up.pids()["draft"], signal.SIGKILL)
+
+        def tries() -> int:
+            return sum("already; starting it again" in line for line in up.lines)
+
+        await up.until("five tries", lambda: tries() >= 5)
+        draft.arguments = real
+        await up.joined(client, "draft")
+        assert not [line for line in up.lines if "stays down" in line]
 
 
 # ---- the leak check itself ----------------------------------------------------------------------

@@ -20,6 +20,8 @@ import pytest
 import zmq
 
 from outrider import Client
+from outrider.wire import messages as wire
+from outrider.wire.codec import decode, encode
 from outrider_services import outlet
 
 if TYPE_CHECKING:
@@ -211,3 +213,42 @@ def writes(pid: int) -> bool:
         with suppress(OSError):  # it has ended
             calls.append(path.read_text().split())
     return any(call[1:2] == ["0x1"] for call in calls)
+
+
+# ---- a coordinator that does not answer ---------------------------------------------------------
+
+
+def test_a_coordinator_that_is_frozen_is_one_sentence_within_seconds(
+    cli: Cli, serve: Serve
+) -> None:
+    served = serve("frozen", *QUICK)
+    coordinator = served.pids()["coordinator"]
+    os.kill(coordinator, signal.SIGSTOP)
+    try:
+        for command in (("stop", "frozen"), ("run", "--connect=frozen", PROMPT)):
+            began = time.monotonic()
+            done = cli(*command)
+            assert time.monotonic() - began < 2 * ENDED_S
+            assert done.returncode == 7
+            assert done.stderr.startswith("outrider: no coordinator answers")
+            assert done.stderr.count("\n") == 1
+        assert cli("ps", "--json").stdout == "[]\n"
+    finally:
+        os.kill(coordinator, signal.SIGCONT)
+    assert served.stop() == 143
+
+
+def test_a_coordinator_that_freezes_while_it_is_asked_is_left_out_of_the_list(cli: Cli) -> None:
+    (cli.runtime / "outrider").mkdir(mode=0o700)
+    path = cli.runtime / "outrider" / "half.sock"
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as router:
+        router.bind(f"ipc://{path}")
+        listing = cli.start("ps", "--json")
+        assert router.poll(10_000)
+        peer, frame = router.recv_multipart()
+        asked = decode(frame)
+        assert isinstance(asked, wire.Health)
+        router.send_multipart([peer, encode(wire.HealthReport(asked.call, {}))])
+        out, err = listing.communicate(timeout=ENDED_S)
+    path.unlink(missing_ok=True)
+    assert (listing.returncode, out, err) == (0, "[]\n", "")

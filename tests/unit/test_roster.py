@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -30,7 +31,7 @@ def hello(role: Role, incarnation: int = 1, **changes: Any) -> wire.Hello:
 class World:
     """A roster, what it told whom, and who joined and was lost."""
 
-    def __init__(self) -> None:
+    def __init__(self, tokens: Mapping[Role, str] = MappingProxyType({})) -> None:
         self.now = 100.0
         self.told: list[tuple[bytes, wire.Message]] = []
         self.joined: list[Role] = []
@@ -42,6 +43,7 @@ class World:
             lambda role, why: self.lost.append((role, why)),
             self.paused.append,
             lambda: self.now,
+            tokens,
         )
 
     async def hello(self, peer: bytes, said: wire.Hello) -> None:
@@ -169,10 +171,41 @@ async def test_a_second_worker_of_a_role_is_refused_and_the_first_stays(
 ) -> None:
     first = await world.welcomed(b"a", hello(role, 1))
     await world.hello(b"b", hello(role, 2))
-    assert world.to(b"b") == [wire.Refused("invalid_config", f"there is a {role} worker already")]
+    assert world.to(b"b") == [wire.Refused("busy", f"there is a {role} worker already")]
     assert world.roster.get(role) is first
     assert world.roster.refusals == {}
     assert world.lost == []
+
+
+@pytest.mark.parametrize("role", ["target", "draft"])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"token": "wrong"}, {"token": "sécret"}, {"protocol": wire.PROTOCOL + 1}],
+    ids=["none", "wrong", "not-ascii", "another-protocol"],
+)
+async def test_only_our_own_workers_join_where_we_start_them(
+    role: Role, changes: dict[str, Any]
+) -> None:
+    world = World({role: "secret"})
+    await world.hello(b"x", hello(role, 1, **changes))
+    (refused,) = world.to(b"x")
+    assert isinstance(refused, wire.Refused)
+    assert "protocol" in changes or f"starts its {role} worker itself" in refused.reason
+    assert (world.joined, world.roster.refusals) == ([], {})
+    await world.welcomed(b"a", hello(role, 2, token="secret"))
+    await world.hello(b"x", hello(role, 2, **changes))  # not in its name either
+    assert world.roster.role_of(b"a") == role
+    assert world.lost == []
+    other: Role = "draft" if role == "target" else "target"
+    await world.welcomed(b"b", hello(other, 3))  # anybody, where we start none
+    await world.roster.close()
+
+
+async def test_a_stranger_that_is_refused_is_not_told_of_who_is_there(world: World) -> None:
+    await world.welcomed(b"a", hello("draft", 1))
+    await world.hello(b"x", hello("draft", 2, protocol=wire.PROTOCOL + 1))
+    assert isinstance(world.to(b"x")[-1], wire.Refused)
+    assert world.roster.refusals == {}
 
 
 async def test_of_two_that_come_at_once_one_is_welcomed(world: World) -> None:
@@ -180,7 +213,7 @@ async def test_of_two_that_come_at_once_one_is_welcomed(world: World) -> None:
     world.roster.on_hello(b"b", hello("draft", 2))
     await turns()
     assert world.to(b"a") == [wire.Welcome()]
-    assert world.to(b"b") == [wire.Refused("invalid_config", "there is a draft worker already")]
+    assert world.to(b"b") == [wire.Refused("busy", "there is a draft worker already")]
     assert world.joined == ["draft"]
 
 

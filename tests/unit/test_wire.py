@@ -286,7 +286,7 @@ def test_the_longest_frame_is_taken_and_a_byte_more_is_not() -> None:
     longest = wire.Tokenize(1, "x" * (FRAME_LIMIT - overhead), True)
     assert len(encode(longest)) == FRAME_LIMIT
     assert decode(encode(longest)) == longest
-    with pytest.raises(ProtocolError, match="exceeds the limit"):
+    with pytest.raises(BadRequest, match="exceeds the limit"):
         encode(wire.Tokenize(1, longest.text + "x", True))
     refused(frame("tokenize", 1, longest.text + "x", True))
 

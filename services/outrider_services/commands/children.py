@@ -28,11 +28,12 @@ def worker(settings: Settings, parsed: Any) -> int:
 
 def coordinator_flags(parser: Parser) -> None:
     parser.add_argument("--name", default="default")
+    parser.add_argument("--own", action="append", default=[], choices=("target", "draft"))
     parser.add_argument("--parent-fd", type=int)
 
 
 def coordinator(settings: Settings, parsed: Any) -> int:
-    processes.coordinator(settings, parsed.name, parsed.parent_fd)
+    processes.coordinator(settings, parsed.name, parsed.own, parsed.parent_fd)
     return 0
 
 

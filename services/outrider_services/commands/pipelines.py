@@ -11,11 +11,12 @@ import uvloop
 from rich.table import Table
 
 from outrider.client import connect
-from outrider.errors import ConfigError, ConnectionFailed
+from outrider.errors import ConfigError, ConnectionFailed, RequestTimeout
 from outrider.wire.addresses import address_of, runtime_dir
 from outrider_services.options import Parser, Settings
 from outrider_services.terminal import show
 
+ANSWER_S = 1.0  # most that a coordinator on this machine may take to answer
 STOP_S = 60.0  # how long requests may still take
 LOOK_S = 0.1  # between two looks at whether it is gone
 
@@ -44,10 +45,10 @@ async def _pipelines() -> list[dict[str, Any]]:
 
     async def ask(name: str) -> dict[str, Any] | None:
         try:
-            async with connect(name, timeout_s=1.0) as client:
-                return {"name": name, **await client.health()}
-        except ConnectionFailed:
-            return None  # left over from a pipeline that was killed
+            async with connect(name, timeout_s=ANSWER_S) as client:
+                return {"name": name, **await client.health(timeout_s=ANSWER_S)}
+        except (ConnectionFailed, RequestTimeout):
+            return None  # left over from a pipeline that was killed, or frozen
 
     names = sorted(path.stem for path in runtime_dir().glob("*.sock"))
     return [one for one in await asyncio.gather(*map(ask, names)) if one]

@@ -1,4 +1,4 @@
-"""The name of a pipeline belongs to one launcher, and to the coordinator that it started."""
+"""The name of a pipeline belongs to one launcher, and to the processes that it started."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import fcntl
 import os
 from contextlib import suppress
 from pathlib import Path
+
+TOKEN = "OUTRIDER_TOKEN"  # in the environment of what a launcher starts: proves who started it
 
 
 class Claim:

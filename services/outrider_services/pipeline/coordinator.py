@@ -70,7 +70,14 @@ class Coordinator:
 
     def __init__(self, send: Send, defaults: Defaults, clock: Clock = time.monotonic) -> None:
         self._send, self._defaults, self._clock = send, defaults, clock
-        self._roster = Roster(self._tell, self._on_joined, self._on_lost, self._on_paused, clock)
+        self._roster = Roster(
+            self._tell,
+            self._on_joined,
+            self._on_lost,
+            self._on_paused,
+            clock,
+            defaults.tokens,
+        )
         self._experience: dict[Mode, Experience] = {}
         self._clients: set[bytes] = set()
         self._requests = Requests(defaults.queue)

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import json
 import os
+import secrets
 import signal
 import sys
 import time
@@ -25,12 +26,13 @@ from outrider.errors import (
     ConfigError,
     ConnectionFailed,
     OutriderError,
+    Overloaded,
     WorkerLost,
     from_code,
 )
 from outrider.wire.addresses import socket_path
 from outrider_services.options import Settings, TargetOptions, to_flags
-from outrider_services.pipeline.claim import Claim
+from outrider_services.pipeline.claim import TOKEN, Claim
 from outrider_services.pipeline.places import share_cores
 
 STOP_S = 5.0  # between SIGTERM and SIGKILL
@@ -71,6 +73,7 @@ class Launcher:
         self._report, self._log = report, log
         self._socket: Path = socket_path(name)
         self._claim = Claim(self._socket)
+        self._token = secrets.token_hex(16)
         self._up = self._stopping = False
         self._tasks: list[asyncio.Task[None]] = []
         self._pipe: tuple[int, int] | None = None
@@ -79,16 +82,15 @@ class Launcher:
     def _plan(self, draft: bool) -> list[Child]:
         settings, address = self.settings, f"ipc://{self._socket}"
         sections = ("draft", "pipeline", "coordinator", "log")
-        children = [
-            Child(
-                "coordinator", ["coordinator", f"--name={self.name}", *to_flags(settings, sections)]
-            )
+        places = {"target": settings.target.place}
+        if draft:
+            places["draft"] = settings.draft.place
+        own = [role for role, place in places.items() if place == "spawn"]
+        flags = [f"--name={self.name}", *(f"--own={role}" for role in own)]
+        return [
+            Child("coordinator", ["coordinator", *flags, *to_flags(settings, sections)]),
+            *(Child(role, worker_arguments(role, settings, address)) for role in own),
         ]
-        if settings.target.place == "spawn":
-            children.append(Child("target", worker_arguments("target", settings, address)))
-        if draft and settings.draft.place == "spawn":
-            children.append(Child("draft", worker_arguments("draft", settings, address)))
-        return children
 
     async def __aenter__(self) -> Launcher:
         await self._claim_name()
@@ -199,6 +201,7 @@ class Launcher:
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
             pass_fds=self._inherited(child),
+            env={**os.environ, TOKEN: self._token},
             start_new_session=True,  # Ctrl-C is for the launcher
         )
         self._report(child.role, "starting", 0.0)
@@ -243,6 +246,9 @@ class Launcher:
 
     async def _restart(self, child: Child, error: OutriderError) -> None:
         most, within_s = RESTARTS
+        is_early = isinstance(error, Overloaded)  # its place is not free yet: that is no crash
+        if is_early:
+            child.starts.pop()
         while child.starts and time.monotonic() - child.starts[0] > within_s:
             child.starts.popleft()
         if len(child.starts) > most:
@@ -250,7 +256,8 @@ class Launcher:
             if child.role == "target":
                 self._fail(error)
             return
-        delay = min(BACKOFF_S[0] * 4 ** (len(child.starts) - 1), BACKOFF_S[1])
+        first_s, most_s = BACKOFF_S
+        delay = most_s if is_early else min(first_s * 4 ** (len(child.starts) - 1), most_s)
         self._log(child.role, f"{error}; starting it again in {delay:.1f} s")
         await asyncio.sleep(delay)
         if not self._stopping:

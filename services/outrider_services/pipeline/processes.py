@@ -10,13 +10,14 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
 import uvloop
 
 from outrider.core.drafter import Drafter
 from outrider.core.engine import Engine
+from outrider.core.values import Role
 from outrider.engines.drafter import ModelDrafter
 from outrider.errors import InternalError, OutriderError
 from outrider.wire.addresses import check_exposure, socket_path
@@ -24,6 +25,7 @@ from outrider.wire.transport import Router
 from outrider_services import options
 from outrider_services.models.loading import load_engine
 from outrider_services.options import Settings
+from outrider_services.pipeline.claim import TOKEN
 from outrider_services.pipeline.coordinator import Coordinator, Defaults
 from outrider_services.pipeline.draft_worker import DraftWorker
 from outrider_services.pipeline.target_worker import TargetWorker
@@ -36,9 +38,11 @@ M_MMAP_THRESHOLD = -3
 RELIEVE_S = 0.1  # between two looks at how heavy the coordinator is
 
 
-def coordinator(settings: Settings, name: str, parent_fd: int | None) -> None:
-    """The coordinator process of the pipeline `name`."""
-    _run(_coordinate(settings, name), parent_fd, lambda: socket_path(name).unlink(missing_ok=True))
+def coordinator(settings: Settings, name: str, own: Sequence[Role], parent_fd: int | None) -> None:
+    """The coordinator process of the pipeline `name`, whose launcher starts the workers `own`."""
+    tokens = dict.fromkeys(own, os.environ.pop(TOKEN, ""))
+    serving = _coordinate(settings, name, tokens)
+    _run(serving, parent_fd, lambda: socket_path(name).unlink(missing_ok=True))
 
 
 def worker(role: str, settings: Settings, address: str, parent_fd: int | None) -> None:
@@ -48,7 +52,8 @@ def worker(role: str, settings: Settings, address: str, parent_fd: int | None) -
         os.sched_setaffinity(0, cores)
     simulated = settings.pipeline.backend == "toy"
     delay_s = settings.toy.link_ms / 1000 if simulated else 0.0
-    connection = Connection(address, timeout_s=10.0, delay_s=delay_s)
+    token = os.environ.pop(TOKEN, "")
+    connection = Connection(address, timeout_s=10.0, delay_s=delay_s, token=token)
 
     def load(progress: Callable[[float], None]) -> Engine:
         return load_engine(role, settings, progress)
@@ -70,9 +75,9 @@ def say(state: str, *details: float | str) -> None:
         sys.stdout.flush()
 
 
-async def _coordinate(settings: Settings, name: str) -> None:
-    draft = settings.draft
-    defaults = Defaults(settings.pipeline.mode, draft.n_max, draft.n_min, draft.p_min)
+async def _coordinate(settings: Settings, name: str, tokens: Mapping[Role, str]) -> None:
+    mode, draft = settings.pipeline.mode, settings.draft
+    defaults = Defaults(mode, draft.n_max, draft.n_min, draft.p_min, tokens=tokens)
     core = Coordinator(lambda peer, message: router.send(peer, message), defaults)
     router = Router(core.on_message, core.on_gone)
     path = socket_path(name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -13,7 +13,7 @@ from outrider.core.engine import Vocabulary
 from outrider.core.events import Task
 from outrider.core.rules import MOST_DRAFTED
 from outrider.core.session import Session
-from outrider.core.values import TokenId
+from outrider.core.values import Role, TokenId
 from outrider.errors import BadRequest, Overloaded
 from outrider.wire import messages as wire
 
@@ -25,13 +25,14 @@ Ask: TypeAlias = Callable[[Callable[[int], wire.Message]], Awaitable[Any]]  # as
 
 @dataclass(frozen=True, slots=True)
 class Defaults:
-    """What a request gets where it does not say."""
+    """What a request gets where it does not say, and who may serve it."""
 
     mode: str = "auto"
     n_draft: int | None = None  # most drafted tokens in a block; None: by the costs
     n_min: int = 0
     p_min: float = 0.0
     queue: int = 64  # requests that may run or wait at once
+    tokens: Mapping[Role, str] = field(default_factory=dict)  # of workers that the launcher starts
 
 
 @dataclass(frozen=True, slots=True)

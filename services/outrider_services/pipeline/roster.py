@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import hmac
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import outrider
 from outrider.core.values import Role
 from outrider.errors import (
+    ConfigError,
     IncompatiblePair,
     OutriderError,
     Overloaded,
@@ -56,6 +59,11 @@ class Member:
         return max(8.0, 200 * self.hello.curve_s[0])
 
 
+def taken(role: Role) -> wire.Refused:
+    """The answer to one whose place is not free: it may come again."""
+    return wire.Refused(Overloaded.code, f"there is a {role} worker already")
+
+
 class Roster:
     """At most one target worker and one draft worker.
 
@@ -70,10 +78,12 @@ class Roster:
         on_lost: Callable[[Role, str], None],
         on_paused: Callable[[bool], None],
         clock: Callable[[], float] = time.monotonic,
+        tokens: Mapping[Role, str] = MappingProxyType({}),  # without one, anybody may join
     ) -> None:
         self.refusals: dict[str, str] = {}
         self._tell, self._on_joined, self._on_lost = tell, on_joined, on_lost
         self._on_paused, self._clock, self._looked = on_paused, clock, clock()
+        self._tokens = tokens
         self._members: dict[Role, Member] = {}
         self._joining: dict[bytes, asyncio.Task[None]] = {}
         self._answers: dict[int, tuple[bytes, asyncio.Future[Any]]] = {}  # asked peer, who waits
@@ -147,12 +157,17 @@ class Roster:
                 f"{ascii(hello.version)[1:-1]:.40}), the coordinator {wire.PROTOCOL} "
                 f"(outrider {outrider.__version__})"
             )
-            self._refuse(peer, hello.role, ProtocolError(reason))
+            self._refuse(peer, hello, ProtocolError(reason))
+        elif not self._is_ours(hello):
+            reason = (
+                f"this pipeline starts its {hello.role} worker itself; to let others join, start "
+                f"it with --{hello.role}-place remote"
+            )
+            self._refuse(peer, hello, ConfigError(reason))
         elif hello.role == "target" and hello.vocabulary is None:
-            self._refuse(peer, hello.role, ProtocolError("a target without a vocabulary"))
+            self._refuse(peer, hello, ProtocolError("a target without a vocabulary"))
         elif known and not again:
-            reason = f"there is a {hello.role} worker already"
-            self._tell(peer, wire.Refused("invalid_config", reason))
+            self._tell(peer, taken(hello.role))
         else:
             if known:
                 self.lose(hello.role, f"the {hello.role} worker's connection was interrupted")
@@ -173,17 +188,15 @@ class Roster:
                 compared = other
         except OutriderError as exc:
             if hello.role == "draft" or other is None:
-                self._refuse(peer, hello.role, exc)
+                self._refuse(peer, hello, exc)
                 return
             # nothing goes without a target, so the draft must leave
-            self._refuse(other.peer, "draft", exc)
             self.lose("draft", str(exc))
+            self._refuse(other.peer, other.hello, exc)
         finally:
             self._joining.pop(peer, None)
         if hello.role in self._members:
-            self._tell(
-                peer, wire.Refused("invalid_config", f"there is a {hello.role} worker already")
-            )
+            self._tell(peer, taken(hello.role))
             return
         member.heard = member.moved = self._clock()
         self._members[hello.role] = member
@@ -206,9 +219,15 @@ class Roster:
         if ours and theirs:  # else the draft takes the target's ids as they are
             await check_pair(ours, theirs, texts(target), texts(draft))
 
-    def _refuse(self, peer: bytes, role: Role, error: OutriderError) -> None:
-        log.warning("%s worker refused: %s", role, error)
-        self.refusals[role] = wire.words(error)
+    def _is_ours(self, hello: wire.Hello) -> bool:
+        """Whether the launcher started it, or starts none of its role."""
+        token = self._tokens.get(hello.role)
+        return token is None or hmac.compare_digest(token.encode(), hello.token.encode())
+
+    def _refuse(self, peer: bytes, hello: wire.Hello, error: OutriderError) -> None:
+        log.warning("%s worker refused: %s", hello.role, error)
+        if hello.role not in self._members and self._is_ours(hello):  # else it is none of us
+            self.refusals[hello.role] = wire.words(error)
         self._tell(peer, wire.Refused(error.code, wire.words(error)))
 
     # ---- leaving --------------------------------------------------------------------------------

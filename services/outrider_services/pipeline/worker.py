@@ -13,7 +13,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Generic, Protocol, TypeVar
 
 import outrider
@@ -56,6 +56,7 @@ class Connection:
     address: str
     timeout_s: float  # for the first answer
     delay_s: float = 0.0  # added to each message, either way: a made-up link
+    token: str = field(default="", repr=False)  # of the launcher
 
 
 class Worker(ABC, Generic[M]):
@@ -73,7 +74,7 @@ class Worker(ABC, Generic[M]):
         self._owner = owner
         self._curve_s = curve_s
         self._link: Link | None = None
-        self._delay_s = 0.0
+        self._delay_s, self._token = 0.0, ""
         self._incarnation = secrets.randbits(62)
         self._silent_beats = 0
         self._welcomed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -155,7 +156,7 @@ class Worker(ABC, Generic[M]):
 
     async def run(self, connection: Connection, status: Status) -> None:
         """Serve until cancelled. Raises OutriderError if refused, or without a coordinator."""
-        self._delay_s = connection.delay_s
+        self._delay_s, self._token = connection.delay_s, connection.token
         self._link = Link(connection.address, self._on_arrival, self._on_lost)
         tasks = [asyncio.ensure_future(c) for c in (self._beat(), self._compute_forever())]
         try:
@@ -247,6 +248,7 @@ class Worker(ABC, Generic[M]):
             device=info.device[:256],
             cores=place(info.device)[:256],
             curve_s=self._curve_s,
+            token=self._token,
         )
 
 

@@ -33,6 +33,7 @@ def check(message: Message) -> None:
     try:
         value = msgspec.to_builtins(message, builtin_types=(bytes,))
         msgspec.convert(value, type(message), builtin_types=(bytes,))
+        encode(message)
     except msgspec.ValidationError as exc:
         reason, _, place = str(exc).partition(" - at `$[")
         name = message.__struct_fields__[int(place.partition("]")[0]) - 1]  # behind the tag
@@ -40,7 +41,6 @@ def check(message: Message) -> None:
         raise BadRequest(f"{name} is not as it should be: {reason}", name) from None
     except UnicodeEncodeError:
         raise BadRequest("a prompt or a setting is not text that UTF-8 can express") from None
-    encode(message)
 
 
 def encode(message: Message) -> bytes:

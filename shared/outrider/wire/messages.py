@@ -69,6 +69,7 @@ class Hello(Tagged, frozen=True):
     device: Word
     cores: Word  # where it computes: "host:0,1", "host:gpu0", "host:gpu*"; "": a device of its own
     curve_s: Curve  # of a target, a pass over 1, 2 … rows; of a draft, one token
+    token: Word = ""  # what the launcher gave to the workers that it started
 
 
 class Welcome(Tagged, frozen=True):
