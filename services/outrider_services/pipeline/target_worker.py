@@ -14,7 +14,7 @@ from outrider.core import decoding
 from outrider.core.engine import Cancelled, Engine, EngineFault
 from outrider.core.events import Prefill
 from outrider.core.sampling import Sampling, Scores, decide, logprob
-from outrider.core.values import Role, TokenId, Verdict, Verify
+from outrider.core.values import MOST_TOKENS, Role, TokenId, Verdict, Verify
 from outrider.engines.calibration import calibrate
 from outrider.errors import BadRequest, OutriderError, ProtocolError
 from outrider.wire import messages as wire
@@ -55,6 +55,7 @@ class TargetWorker(Worker[Engine]):
         self._turns: deque[int] = deque()  # requests with something to compute; the first is next
         self._running: int | None = None
         self._questions: set[asyncio.Task[None]] = set()
+        self._reading = asyncio.Lock()  # many threads that read would leave little to the model's
 
     @staticmethod
     def measured(model: Engine) -> Curve:
@@ -228,13 +229,17 @@ class TargetWorker(Worker[Engine]):
 
     async def _answer(self, question: Question) -> None:
         try:
-            self.send(await asyncio.to_thread(self._checked_reply, question))
+            async with self._reading:
+                answer = await asyncio.to_thread(self._checked_reply, question)
+            self.send(answer)
         except Exception as exc:  # no text may end the worker
             self.send(wire.failure(question.call, exc))
 
     def _checked_reply(self, question: Question) -> wire.Message:
         """The answer. Raises BadRequest for one that does not fit a message."""
         answer = self._reply(question)
+        if isinstance(answer, wire.Tokens) and len(answer.tokens) > MOST_TOKENS:
+            raise BadRequest(f"the text has {len(answer.tokens)} tokens, more than {MOST_TOKENS}")
         try:
             check(answer)
         except BadRequest as exc:

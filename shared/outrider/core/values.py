@@ -22,11 +22,12 @@ import msgspec
 from msgspec import Meta as Meta  # bounds; other modules import it from here
 
 BLOCK_LIMIT = 1 << 10  # most tokens of a block on the wire
+MOST_TOKENS = 1 << 18  # of a text on the wire
 
 Id: TypeAlias = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 Count: TypeAlias = Annotated[int, Meta(ge=0, le=(1 << 31) - 1)]
 TokenId: TypeAlias = Annotated[int, Meta(ge=0, le=(1 << 31) - 1)]
-TokenIds: TypeAlias = Annotated[tuple[TokenId, ...], Meta(max_length=1 << 18)]
+TokenIds: TypeAlias = Annotated[tuple[TokenId, ...], Meta(max_length=MOST_TOKENS)]
 Block: TypeAlias = Annotated[tuple[TokenId, ...], Meta(max_length=BLOCK_LIMIT)]
 Pieces: TypeAlias = Annotated[tuple[bytes, ...], Meta(max_length=BLOCK_LIMIT)]
 Floats: TypeAlias = Annotated[tuple[float, ...], Meta(max_length=BLOCK_LIMIT)]
