@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from outrider.wire import connections
-from outrider.wire.connections import BAD_FRAMES, UNREAD, UNSURE_S, Connections, Patience, Scales
+from outrider.wire.connections import BAD_FRAMES, SUSPECT, UNSURE_S, Connections, Patience, Scales
 
 Pair = tuple[socket.socket, socket.socket]
 
@@ -162,8 +162,7 @@ def test_of_two_that_make_the_process_heavy_the_heavier_is_blamed(
     scales, nobody = Scales(), lambda peer: 0
     assert scales.blame(known, nobody) is None
     monkeypatch.setattr(connections, "HEAVY", -(1 << 40))
-    assert scales.blame(known, nobody) is None  # not by its fault
-    while connections.unread(ours.fileno()) < UNREAD:
+    while connections.unread(ours.fileno()) < SUSPECT:
         theirs.send(bytes(4096))
     blamed = scales.blame(known, nobody)
     assert blamed is not None
@@ -173,6 +172,28 @@ def test_of_two_that_make_the_process_heavy_the_heavier_is_blamed(
     blamed = scales.blame(known, {b"a": 0, b"b": 1 << 24}.__getitem__)
     assert blamed is not None
     assert blamed.peer == b"b"
+    known.of(b"b").traffic = 1 << 24  # type: ignore[union-attr]
+    blamed = scales.blame(known, nobody)
+    assert blamed is not None
+    assert blamed.peer == b"b"
+    blamed = scales.blame(known, nobody)  # what was read before the last look is forgotten
+    assert blamed is not None
+    assert blamed.peer == b"a"
+
+
+def test_what_is_nobodys_fault_is_borne(monkeypatch: pytest.MonkeyPatch) -> None:
+    scales, nobody = Scales(), lambda peer: 0
+    monkeypatch.setattr(connections, "HEAVY", 1 << 20)
+    held = bytearray(8 << 20)
+    known = Connections(8)
+    known.accept(1001)
+    known.meet(b"a", 1001, "")
+    assert scales.blame(known, nobody) is None
+    connection = known.of(b"a")
+    assert connection is not None
+    connection.traffic = 1 << 24  # it is heavy for a reason that has been found to be none of ours
+    assert scales.blame(known, nobody) is None
+    assert held
 
 
 def test_what_is_no_socket_is_left_alone(tmp_path: object) -> None:

@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 PR_SET_PDEATHSIG = 1
 M_MMAP_THRESHOLD = -3
 RELIEVE_S = 0.1  # between two looks at how heavy the coordinator is
+TRIM_EACH = 20  # looks
 
 
 def coordinator(settings: Settings, name: str, own: Sequence[Role], parent_fd: int | None) -> None:
@@ -103,12 +104,16 @@ async def _coordinate(settings: Settings, name: str, tokens: Mapping[Role, str])
 
 
 async def _relieve(router: Router) -> None:
-    """Watch over the memory that peers take."""
-    with contextlib.suppress(AttributeError, OSError):  # the C library may be another than glibc
-        # else it learns to keep what large messages took, instead of giving it back
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 128 << 10)
+    """Watch over the memory that peers take, and give back what they leave."""
+    library, looks = ctypes.CDLL(None), 0
+    is_glibc = hasattr(library, "mallopt") and hasattr(library, "malloc_trim")
+    if is_glibc:  # else it learns to keep what large messages took
+        library.mallopt(M_MMAP_THRESHOLD, 128 << 10)
     while True:
         router.relieve()
+        looks += 1
+        if is_glibc and looks % TRIM_EACH == 0:
+            library.malloc_trim(0)
         await asyncio.sleep(RELIEVE_S)
 
 

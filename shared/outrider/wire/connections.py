@@ -30,7 +30,8 @@ BAD_FRAMES = 8  # that an origin may send at first; one more each second
 ORIGINS = 1024  # whose bad frames are remembered
 UNSURE_S = 0.25  # so long a message may be on its way from a connection that has ended
 HEAVY = 128 << 20  # bytes by which the process may grow before a connection must end
-UNREAD = 64 << 10  # unread bytes from which on a connection may be the one
+SUSPECT = 64 << 10  # bytes on their way from which on a connection may be the one
+MESSAGE = 64  # bytes that ZeroMQ holds a message in
 
 
 @dataclass(slots=True)
@@ -42,6 +43,7 @@ class Connection:
     is_worker: bool = False
     peer: bytes | None = None
     origin: str = ""
+    traffic: int = 0  # bytes that were read since somebody looked
 
 
 class Connections:
@@ -152,23 +154,27 @@ class Scales:
     """Tells which connection makes the process heavy.
 
     ZeroMQ takes in a message of many frames whole, before anybody sees it, and does not tell how
-    many bytes it holds for whom. The one to blame is where most lies unread, on either side.
+    many bytes it holds for whom. The one to blame is where most is on its way: unread on either
+    side, or read just now.
     """
 
     def __init__(self) -> None:
         self._process = psutil.Process()
-        self._light = self._process.memory_info().rss
+        self._light = self._process.memory_info().rss  # what is nobody's fault
 
     def blame(self, connections: Connections, waiting: Callable[[bytes], int]) -> Connection | None:
         """The connection that must end; `waiting` tells the bytes that wait for a peer besides."""
-        if self._process.memory_info().rss - self._light < HEAVY:
-            return None
-
-        def weight(one: Connection) -> int:
-            return unread(one.fd) + (waiting(one.peer) if one.peer else 0)
-
-        heaviest = max(connections, key=weight, default=None)
-        return heaviest if heaviest and weight(heaviest) >= UNREAD else None
+        size = self._process.memory_info().rss
+        heaviest, most = None, SUSPECT
+        for one in connections:
+            if size - self._light >= HEAVY:
+                weight = one.traffic + unread(one.fd) + (waiting(one.peer) if one.peer else 0)
+                if weight >= most:
+                    heaviest, most = one, weight
+            one.traffic = 0
+        if heaviest is None and size - self._light >= HEAVY:
+            self._light = size
+        return heaviest
 
 
 def unread(fd: int) -> int:

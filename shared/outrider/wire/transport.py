@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -21,7 +20,15 @@ from zmq.utils.monitor import parse_monitor_message
 
 from outrider.errors import ConfigError, ConnectionFailed, Overloaded, ProtocolError
 from outrider.wire.codec import decode, encode
-from outrider.wire.connections import Backlog, Connections, Patience, Scales, check_room, shut
+from outrider.wire.connections import (
+    MESSAGE,
+    Backlog,
+    Connections,
+    Patience,
+    Scales,
+    check_room,
+    shut,
+)
 from outrider.wire.messages import FRAME_LIMIT, Failed, Hello, Message, Welcome
 
 log = logging.getLogger(__name__)
@@ -32,6 +39,7 @@ BACKLOG_LIMIT = 4 << 20  # bytes that may wait for a client besides
 TRUSTED_LIMIT = 64 << 20  # for a worker, and for the coordinator
 RETRY_S = (0.001, 0.1)  # between two looks at what waits: at first, at most
 GONE_S = 0.002  # what was sent before a connection ended is read within this time
+ENDED = 1024  # peers whose connections were ended that are remembered
 MUTE_S = 2.0  # a surplus connection that has said nothing for so long ends
 
 LOST = "the connection was lost"
@@ -79,6 +87,7 @@ class _Endpoint:
         self._loop.add_reader(self._monitor_fd, self._drain_monitor)
         self._loop.call_soon(self._drain_monitor)  # until it was found empty, ZeroMQ wakes nobody
         self._backlogs: dict[bytes, Backlog] = {}  # by peer; those that are not empty
+        self._retrying: asyncio.TimerHandle | None = None  # the next look at them
         self.closed = False
 
     # ---- sending --------------------------------------------------------------------------------
@@ -89,8 +98,8 @@ class _Endpoint:
         if waiting is None:
             if self._put(peer, frame):
                 return
-            if not self._backlogs:
-                self._loop.call_later(RETRY_S[0], self._retry, RETRY_S[0])
+            if self._retrying is None:
+                self._retrying = self._loop.call_later(RETRY_S[0], self._retry, RETRY_S[0])
             waiting = self._backlogs[peer] = Backlog()
         waiting.append(frame)
         if waiting.size > self._limit(peer):
@@ -114,7 +123,7 @@ class _Endpoint:
 
     def _retry(self, waited_s: float) -> None:
         """Send what waits as far as there is room; look again, later and later if there is none."""
-        moved = False
+        moved, self._retrying = False, None
         for peer, waiting in list(self._backlogs.items()):
             try:
                 while waiting.frames and self._put(peer, waiting.frames[0]):
@@ -126,7 +135,7 @@ class _Endpoint:
                 self._backlogs.pop(peer, None)
         if self._backlogs and not self.closed:
             next_s = RETRY_S[0] if moved else min(2 * waited_s, RETRY_S[1])
-            self._loop.call_later(next_s, self._retry, next_s)
+            self._retrying = self._loop.call_later(next_s, self._retry, next_s)
 
     def _limit(self, peer: bytes) -> int:
         """Most bytes that may wait for `peer`."""
@@ -204,9 +213,13 @@ class Router(_Endpoint):
     ) -> None:
         super().__init__(zmq.ROUTER, zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        # A full queue is where libzmq (4.3.5) ends the process if a ping of its protocol comes
+        # behind it on a connection that breaks. So it is never full; `relieve` sees to the bytes.
+        self._socket.setsockopt(zmq.RCVHWM, 0)
         self._on_message, self._on_gone = on_message, on_gone
         self._connections = Connections(most)
-        self._ended: deque[bytes] = deque(maxlen=1024)  # what they still send is not looked at
+        # what they still send is not looked at; whether their connections were found and ended
+        self._ended: dict[bytes, bool] = {}
         self._patience, self._scales = Patience(), Scales()
         self.addresses: list[str] = []
 
@@ -233,9 +246,10 @@ class Router(_Endpoint):
 
     def end(self, peer: bytes) -> None:
         self._drain_monitor()  # its descriptor may be another connection's by now
-        self._ended.append(peer)
+        self._ended[peer] = self._connections.end(peer)
+        if len(self._ended) > ENDED:
+            del self._ended[next(iter(self._ended))]
         self._backlogs.pop(peer, None)
-        self._connections.end(peer)
         self._loop.call_soon(self._tell_gone, peer)
 
     def relieve(self) -> None:
@@ -280,12 +294,16 @@ class Router(_Endpoint):
         peer = self._socket.recv(zmq.NOBLOCK)
         if connection := self._connections.of(peer):
             origin, frame = connection.origin, self._socket.recv(zmq.NOBLOCK)
+            connection.traffic += len(frame) + MESSAGE
+        elif self._ended.get(peer):
+            self._rest()
+            return
         else:
             first = self._socket.recv(zmq.NOBLOCK, copy=False)
             origin, frame = self._meet(peer, first), first.bytes
         rest = self._rest()
-        if connection is None and peer in self._ended:
-            self._connections.end(peer)
+        if peer in self._ended:
+            self._ended[peer] = self._connections.end(peer)
             return
         try:
             if rest:
