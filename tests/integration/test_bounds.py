@@ -272,6 +272,45 @@ async def test_malformed_frames_without_end_cost_the_others_little(
         assert sum(coordinator(up).cpu_times()[:2]) - cpu < 3.0
 
 
+TORRENT = """
+import os, socket, sys, time
+from outrider.wire.codec import encode
+from outrider.wire.messages import Health
+os.nice(19)
+frame = encode(Health(1))
+one = socket.socket(socket.AF_UNIX)
+one.connect(sys.argv[1])
+one.sendall(b"\\xff" + bytes(8) + b"\\x7f\\x03\\x00NULL" + bytes(48))
+ready = b"\\x05READY\\x0bSocket-Type\\x00\\x00\\x00\\x06DEALER"
+one.sendall(bytes([4, len(ready)]) + ready)
+many, end, sent = (bytes([0, len(frame)]) + frame) * 5000, time.monotonic() + 3.0, 0
+try:
+    while time.monotonic() < end:
+        one.sendall(many)
+        sent += 5000
+except OSError:
+    pass
+print(sent)
+"""
+
+
+async def test_small_messages_without_end_are_cut_off(pipeline: Pipelines, oracle: Oracle) -> None:
+    """Each is right, and none is read as fast as it comes."""
+
+    async def flood(up: Pipeline) -> None:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", TORRENT, address(up)[6:], stdout=asyncio.subprocess.PIPE
+        )
+        sent, _ = await process.communicate()
+        assert int(sent) > 10_000
+
+    async with undisturbed(pipeline, oracle, 600) as (up, client):
+        before = coordinator(up).memory_info().rss
+        assert await peak(up, flood(up)) < 500 * MIB
+        assert await client.tokenize("x") == (120,)
+        await as_before(up, before)
+
+
 # ---- pauses -------------------------------------------------------------------------------------
 
 
