@@ -381,27 +381,66 @@ async def test_a_trace_comes_in_pieces(up: Pipeline) -> None:
 
 
 async def test_questions_are_bounded_for_each_client_and_for_all(up: Pipeline) -> None:
-    for n in range(6):
-        asked = [wire.Tokenize(call, "text", True) for call in range(100)]
-        await up.says(b"client %d" % n, *asked)
-    refused = [up.outcomes(b"client %d" % n) for n in range(6)]
-    assert [len(one) for one in refused] == [36, 36, 36, 36, 100, 100]
+    clients = [b"client %d" % n for n in range(10)]
+    for client in clients:
+        await up.says(client, *(wire.Tokenize(call, "text", True) for call in range(100)))
+    refused = [up.outcomes(client) for client in clients]
+    assert [len(one) for one in refused] == [36] * 8 + [100] * 2
     assert all(codes == ["busy"] for one in refused for codes in one.values())
-    questions = up.to(TARGET, wire.Tokenize)
-    assert len(questions) == 256
-    await up.says(TARGET, *(wire.Tokens(one.call, (1,)) for one in questions))
-    assert len(up.to(b"client 0", wire.Tokens)) == 64
-    await up.says(b"client 0", wire.Tokenize(7, "text", True))
-    assert len(up.to(TARGET, wire.Tokenize)) == 257
 
 
-async def test_so_is_the_text_of_all_that_is_to_be_read(up: Pipeline) -> None:
+async def test_a_client_with_many_questions_does_not_keep_others_waiting(up: Pipeline) -> None:
+    await up.says(b"eager", *(wire.Tokenize(call, "many", True) for call in range(60)))
+    await up.says(CLIENT, wire.Tokenize(1, "one", True))
+    first = up.to(TARGET, wire.Tokenize)
+    assert [one.text for one in first] == ["many", "many", "one"]
+    for _ in range(100):
+        await up.says(TARGET, *(wire.Tokens(one.call, (1,)) for one in first))
+        first = up.to(TARGET, wire.Tokenize)[-2:]
+    assert len(up.to(CLIENT, wire.Tokens)) == 1
+    assert [one.call for one in up.to(b"eager", wire.Tokens)] == [*range(60)]
+
+
+async def test_what_a_client_that_has_gone_asked_is_not_put(up: Pipeline) -> None:
+    await up.says(CLIENT, *(wire.Tokenize(call, "text", True) for call in range(60)))
+    up.core.on_gone(CLIENT)
+    for one in up.to(TARGET, wire.Tokenize):
+        await up.says(TARGET, wire.Tokens(one.call, (1,)))
+    assert len(up.to(TARGET, wire.Tokenize)) == 2
+    await up.says(b"other", wire.Tokenize(1, "text", True))
+    assert len(up.to(TARGET, wire.Tokenize)) == 3
+
+
+async def test_requests_that_are_cancelled_at_once_leave_no_questions(up: Pipeline) -> None:
+    stops = tuple(f"<{n}>" for n in range(16))
+    for call in range(1000):
+        up.core.on_message(CLIENT, submit(call, prompt="text", stop=stops))
+        up.core.on_message(CLIENT, wire.Cancel(call))
+        if call % 10 == 0:
+            await turns()
+    await turns()
+    assert len(up.to(TARGET, wire.Tokenize)) <= 2  # as none is answered, no other is put
+    for _ in range(10):
+        for one in up.to(TARGET, wire.Tokenize):
+            await up.says(TARGET, wire.Tokens(one.call, (1,)))
+    assert len(up.to(TARGET, wire.Tokenize)) <= 2
+    await up.begin(5000)
+    assert not up.core._questions._places
+
+
+async def test_the_text_of_all_that_is_to_be_read_is_bounded(up: Pipeline) -> None:
     long = "x" * 1_000_000
     await up.says(CLIENT, *(submit(call, prompt=long) for call in range(20)))
-    assert len(up.to(TARGET, wire.Tokenize)) == 8
     assert list(up.outcomes().values()) == [["busy"]] * 12
-    await up.says(CLIENT, wire.Tokenize(50, "short", True))
-    assert len(up.to(TARGET, wire.Tokenize)) == 9
+    await up.says(b"other", wire.Tokenize(50, "short", True))
+    assert up.to(TARGET, wire.Tokenize)[-1].text == "short"
+
+
+async def test_an_answer_of_another_kind_fails_what_waits_for_it(up: Pipeline) -> None:
+    await up.says(CLIENT, submit(prompt="text"), wire.Tokenize(2, "text", True))
+    for one in up.to(TARGET, wire.Tokenize):
+        await up.says(TARGET, wire.Rendered(one.call, "text"))
+    assert up.outcomes() == {1: ["protocol_error"], 2: ["protocol_error"]}
 
 
 # ---- workers that are lost, and come ------------------------------------------------------------
@@ -546,7 +585,8 @@ async def test_a_request_is_cancelled_wherever_it_is(up: Pipeline, at: str) -> N
 
 
 async def test_a_prompt_that_fails_after_a_cancellation_is_no_second_outcome(up: Pipeline) -> None:
-    await up.says(CLIENT, submit(prompt="text"), wire.Cancel(1))
+    await up.says(CLIENT, submit(prompt="text"))
+    await up.says(CLIENT, wire.Cancel(1))
     (question,) = up.to(TARGET, wire.Tokenize)
     await up.says(TARGET, wire.Failed(question.call, "internal_error", "it broke"))
     assert up.outcomes() == {1: ["cancelled"]}

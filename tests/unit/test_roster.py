@@ -11,7 +11,7 @@ import pytest
 
 from outrider.core.engine import Vocabulary
 from outrider.core.values import Role
-from outrider.errors import BadRequest, OutriderError, RequestTimeout, WorkerLost
+from outrider.errors import BadRequest, OutriderError, ProtocolError, RequestTimeout, WorkerLost
 from outrider.wire import messages as wire
 from outrider_services.pipeline import roster as rosters
 from outrider_services.pipeline.roster import LOST_S, SILENT_S, Member, Roster
@@ -446,7 +446,7 @@ class Asked:
 
     def __init__(self, world: World, member: Member) -> None:
         self.task = asyncio.ensure_future(
-            world.roster.ask(member, lambda call: wire.Tokenize(call, "text", True))
+            world.roster.ask(member, lambda call: wire.Tokenize(call, "text", True), wire.Tokens)
         )
         self.world = world
 
@@ -455,6 +455,13 @@ class Asked:
         question = self.world.to(b"t")[-1]
         assert isinstance(question, wire.Tokenize)
         return question.call
+
+
+async def test_an_answer_of_another_kind_is_none(world: World) -> None:
+    asked = Asked(world, await world.welcomed(b"t", hello("target")))
+    assert world.roster.on_answer(b"t", wire.Rendered(await asked.call(), "text"))
+    with pytest.raises(ProtocolError, match="of another kind"):
+        await asked.task
 
 
 async def test_an_answer_reaches_whoever_asked(world: World) -> None:

@@ -40,6 +40,7 @@ from outrider.core.stats import Stats
 from outrider.core.values import Fragment, Mode, Proposal, Role, Verdict, Verify
 from outrider.errors import (
     BadRequest,
+    InternalError,
     OutriderError,
     Overloaded,
     ProtocolError,
@@ -102,8 +103,7 @@ class Coordinator:
                 self._on_client(peer, message)
             case wire.Tokenize() | wire.Detokenize() | wire.Render():
                 self._clients.add(peer)
-                if question := self._questions.ask(peer, message):
-                    self._spawn(question)
+                self._spawn(self._questions.answer(peer, message))
             case _:
                 if not self._roster.on_answer(peer, message):
                     raise ProtocolError(f"unexpected {type(message).__name__}")
@@ -113,6 +113,7 @@ class Coordinator:
         if self._closed:
             return
         self._roster.on_gone(peer)
+        self._questions.on_gone(peer)
         if peer in self._clients:
             self._clients.discard(peer)
             for request in self._requests:
@@ -147,6 +148,7 @@ class Coordinator:
         for request in self._requests:
             self._fail(request, WorkerLost("the pipeline was stopped"))
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._questions.close()
         await self._roster.close()
 
     # ---- workers --------------------------------------------------------------------------------
@@ -245,18 +247,21 @@ class Coordinator:
         except OutriderError as exc:
             self._fail(request, exc)
         else:
-            self._spawn(self._prepare(request))
+            request.preparing = self._spawn(self._prepare(request))
 
     async def _prepare(self, request: Request) -> None:
         """Turn the prompt into tokens, then start the request or let it wait."""
         try:
-            target = self._roster.target()
-            await request.prepare(target.hello, partial(self._roster.ask, target))
+            ask = partial(self._questions.ask, request.client)
+            await request.prepare(self._roster.target().hello, ask)
             request.check(self._roster.target().hello)  # it may have died with its answer
         except OutriderError as exc:
             self._fail(request, exc)
-            return
-        if request in self._requests:  # not cancelled in the meantime
+        except Exception as exc:  # whatever it is, somebody waits
+            log.exception("request %d failed", request.number)
+            self._fail(request, InternalError(f"it could not be prepared: {exc!r}"))
+        else:
+            request.preparing = None
             self._requests.waiting.append(request)
             self._admit()
 
@@ -331,6 +336,7 @@ class Coordinator:
             request.timer = loop.call_later(delay, self._advance, request, Timer())
 
     def _execute(self, request: Request, session: Session, command: Command) -> None:
+        call = request.submit.call
         match command:
             case Prefill() | Verify():
                 self._tell_role("target", wire.Do(request.id, command))
@@ -339,23 +345,15 @@ class Coordinator:
             case CloseDraft():
                 self._tell_role("draft", wire.Close(request.id))
             case Fragment():
-                call, report, spans = (
-                    request.submit.call,
-                    session.stats.report(),
-                    session.trace.take(),
-                )
+                report, spans = session.stats.report(), session.trace.take()
                 self._tell(request.client, wire.Progress(call, command, report, spans))
             case Settle():
                 session.settle()
             case Finish(reason):
-                call, report, spans = (
-                    request.submit.call,
-                    session.stats.report(),
-                    session.trace.take(),
-                )
+                report, spans = session.stats.report(), session.trace.take()
                 self._end(request, wire.Finished(call, reason, report, spans))
             case Fault(error):
-                self._end(request, wire.failure(request.submit.call, error))
+                self._end(request, wire.failure(call, error))
 
     def _fail(self, request: Request, error: OutriderError) -> None:
         if request.session:
@@ -394,7 +392,8 @@ class Coordinator:
         if member := self._roster.get(role):
             self._tell(member.peer, message)
 
-    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
+    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.ensure_future(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task

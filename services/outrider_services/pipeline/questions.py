@@ -1,45 +1,126 @@
-"""Clients' questions about text, which the target worker answers."""
+"""Questions about text, which the target worker answers: clients' own, and those about prompts."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Coroutine
-from typing import Any
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
-from outrider.errors import OutriderError, Overloaded
+from outrider.errors import ConnectionFailed, InternalError, OutriderError, Overloaded
 from outrider.wire import messages as wire
 from outrider_services.pipeline.roster import Roster, Tell
 
-MOST, MOST_OF_ONE = 256, 64  # questions that wait for their answers, of all and of one client
+log = logging.getLogger(__name__)
 
-Question = wire.Tokenize | wire.Detokenize | wire.Render
+MOST, MOST_OF_ONE = 512, 64  # questions that wait for their answers, of all and of one client
+MOST_CHARACTERS = 8 << 20  # in all these
+AT_ONCE = 2  # of one client's questions that the worker has; so others are soon in turn
+
+Asked = wire.Tokenize | wire.Detokenize | wire.Render
+Answer = TypeVar("Answer", wire.Tokens, wire.Rendered)
+
+
+@dataclass(slots=True)
+class Place:
+    """What one client has asked and not been answered yet."""
+
+    count: int = 0
+    is_gone: bool = False
+    turn: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(AT_ONCE))
 
 
 class Questions:
-    """Passes them on, up to so many at once."""
+    """Puts them to the worker in turn; one that nobody waits for any more is not put."""
 
     def __init__(self, roster: Roster, tell: Tell) -> None:
         self._roster, self._tell = roster, tell
-        self._waiting: Counter[bytes] = Counter()
+        self._places: dict[bytes, Place] = {}
+        self._count = self._characters = 0
+        self._tasks: set[asyncio.Task[Any]] = set()
 
-    def ask(self, client: bytes, question: Question) -> Coroutine[Any, Any, None] | None:
-        """What puts the question and passes the answer on; None if there are too many already."""
-        if self._waiting[client] >= MOST_OF_ONE or self._waiting.total() >= MOST:
-            self._fail(client, question, Overloaded("too many questions wait for their answers"))
-            return None
-        self._waiting[client] += 1
-        return self._pass_on(client, question)
+    async def ask(
+        self, client: bytes, question: Callable[[int], wire.Message], kind: type[Answer]
+    ) -> Answer:
+        """The answer to the question that `question` makes of a number; as `Roster.ask`.
 
-    async def _pass_on(self, client: bytes, question: Question) -> None:
+        Raises Overloaded if too many wait.
+        """
+        characters = length(question(0))
+        place = self._places.setdefault(client, Place())
+        if (
+            place.count >= MOST_OF_ONE
+            or self._count >= MOST
+            or self._characters + characters > MOST_CHARACTERS
+        ):
+            raise Overloaded("too many questions wait for their answers")
+        place.count += 1
+        self._count += 1
+        self._characters += characters
+        is_wanted = asyncio.get_running_loop().create_future()
+        put = asyncio.ensure_future(self._put(place, question, kind, is_wanted))
+        self._tasks.add(put)
+
+        def over(task: asyncio.Task[Answer]) -> None:
+            self._tasks.discard(task)
+            place.count -= 1
+            self._count -= 1
+            self._characters -= characters
+            if not place.count and self._places.get(client) is place:
+                del self._places[client]
+            if not task.cancelled():
+                task.exception()  # if nobody waits for it, it is no news
+
+        put.add_done_callback(over)
         try:
-            target = self._roster.target()
-            answer = await self._roster.ask(target, lambda call: question.changed(call=call))
-            self._tell(client, answer.changed(call=question.call))
-        except OutriderError as exc:
-            self._fail(client, question, exc)
+            return await asyncio.shield(put)  # what the worker has cannot be called back
         finally:
-            self._waiting[client] -= 1
-            self._waiting = +self._waiting  # only those who wait
+            is_wanted.cancel()
 
-    def _fail(self, client: bytes, question: Question, error: OutriderError) -> None:
-        self._tell(client, wire.failure(question.call, error))
+    async def _put(
+        self,
+        place: Place,
+        question: Callable[[int], wire.Message],
+        kind: type[Answer],
+        is_wanted: asyncio.Future[None],
+    ) -> Answer:
+        async with place.turn:
+            if is_wanted.cancelled() or place.is_gone:
+                raise ConnectionFailed("nobody waits for the answer")
+            return await self._roster.ask(self._roster.target(), question, kind)
+
+    async def answer(self, client: bytes, asked: Asked) -> None:
+        """Answer a client's question, or say why not."""
+        kind: Any = wire.Tokens if isinstance(asked, wire.Tokenize) else wire.Rendered
+        try:
+            answer = await self.ask(client, lambda call: asked.changed(call=call), kind)
+            self._tell(client, answer.changed(call=asked.call))
+        except OutriderError as exc:
+            self._tell(client, wire.failure(asked.call, exc))
+        except Exception as exc:  # whatever it is, somebody waits
+            log.exception("a question failed")
+            self._tell(client, wire.failure(asked.call, InternalError(f"it failed: {exc!r}")))
+
+    def on_gone(self, client: bytes) -> None:
+        """What it has asked is not put any more."""
+        if place := self._places.get(client):
+            place.is_gone = True
+
+    async def close(self) -> None:
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def length(question: wire.Message) -> int:
+    """About how many characters are in it."""
+    match question:
+        case wire.Tokenize(_, text):
+            return len(text)
+        case wire.Detokenize(_, tokens):
+            return 4 * len(tokens)
+        case wire.Render(_, messages) | wire.Chat(_, messages):
+            return sum(len(content) for _, content in messages)
+    return 0

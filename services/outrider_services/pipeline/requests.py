@@ -20,7 +20,8 @@ from outrider.wire import messages as wire
 NEVER = -1e6  # the bias that keeps end tokens from being chosen
 BRACKETS = frozenset("<[")  # every control token that a user would name has one: </s>, [INST]
 
-Ask: TypeAlias = Callable[[Callable[[int], wire.Message]], Awaitable[Any]]  # as `Roster.ask`
+# as `Questions.ask`, for one client
+Ask: TypeAlias = Callable[[Callable[[int], wire.Message], type[Any]], Awaitable[Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +72,7 @@ class Request:
     submitted: float
     tokens: tuple[TokenId, ...] = ()
     ends: frozenset[TokenId] = frozenset()  # besides the target's own
+    preparing: asyncio.Task[None] | None = None
     session: Session | None = None
     timer: asyncio.TimerHandle | None = None
 
@@ -82,14 +84,15 @@ class Request:
         """Have `target` turn the prompt into tokens, and its stop strings if they are tokens."""
         prompt, messages = self.submit.prompt, self.submit.messages
         if messages is not None:
-            self.tokens = (await ask(lambda call: wire.Chat(call, messages))).tokens
+            self.tokens = (await ask(lambda call: wire.Chat(call, messages), wire.Tokens)).tokens
         elif isinstance(prompt, str):
-            self.tokens = (await ask(lambda call: wire.Tokenize(call, prompt, True))).tokens
+            asked = await ask(lambda call: wire.Tokenize(call, prompt, True), wire.Tokens)
+            self.tokens = asked.tokens
         else:
             self.tokens = prompt
-        stops = [stop for stop in self.submit.stop if BRACKETS & set(stop)]
-        named = await asyncio.gather(*(control_token(stop, target, ask) for stop in stops))
-        self.ends = frozenset(token for token in named if token is not None)
+        for stop in dict.fromkeys(self.submit.stop):
+            token = await control_token(stop, target, ask) if BRACKETS & set(stop) else None
+            self.ends |= set() if token is None else {token}
 
     def check(self, target: wire.Hello) -> None:
         """Raise BadRequest if `target` cannot serve it; its prompt must be known by now."""
@@ -132,12 +135,12 @@ class Request:
 async def control_token(stop: str, target: wire.Hello, ask: Ask) -> TokenId | None:
     """The control token that `stop` is the marker of: it has no text in which to find the stop."""
     vocabulary = vocabulary_of(target)
-    tokens = (await ask(lambda call: wire.Tokenize(call, stop, True))).tokens
+    tokens = (await ask(lambda call: wire.Tokenize(call, stop, True), wire.Tokens)).tokens
     if vocabulary.adds_bos and len(tokens) == 2 and tokens[0] == vocabulary.bos:
         tokens = tokens[1:]
     if len(tokens) != 1:
         return None
-    text = (await ask(lambda call: wire.Detokenize(call, tokens))).text
+    text = (await ask(lambda call: wire.Detokenize(call, tokens), wire.Rendered)).text
     return None if text else tokens[0]
 
 
@@ -205,6 +208,8 @@ class Requests:
         del self._all[request.key]
         if request.timer:
             request.timer.cancel()
+        if request.preparing:
+            request.preparing.cancel()  # if it is over, nothing happens
         if request in self.waiting:
             self.waiting.remove(request)
         return True

@@ -9,7 +9,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 import outrider
 from outrider.core.values import Role
@@ -32,9 +32,8 @@ ANSWER_S = 12.0  # most that a worker may take to answer a question
 SILENT_S = 1.0  # four missing heartbeats: nobody waits for such a draft
 LOST_S = 10.0  # so long a worker may be paused, or its machine
 
-MOST_ASKED = 8 << 20  # characters in questions that wait for their answers
-
 Tell = Callable[[bytes, wire.Message], None]
+Answer = TypeVar("Answer", wire.Tokens, wire.Rendered, wire.LabelTexts)
 
 
 @dataclass(slots=True)
@@ -88,7 +87,6 @@ class Roster:
         self._joining: dict[bytes, asyncio.Task[None]] = {}
         self._answers: dict[int, tuple[bytes, asyncio.Future[Any]]] = {}  # asked peer, who waits
         self._questions = 0
-        self._asked = 0  # characters in questions that wait for their answers
 
     # ---- who is there ---------------------------------------------------------------------------
 
@@ -208,8 +206,9 @@ class Roster:
     async def _check(self, target: Member, draft: Member) -> None:
         def texts(member: Member) -> Callable[[int, int], Awaitable[tuple[str, ...]]]:
             async def ask(start: int, count: int) -> tuple[str, ...]:
-                answer = await self.ask(member, lambda call: wire.Labels(call, start, count))
-                if not isinstance(answer, wire.LabelTexts) or len(answer.texts) != count:
+                asked = lambda call: wire.Labels(call, start, count)  # noqa: E731
+                answer = await self.ask(member, asked, wire.LabelTexts)
+                if len(answer.texts) != count:
                     raise IncompatiblePair("a worker cannot tell the texts of its tokens")
                 return answer.texts
 
@@ -274,31 +273,30 @@ class Roster:
 
     # ---- questions ------------------------------------------------------------------------------
 
-    async def ask(self, member: Member, question: Callable[[int], wire.Message]) -> Any:
+    async def ask(
+        self, member: Member, question: Callable[[int], wire.Message], kind: type[Answer]
+    ) -> Answer:
         """Ask under a new number and wait. Raises RequestTimeout, WorkerLost or its error.
 
-        Raises Overloaded if too much text waits to be read already.
+        Raises ProtocolError for an answer of another kind.
         """
         self._questions += 1
         call = self._questions
-        message = question(call)
-        characters = length(message)
-        if self._asked + characters > MOST_ASKED:
-            raise Overloaded("too many long texts wait to be read")
-        answer = asyncio.get_running_loop().create_future()
-        self._answers[call] = member.peer, answer
-        self._asked += characters
+        role = member.hello.role
+        asked = asyncio.get_running_loop().create_future()
+        self._answers[call] = member.peer, asked
         try:
-            self._tell(member.peer, message)
-            return await asyncio.wait_for(answer, ANSWER_S)
+            self._tell(member.peer, question(call))
+            answer = await asyncio.wait_for(asked, ANSWER_S)
         except TimeoutError:
-            role = member.hello.role
             raise RequestTimeout(
                 f"the {role} worker has not answered in {ANSWER_S:.0f} s"
             ) from None
         finally:
             del self._answers[call]
-            self._asked -= characters
+        if not isinstance(answer, kind):
+            raise ProtocolError(f"the {role} worker gave an answer of another kind")
+        return answer
 
     def on_answer(self, peer: bytes, message: wire.Message) -> bool:
         """Whether `message` answers a question to `peer`; if so, give it to whoever asked."""
@@ -323,15 +321,3 @@ class Roster:
         for task in list(self._joining.values()):
             task.cancel()
         await asyncio.gather(*self._joining.values(), return_exceptions=True)
-
-
-def length(question: wire.Message) -> int:
-    """About how many characters are in it."""
-    match question:
-        case wire.Tokenize(_, text):
-            return len(text)
-        case wire.Detokenize(_, tokens):
-            return 4 * len(tokens)
-        case wire.Render(_, messages) | wire.Chat(_, messages):
-            return sum(len(content) for _, content in messages)
-    return 0

@@ -87,7 +87,9 @@ class Connections:
     def is_refused(self, peer: bytes) -> bool:
         """Whether it is one too many, still."""
         connection = self._by_peer.get(peer)
-        return connection is not None and connection.is_surplus and len(self) > self.most
+        if connection is None or connection.is_worker:
+            return False
+        return connection.is_surplus and len(self) > self.most
 
     def lose(self, fd: int) -> bytes | None:
         """It is over; return its peer, if that has spoken."""
