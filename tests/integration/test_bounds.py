@@ -210,6 +210,52 @@ async def test_a_message_of_many_large_parts_is_cut_off(
         await as_before(up, before)
 
 
+HOARD = """
+import os, socket, sys, time
+os.nice(19)
+address = sys.argv[1]
+if address.startswith("ipc://"):
+    one = socket.socket(socket.AF_UNIX)
+    one.connect(address[6:])
+else:
+    host, _, port = address[6:].rpartition(":")
+    one = socket.create_connection((host, int(port)))
+one.sendall(b"\\xff" + bytes(8) + b"\\x7f\\x03\\x00NULL" + bytes(48))
+ready = b"\\x05READY\\x0bSocket-Type\\x00\\x00\\x00\\x06DEALER"
+one.sendall(bytes([4, len(ready)]) + ready)
+part, sent = b"\\x03" + (60_000).to_bytes(8, "big") + bytes(60_000), 0
+try:
+    for sent in range(10_000):
+        one.sendall(part)  # another part will follow
+        time.sleep(0.0005)
+except OSError:
+    pass
+print(sent)
+"""
+
+
+@pytest.mark.parametrize("kind", ["ipc", "tcp"])
+async def test_a_message_of_parts_that_come_slowly_is_cut_off_too(
+    pipeline: Pipelines, oracle: Oracle, kind: str
+) -> None:
+    """The kernel holds next to nothing of it, and nobody sees it before it is whole."""
+
+    async def hoard(where: str) -> None:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", HOARD, where, stdout=asyncio.subprocess.PIPE
+        )
+        sent, _ = await process.communicate()
+        assert int(sent) < 9_000
+
+    settings = {"coordinator__listen": ("tcp://127.0.0.1:0",)}
+    async with undisturbed(pipeline, oracle, 900, **settings) as (up, client):
+        where = address(up) if kind == "ipc" else up.launcher.addresses[0]
+        before = coordinator(up).memory_info().rss
+        assert await peak(up, hoard(where)) < 400 * MIB
+        assert await client.tokenize("x") == (120,)
+        await as_before(up, before)
+
+
 async def test_a_client_that_asks_and_never_reads_is_let_go(
     pipeline: Pipelines, oracle: Oracle
 ) -> None:

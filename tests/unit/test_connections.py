@@ -181,19 +181,55 @@ def test_of_two_that_make_the_process_heavy_the_heavier_is_blamed(
     assert blamed.peer == b"a"
 
 
-def test_what_is_nobodys_fault_is_borne(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_nobodys_fault_is_borne_once(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
+    monkeypatch.setattr(connections, "HEAVY", 4 << 20)
     scales, nobody = Scales(), lambda peer: 0
-    monkeypatch.setattr(connections, "HEAVY", 1 << 20)
-    held = bytearray(8 << 20)
-    known = Connections(8)
-    known.accept(1001)
-    known.meet(b"a", 1001, "")
+    known = Connections(8, clock)
+    for fd, peer in ((1001, b"worker"), (1002, b"silent"), (1003, b"a")):
+        known.accept(fd)
+        known.meet(peer, fd, "")
+    connections_of = {peer: known.of(peer) for peer in (b"worker", b"silent", b"a")}
+    connections_of[b"worker"].is_worker = True  # type: ignore[union-attr]
+    clock.now += 5.0
+    known.heard(connections_of[b"a"], 10)  # type: ignore[arg-type]
+    held = [b"x" * (6 << 20)]
     assert scales.blame(known, nobody) is None
-    connection = known.of(b"a")
-    assert connection is not None
-    connection.traffic = 1 << 24  # it is heavy for a reason that has been found to be none of ours
     assert scales.blame(known, nobody) is None
-    assert held
+    held.append(b"y" * (6 << 20))
+    assert scales.blame(known, nobody) is connections_of[b"silent"]
+    known.accept(1004)
+    assert scales.blame(known, nobody) is [*known][-1]  # it has not said anything ever
+
+
+def test_what_came_over_tcp_and_is_part_of_no_message_is_known(clock: Clock) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        theirs = socket.create_connection(server.getsockname())
+        ours, _ = server.accept()
+        with theirs, ours:
+            known = Connections(8, clock)
+            known.accept(ours.fileno())
+            known.meet(b"a", ours.fileno(), "")
+            connection = known.of(b"a")
+            assert connection is not None
+            assert connections.untold(connection) == 0
+            theirs.sendall(bytes(100_000))
+            while len(ours.recv(1 << 20, socket.MSG_PEEK)) < 100_000:
+                pass
+            ours.recv(1 << 20)  # as ZeroMQ does, in the middle of a message
+            assert connections.untold(connection) == 100_000
+            known.heard(connection, 99_000)
+            assert 0 < connections.untold(connection) < 1000
+
+
+def test_a_late_message_of_one_that_was_known_is_none_of_the_next_connection(clock: Clock) -> None:
+    known = Connections(8, clock)
+    known.accept(5)
+    known.meet(b"a", 5, "")
+    known.lose(5)
+    known.accept(5)
+    assert not known.meet(b"a", 5, "")
+    assert known.meet(b"b", 5, "")
+    assert known.lose(5) == b"b"
 
 
 def test_what_is_no_socket_is_left_alone(tmp_path: object) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import socket
 import stat
 from pathlib import Path
 
@@ -47,10 +48,22 @@ def address_of(pipeline: str) -> str:
     return pipeline if "://" in pipeline else f"ipc://{socket_path(pipeline)}"
 
 
+def is_answered(path: str) -> bool:
+    """Whether somebody listens at this Unix socket; ZeroMQ would take it from them in silence."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(path)
+        except (OSError, ValueError):
+            return False
+        return True
+
+
 def check_exposure(address: str, insecure: tuple[str, ...]) -> None:
     """Raise ConfigError for an address open to other machines, unless it is in `insecure`."""
     if address.startswith("ipc://") or address in insecure:
         return
+    if not address.startswith("tcp://"):
+        raise ConfigError(f"{address!r} is no address to listen on: use tcp:// or ipc://")
     host = address.removeprefix("tcp://").rpartition(":")[0].strip("[]")
     try:
         local = ipaddress.ip_address(host).is_loopback

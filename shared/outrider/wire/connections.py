@@ -11,6 +11,7 @@ import os
 import resource
 import socket
 import struct
+import sys
 import termios
 import time
 from collections import deque
@@ -32,6 +33,8 @@ UNSURE_S = 0.25  # so long a message may be on its way from a connection that ha
 HEAVY = 128 << 20  # bytes by which the process may grow before a connection must end
 SUSPECT = 64 << 10  # bytes on their way from which on a connection may be the one
 MESSAGE = 64  # bytes that ZeroMQ holds a message in
+FRAMING = 9  # bytes around each frame on its way, at most
+RECEIVED = slice(128, 136)  # where Linux tells what a TCP connection has received, in `tcp_info`
 
 
 @dataclass(slots=True)
@@ -44,6 +47,8 @@ class Connection:
     peer: bytes | None = None
     origin: str = ""
     traffic: int = 0  # bytes that were read since somebody looked
+    read: int = 0  # bytes of whole messages, and what ZeroMQ puts around them, at most
+    spoke: float = 0.0  # when the last one came
 
 
 class Connections:
@@ -58,6 +63,7 @@ class Connections:
         self._unmet_at: dict[int, float] = {}  # when a connection ended that had said nothing yet
         self._by_fd: dict[int, Connection] = {}
         self._by_peer: dict[bytes, Connection] = {}
+        self._over: dict[bytes, None] = {}  # peers whose connections are, the last of them
 
     def __len__(self) -> int:
         return len(self._by_fd)
@@ -70,19 +76,29 @@ class Connections:
 
     def accept(self, fd: int) -> None:
         """It is open; if it is one too many it may stay until it is told so, or not at all."""
-        self._by_fd[fd] = Connection(fd, is_surplus=len(self) >= self.most)
+        now = self._clock()
+        self._by_fd[fd] = Connection(fd, is_surplus=len(self) >= self.most, spoke=now)
         if len(self) > self.most + SPARE:
             shut(fd)
 
     def meet(self, peer: bytes, fd: int, origin: str) -> bool:
-        """`peer` has spoken, with this descriptor; False if that connection is over already."""
+        """`peer` has spoken, with this descriptor; False if that connection is over already.
+
+        Where it may have been another connection, nothing is noted: it will speak again.
+        """
         connection = self._by_fd.get(fd)
-        if connection is None:
+        if connection is None or peer in self._over:
             return False
         if connection.peer is None and self._clock() - self._unmet_at.get(fd, -inf) > UNSURE_S:
             connection.peer, connection.origin = peer, origin
             self._by_peer[peer] = connection
         return True
+
+    def heard(self, connection: Connection, size: int) -> None:
+        """A message of so many bytes was read from it."""
+        connection.traffic += size + MESSAGE
+        connection.read += size + FRAMING
+        connection.spoke = self._clock()
 
     def is_refused(self, peer: bytes) -> bool:
         """Whether it is one too many, still."""
@@ -99,6 +115,9 @@ class Connections:
         if connection.peer is None:
             self._unmet_at[fd] = self._clock()
             return None
+        self._over[connection.peer] = None
+        if len(self._over) > MOST:
+            del self._over[next(iter(self._over))]
         return connection.peer if self._by_peer.pop(connection.peer, None) else None
 
     def end(self, peer: bytes) -> bool:
@@ -157,26 +176,50 @@ class Scales:
 
     ZeroMQ takes in a message of many frames whole, before anybody sees it, and does not tell how
     many bytes it holds for whom. The one to blame is where most is on its way: unread on either
-    side, or read just now.
+    side, read just now, or received and not read yet, which only TCP tells. If it is none of those,
+    what was taken may be nobody's fault, but only once: then it is the one that has been silent
+    for longest, of those that are no workers.
     """
 
     def __init__(self) -> None:
         self._process = psutil.Process()
         self._light = self._process.memory_info().rss  # what is nobody's fault
+        self._most = self._light + HEAVY  # what that may become
 
     def blame(self, connections: Connections, waiting: Callable[[bytes], int]) -> Connection | None:
         """The connection that must end; `waiting` tells the bytes that wait for a peer besides."""
         size = self._process.memory_info().rss
-        heaviest, most = None, SUSPECT
+        is_heavy = size - self._light >= HEAVY
+        others = [one for one in connections if not one.is_worker] if is_heavy else []
+
+        def weight(one: Connection) -> int:
+            bytes_waiting = waiting(one.peer) if one.peer else 0
+            return one.traffic + unread(one.fd) + untold(one) + bytes_waiting
+
+        blamed = max(others, key=weight, default=None)
+        if blamed and weight(blamed) < SUSPECT:
+            blamed = None
+        if is_heavy and blamed is None:
+            if self._light < self._most:
+                self._light = min(size, self._most)
+            else:
+                blamed = min(
+                    others, key=lambda one: (one.peer is not None, one.spoke), default=None
+                )
         for one in connections:
-            if size - self._light >= HEAVY:
-                weight = one.traffic + unread(one.fd) + (waiting(one.peer) if one.peer else 0)
-                if weight >= most:
-                    heaviest, most = one, weight
             one.traffic = 0
-        if heaviest is None and size - self._light >= HEAVY:
-            self._light = size
-        return heaviest
+        return blamed
+
+
+def untold(connection: Connection) -> int:
+    """Bytes that came over TCP and are part of no message that was read; 0 for other sockets."""
+    with (
+        suppress(OSError),
+        socket.fromfd(connection.fd, socket.AF_INET, socket.SOCK_STREAM) as tcp,
+    ):
+        info = tcp.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, RECEIVED.stop)
+        return max(0, int.from_bytes(info[RECEIVED], sys.byteorder) - connection.read)
+    return 0
 
 
 def unread(fd: int) -> int:

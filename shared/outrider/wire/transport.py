@@ -19,9 +19,9 @@ import zmq
 from zmq.utils.monitor import parse_monitor_message
 
 from outrider.errors import ConfigError, ConnectionFailed, Overloaded, ProtocolError
+from outrider.wire.addresses import is_answered
 from outrider.wire.codec import decode, encode
 from outrider.wire.connections import (
-    MESSAGE,
     Backlog,
     Connections,
     Patience,
@@ -155,6 +155,8 @@ class _Endpoint:
                 self._receive()
             except zmq.Again:
                 return
+            except Exception:  # what one message leads to must not keep others from being read
+                log.exception("a message was not handled")
         self._loop.call_soon(self._drain)
 
     def _receive(self) -> None:
@@ -226,10 +228,12 @@ class Router(_Endpoint):
     def bind(self, address: str) -> str:
         """Bind; return the address for clients, with its real port. Raises ConfigError."""
         self._resolve(address)
+        if address.startswith("ipc://") and is_answered(address.removeprefix("ipc://")):
+            raise ConfigError(f"cannot listen on {address}: somebody does already")
         try:
             self._socket.bind(address)
-        except zmq.ZMQError as exc:
-            raise ConfigError(f"cannot listen on {address}: {exc.strerror}") from exc
+        except (zmq.ZMQError, UnicodeError) as exc:
+            raise ConfigError(f"cannot listen on {address!r}: {exc}") from exc
         bound: str = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
         self.addresses.append(bound)
         return bound
@@ -294,7 +298,7 @@ class Router(_Endpoint):
         peer = self._socket.recv(zmq.NOBLOCK)
         if connection := self._connections.of(peer):
             origin, frame = connection.origin, self._socket.recv(zmq.NOBLOCK)
-            connection.traffic += len(frame) + MESSAGE
+            self._connections.heard(connection, len(frame))
         elif self._ended.get(peer):
             self._rest()
             return
@@ -349,9 +353,9 @@ class Link(_Endpoint):
         self._resolve(address)
         try:
             self._socket.connect(address)
-        except zmq.ZMQError as exc:
+        except (zmq.ZMQError, UnicodeError) as exc:
             self.close()
-            raise ConnectionFailed(f"{address!r} is not an address: {exc.strerror}") from exc
+            raise ConnectionFailed(f"{address!r} is not an address: {exc}") from exc
 
     def send(self, message: Message) -> None:
         """Send soon. Raises PeerGone while there is no connection, else as `Router.send`."""
