@@ -52,7 +52,7 @@ class Outlet:
         self._is_full = self._is_stuck = False
         self._changed = threading.Condition()
         self._pending = 0  # texts that are not written yet
-        self._thread = threading.Thread(target=self._write_forever, name="outlet", daemon=True)
+        threading.Thread(target=self._write_forever, name="outlet", daemon=True).start()
 
     # ---- as a stream ----------------------------------------------------------------------------
 
@@ -67,8 +67,6 @@ class Outlet:
 
     def write(self, text: str) -> int:
         with self._changed:
-            if self._thread.ident is None:
-                self._thread.start()
             # after a gap there is to be room for many: else every text tells of one
             self._is_full = len(self._texts) >= (MOST // 2 if self._is_full else MOST)
             if self._is_full:

@@ -20,7 +20,7 @@ from tests.attack.service import ROLES, ROOT, Pauses, Service, Usage
 from tests.attack.soak import Soak
 
 from outrider.wire import messages as wire
-from outrider.wire.transport import Router
+from outrider.wire.router import Router
 
 SHARE, SEED = 0.1, 1
 

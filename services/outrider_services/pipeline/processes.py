@@ -21,7 +21,7 @@ from outrider.core.values import Role
 from outrider.engines.drafter import ModelDrafter
 from outrider.errors import InternalError, OutriderError
 from outrider.wire.addresses import check_exposure, socket_path
-from outrider.wire.transport import Router
+from outrider.wire.router import Router
 from outrider_services import options
 from outrider_services.models.loading import load_engine
 from outrider_services.options import Settings

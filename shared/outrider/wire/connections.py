@@ -24,7 +24,8 @@ import psutil
 
 from outrider.errors import ConnectionFailed
 
-MOST = 4096  # connections, or half as many as there may be open files
+MOST = 4096  # connections, or a quarter of what there may be of open files besides our own
+OURS = 64  # files that the process has open itself
 SPARE_FILES = 16  # that a context and a socket hold open, and a few more
 SPARE = 64  # connections beyond that which are told so; further ones just end
 BAD_FRAMES = 8  # that an origin may send at first; one more each second
@@ -58,7 +59,8 @@ class Connections:
         self, most: int | None = None, clock: Callable[[], float] = time.monotonic
     ) -> None:
         files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        self.most = min(MOST, files // 2) if most is None else most
+        # libzmq accepts faster than anybody here can end, and where it runs out of files it aborts
+        self.most = min(MOST, (files - OURS) // 4) if most is None else most
         self._clock = clock
         self._unmet_at: dict[int, float] = {}  # when a connection ended that had said nothing yet
         self._by_fd: dict[int, Connection] = {}
@@ -186,8 +188,17 @@ class Scales:
         self._light = self._process.memory_info().rss  # what is nobody's fault
         self._most = self._light + HEAVY  # what that may become
 
-    def blame(self, connections: Connections, waiting: Callable[[bytes], int]) -> Connection | None:
-        """The connection that must end; `waiting` tells the bytes that wait for a peer besides."""
+    def blame(
+        self,
+        connections: Connections,
+        waiting: Callable[[bytes], int],
+        *,
+        is_draining: bool = False,
+    ) -> Connection | None:
+        """The connection that must end; `waiting` tells the bytes that wait for a peer besides.
+
+        While it `is_draining` what ended connections have left, that may be what weighs.
+        """
         size = self._process.memory_info().rss
         is_heavy = size - self._light >= HEAVY
         others = [one for one in connections if not one.is_worker] if is_heavy else []
@@ -199,7 +210,7 @@ class Scales:
         blamed = max(others, key=weight, default=None)
         if blamed and weight(blamed) < SUSPECT:
             blamed = None
-        if is_heavy and blamed is None:
+        if is_heavy and blamed is None and not is_draining:
             if self._light < self._most:
                 self._light = min(size, self._most)
             else:

@@ -1,0 +1,173 @@
+"""The coordinator's socket: who is connected, what each may take, and how a connection ends."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from contextlib import suppress
+
+import zmq
+
+from outrider.errors import ConfigError, Overloaded, ProtocolError
+from outrider.wire.addresses import is_answered
+from outrider.wire.codec import decode, encode
+from outrider.wire.connections import Connections, Patience, Scales, shut
+from outrider.wire.messages import Failed, Hello, Message, Welcome
+from outrider.wire.transport import GONE_S, TRUSTED_LIMIT, Endpoint, PeerGone
+
+log = logging.getLogger(__name__)
+
+BACKLOG_LIMIT = 4 << 20  # bytes that may wait for a client besides those that ZeroMQ holds
+ENDED = 1024  # peers whose connections were ended that are remembered
+DROPPED = 1000  # messages of theirs that are dropped at once
+MUTE_S = 2.0  # a surplus connection that has said nothing for so long ends
+
+
+class Router(Endpoint):
+    """The coordinator's socket. `on_message` may raise ProtocolError: that frame was a bad one.
+
+    `on_gone` is called, at most a moment late, for each peer whose connection has ended. Once an
+    origin has sent too many bad frames, it loses its connection at each further one.
+    """
+
+    def __init__(
+        self,
+        on_message: Callable[[bytes, Message], None],
+        on_gone: Callable[[bytes], None],
+        *,
+        most: int | None = None,
+    ) -> None:
+        super().__init__(zmq.ROUTER, zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED)
+        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        # A full queue is where libzmq (4.3.5) ends the process if a ping of its protocol comes
+        # behind it on a connection that breaks. So it is never full; `relieve` sees to the bytes.
+        self._socket.setsockopt(zmq.RCVHWM, 0)
+        self._on_message, self._on_gone = on_message, on_gone
+        self._connections = Connections(most)
+        # what they still send is not looked at; whether their connections were found and ended
+        self._ended: dict[bytes, bool] = {}
+        self._patience, self._scales, self._is_draining = Patience(), Scales(), False
+        self.addresses: list[str] = []
+
+    def bind(self, address: str) -> str:
+        """Bind; return the address for clients, with its real port. Raises ConfigError."""
+        self._resolve(address)
+        if address.startswith("ipc://") and is_answered(address.removeprefix("ipc://")):
+            raise ConfigError(f"cannot listen on {address}: somebody does already")
+        try:
+            self._socket.bind(address)
+        except (zmq.ZMQError, UnicodeError) as exc:
+            raise ConfigError(f"cannot listen on {address!r}: {exc}") from exc
+        bound: str = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
+        self.addresses.append(bound)
+        return bound
+
+    def send(self, peer: bytes, message: Message) -> None:
+        """Send soon. Raises PeerGone, or BadRequest for a message that is too long."""
+        if isinstance(message, Welcome) and (connection := self._connections.of(peer)):
+            connection.is_worker = True
+        self._post(peer, encode(message))
+
+    def _limit(self, peer: bytes) -> int:
+        connection = self._connections.of(peer)
+        return TRUSTED_LIMIT if connection and connection.is_worker else BACKLOG_LIMIT
+
+    def end(self, peer: bytes) -> None:
+        self._drain_monitor()  # its descriptor may be another connection's by now
+        self._ended[peer] = self._connections.end(peer)
+        if len(self._ended) > ENDED:
+            del self._ended[next(iter(self._ended))]
+        self._backlogs.pop(peer, None)
+        self._loop.call_soon(self._tell_gone, peer)
+
+    def relieve(self) -> None:
+        """If the process has grown too heavy, end the connection to blame; to be called often."""
+        is_draining, self._is_draining = self._is_draining, False
+        blamed = self._scales.blame(self._connections, self._waiting, is_draining=is_draining)
+        if blamed is None:
+            return
+        log.warning("a connection ends: it takes too much memory")
+        if blamed.peer is None:
+            shut(blamed.fd)
+        else:
+            self.end(blamed.peer)
+
+    def _waiting(self, peer: bytes) -> int:
+        backlog = self._backlogs.get(peer)
+        return backlog.size if backlog else 0
+
+    def _on_event(self, event: int, fd: int) -> None:
+        if former := self._connections.lose(fd):
+            self._backlogs.pop(former, None)
+            # what it sent before it ended is read first
+            self._loop.call_later(GONE_S, self._tell_gone, former)
+        if event == zmq.EVENT_ACCEPTED:
+            self._connections.accept(fd)
+            if len(self._connections) > self._connections.most:
+                self._loop.call_later(MUTE_S, self._connections.shut_if_mute, fd)
+
+    def _tell_gone(self, peer: bytes) -> None:
+        if not self.closed:
+            self._on_gone(peer)
+
+    def _meet(self, peer: bytes, frame: zmq.Frame) -> str:
+        """Find the connection of a peer that has none yet; return its origin."""
+        self._drain_monitor()
+        origin = str(frame.get("Peer-Address"))
+        is_open = self._connections.meet(peer, int(frame.get(zmq.SRCFD)), origin)
+        if not is_open and peer not in self._ended:
+            self._loop.call_later(GONE_S, self._tell_gone, peer)
+        return origin
+
+    def _receive(self) -> None:
+        self._receive_from(self._socket.recv(zmq.NOBLOCK))
+
+    def _receive_from(self, peer: bytes) -> None:
+        """Take the rest of a message from `peer`."""
+        if connection := self._connections.of(peer):
+            origin, frame = connection.origin, self._socket.recv(zmq.NOBLOCK)
+            self._connections.heard(connection, len(frame))
+        elif self._ended.get(peer):
+            self._drop()
+            return
+        else:
+            first = self._socket.recv(zmq.NOBLOCK, copy=False)
+            origin, frame = self._meet(peer, first), first.bytes
+        rest = self._rest()
+        if peer in self._ended:
+            self._ended[peer] = self._connections.end(peer)
+            return
+        try:
+            if rest:
+                raise ProtocolError(f"a message of {rest + 1} frames instead of one")
+            message = decode(frame)
+            # a worker always has room
+            if self._connections.is_refused(peer) and not isinstance(message, Hello):
+                self._refuse(peer, message)
+            else:
+                self._on_message(peer, message)
+        except ProtocolError as exc:
+            log.warning("dropped: %s", exc)
+            if not self._patience.spend(origin):
+                log.warning("a connection ends: too many bad frames came from its origin")
+                self.end(peer)
+
+    def _drop(self) -> None:
+        """Drop what connections that were ended have left, much at once: it may be millions."""
+        self._is_draining = True
+        for _ in range(DROPPED):
+            self._rest()
+            peer = self._socket.recv(zmq.NOBLOCK)
+            if not self._ended.get(peer):
+                self._receive_from(peer)
+                return
+        self._rest()
+
+    def _on_burst(self) -> None:
+        self.relieve()
+
+    def _refuse(self, peer: bytes, message: Message) -> None:
+        reason = f"there are {self._connections.most} connections already"
+        with suppress(PeerGone):
+            self.send(peer, Failed(getattr(message, "call", 0), Overloaded.code, reason))
+        self._loop.call_later(0.1, self.end, peer)  # the answer needs a moment to leave
