@@ -11,7 +11,7 @@ OutriderError
 ├── WorkerLost             a worker died, hung or never came
 ├── ConnectionFailed       no coordinator at that address, or it went away, or the client is closed
 ├── ProtocolError          the peer sent something that is not our protocol
-├── Overloaded             every slot and the queue are full
+├── Overloaded             too much is asked at once, or the place is taken
 └── RequestTimeout         a deadline passed
 """
 
@@ -106,6 +106,9 @@ BY_CODE: dict[str, type[OutriderError]] = {
 }  # fmt: skip
 
 
-def from_code(code: str, message: str) -> OutriderError:
+def from_code(code: str, message: str, param: str = "") -> OutriderError:
     """The error that a peer reported, as our class with that code, else as InternalError."""
-    return BY_CODE.get(code, InternalError)(message)
+    error = BY_CODE.get(code, InternalError)(message)
+    if isinstance(error, BadRequest):
+        error.param = param or None
+    return error

@@ -7,9 +7,12 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 import signal
 import socket
 import struct
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
@@ -707,3 +710,37 @@ def test_a_reader_that_goes_away_is_no_traceback(served: Served) -> None:
     with running.stderr as stderr:
         assert "Traceback" not in stderr.read()
     assert running.wait(timeout=10) == 1
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_closed_stream_is_no_reason_to_fail(cli: Cli, closed: str) -> None:
+    command = shlex.join([sys.executable, "-m", "outrider_services", "run", "--backend=toy"])
+    done = subprocess.run(
+        ["sh", "-c", f"{command} -n 3 hello {closed}"],
+        env=cli._environment({}),
+        capture_output=True,
+        timeout=25,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert b"Assertion" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--stop", "x" * 300), "stop must be texts of 1 to 256 letters"),
+        (("--temp", "nan"), "temperature"),
+        (("-p", "x" * 1_100_000), "prompt is not as it should be"),
+    ],
+    ids=["stop", "temperature", "prompt"],
+)
+def test_what_no_request_can_have_is_told_before_anything_is_started(
+    cli: Cli, flags: tuple[str, ...], words: str
+) -> None:
+    (cli.directory / "prompt").write_text(flags[1])
+    given = ("-f", "prompt") if flags[0] == "-p" else (*flags, "hello")
+    done = cli("run", "-m", "no-such-model.gguf", "--backend=toy", *given)
+    assert done.returncode == 2
+    assert words in done.stderr
+    assert "target" not in done.stderr

@@ -311,3 +311,15 @@ def test_ctrl_c_gives_the_answer_up(served: Served) -> None:
             client.create_completion(PROMPT, max_tokens=1900, mode="plain")
         while any(client.health()["requests"].values()):
             assert time.monotonic() < deadline
+
+
+async def test_an_error_that_the_service_finds_names_the_argument(served: Served) -> None:
+    async with served.connect() as client:
+        for prompt, settings, param in (
+            ("", {}, "prompt"),
+            ("x", {"logit_bias": {5000: 1.0}}, "logit_bias"),
+            ("x", {"n_min": 5, "n_draft": 2}, "n_min"),
+        ):
+            with pytest.raises(BadRequest) as caught:
+                await client.create_completion(prompt, **settings)
+            assert caught.value.param == param

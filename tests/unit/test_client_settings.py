@@ -8,6 +8,7 @@ from typing import Any, get_type_hints
 import numpy as np
 import pytest
 
+import outrider
 from outrider import BadRequest, CompletionSettings
 from outrider.client import settings
 from outrider.client.settings import conversation, prompt_of, submit, token_ids
@@ -27,6 +28,14 @@ def user(content: object) -> list[dict[str, object]]:
 
 
 TEXT = {"type": "text", "text": "Hello"}
+
+
+class Dumped:
+    """As an answer of OpenAI's library is, which people put into the next question."""
+
+    def model_dump(self, *, exclude_none: bool) -> dict[str, object]:
+        found = {"role": "assistant", "content": "Ho", "refusal": None, "tool_calls": None}
+        return {k: v for k, v in found.items() if not (exclude_none and v is None)}
 
 
 @pytest.mark.parametrize(
@@ -141,6 +150,9 @@ def test_every_keyword_is_checked_and_documented() -> None:
         ("logprobs", 5),
         ("ignore_eos", "yes"),
         ("trace", 1),
+        ("stop", ""),
+        ("stop", ["x", ""]),
+        ("stop", "x" * 257),
         ("mode", 5),
         ("mode", "fast"),
         ("n_draft", -1),
@@ -156,6 +168,19 @@ def test_what_is_wrong_is_one_error_that_names_the_argument(name: str, value: An
     ) as no:
         asked(**{name: value})
     assert no.value.param == name
+
+
+def test_more_stops_than_a_request_may_have_are_counted() -> None:
+    with pytest.raises(BadRequest, match="stop has 17 texts, more than 16") as caught:
+        asked(stop=["x"] * 17)
+    assert caught.value.param == "stop"
+
+
+@pytest.mark.parametrize("value", [float("nan"), -1.0, "5", None])
+def test_a_time_to_wait_is_a_number_of_seconds(value: Any) -> None:
+    with pytest.raises(BadRequest, match=r"timeout_s must be a number") as caught:
+        outrider.Client("nobody", timeout_s=value)
+    assert caught.value.param == "timeout_s"
 
 
 def test_an_unknown_keyword_is_refused_with_the_nearest_one() -> None:
@@ -180,8 +205,10 @@ def test_only_ids_can_be_detokenized(tokens: Any) -> None:
         (iter(user((TEXT,))), (("user", "Hello"),)),
         ([*user("Hi"), {"role": "assistant", "content": "Ho", "tool_calls": None}],
          (("user", "Hi"), ("assistant", "Ho"))),
+        ([{"role": "user", "name": "Ada", "content": "Hi"}], (("user", "Hi"),)),
+        ([Dumped()], (("assistant", "Ho"),)),
     ],
-    ids=["text", "parts", "iterables", "fields-of-none"],
+    ids=["text", "parts", "iterables", "fields-of-none", "a-name", "an-object"],
 )  # fmt: skip
 def test_a_message_has_text_or_parts(messages: Any, pairs: tuple[tuple[str, str], ...]) -> None:
     assert conversation(messages) == pairs

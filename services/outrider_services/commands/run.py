@@ -17,9 +17,10 @@ from typing import Any, TextIO
 import uvloop
 
 from outrider.client import AsyncClient, ChatMessage, Completion, Stream, connect
-from outrider.core.sampling import Sampling
+from outrider.client.settings import submit
 from outrider.core.stats import Report
 from outrider.errors import BadRequest, ConfigError
+from outrider.wire.codec import check
 from outrider_services.commands.prepared import has_draft, with_files, with_some_draft
 from outrider_services.commands.printing import Printer, measured
 from outrider_services.options import Parser, Settings
@@ -61,8 +62,8 @@ def flags(parser: Parser) -> None:
 
 def run(settings: Settings, parsed: Any) -> int:
     """Generate, print, and leave nothing behind."""
-    request = arguments(settings, parsed)  # wrong settings are told before anything is started
-    prompt = read_prompt(parsed, sys.stdin)
+    request, prompt = arguments(settings, parsed), read_prompt(parsed, sys.stdin)
+    check(submit(0, prompt, None, request))  # what is wrong is told before anything is started
     if parsed.connect is not None:
         status, _ = uvloop.run(_run(settings, parsed, prompt, request))
         return status
@@ -131,8 +132,6 @@ def arguments(settings: Settings, parsed: Any) -> dict[str, Any]:
     if parsed.verbose not in ("true", "false"):
         raise ConfigError(f"--verbose must be true or false, not {parsed.verbose!r}")
     bias = dict(map(read_bias, sampling["logit_bias"]))
-    names = sampling.keys() & set(Sampling.__struct_fields__)
-    Sampling(**{name: sampling[name] for name in names} | {"logit_bias": tuple(bias.items())})
     return {
         **sampling,
         "logit_bias": bias,

@@ -166,8 +166,8 @@ class Coordinator:
                   | ("draft", wire.Done(number, Proposal() as done))):  # fmt: skip
                 if request := self._requests.running.get(number):
                     self._advance(request, done)
-            case _, wire.Failed(number, code, reason):
-                self._on_failed(role, number, from_code(code, reason))
+            case _, wire.Failed(number, code, reason, param):
+                self._on_failed(role, number, from_code(code, reason, param))
             case _:
                 raise ProtocolError(f"{type(message).__name__} from a {role}")
 

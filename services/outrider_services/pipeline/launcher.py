@@ -273,19 +273,19 @@ class Launcher:
     async def _read_states(self, child: Child, stream: asyncio.StreamReader) -> None:
         async for line in lines(stream):
             try:
-                state, detail, *rest = json.loads(line)
-            except ValueError:
+                self._on_state(child, *json.loads(line))
+            except (ValueError, TypeError, LookupError):  # it is something else
                 self._log(child.role, line)
-                continue
-            if state == "error":
-                child.error = from_code(detail, rest[0])
-                continue
-            if state == "listening":
-                self.addresses.append(detail)
-                continue
+
+    def _on_state(self, child: Child, state: str, detail: Any, *rest: str) -> None:
+        if state == "error":
+            child.error = from_code(detail, rest[0])
+        elif state == "listening":
+            self.addresses.append(detail)
+        else:
+            self._report(child.role, state, float(detail))
             if state == "ready":
                 child.ready.set()
-            self._report(child.role, state, float(detail))
 
     async def _forward(self, child: Child, stream: asyncio.StreamReader) -> None:
         async for line in lines(stream):

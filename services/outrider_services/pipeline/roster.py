@@ -29,6 +29,7 @@ from outrider_services.pipeline.vocabularies import check_pair
 log = logging.getLogger(__name__)
 
 ANSWER_S = 12.0  # most that a worker may take to answer a question
+LAST_S = 0.05  # for what has come and was not read
 SILENT_S = 1.0  # four missing heartbeats: nobody waits for such a draft
 LOST_S = 10.0  # so long a worker may be paused, or its machine
 
@@ -287,12 +288,13 @@ class Roster:
         self._answers[call] = member.peer, asked
         try:
             self._tell(member.peer, question(call))
-            answer = await asyncio.wait_for(asked, ANSWER_S)
-        except TimeoutError:
-            raise RequestTimeout(
-                f"the {role} worker has not answered in {ANSWER_S:.0f} s"
-            ) from None
+            for wait_s in (ANSWER_S, LAST_S):  # it may be there, if this process was paused
+                await asyncio.wait([asked], timeout=wait_s)
+            if not asked.done():
+                raise RequestTimeout(f"the {role} worker has not answered in {ANSWER_S:.0f} s")
+            answer = asked.result()
         finally:
+            asked.cancel()
             del self._answers[call]
         if not isinstance(answer, kind):
             raise ProtocolError(f"the {role} worker gave an answer of another kind")
@@ -303,8 +305,8 @@ class Roster:
         match message:
             case wire.Tokens(call) | wire.Rendered(call) | wire.LabelTexts(call):
                 result: Any = message
-            case wire.Failed(call, code, reason) if call in self._answers:
-                result = from_code(code, reason)
+            case wire.Failed(call, code, reason, param) if call in self._answers:
+                result = from_code(code, reason, param)
             case _:
                 return False
         asked, future = self._answers.get(call, (peer, None))

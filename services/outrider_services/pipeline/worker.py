@@ -123,11 +123,10 @@ class Worker(ABC, Generic[M]):
         except PeerGone as exc:
             log.debug("not sent: %s (%s)", type(message).__name__, exc)
         except BadRequest as exc:  # it is too long
+            log.warning("not sent: %s", exc)
             match message:
                 case wire.Done(number) | wire.LabelTexts(number):
-                    self._link.send(wire.failure(number, exc))
-                case _:
-                    raise
+                    self._send_now(wire.failure(number, exc))
 
     async def owned(self, function: Callable[[], T]) -> T:
         """Run `function` on the thread that owns the model."""

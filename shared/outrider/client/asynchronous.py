@@ -29,7 +29,9 @@ from outrider.wire.codec import check
 from outrider.wire.transport import Link, PeerGone
 
 SILENCE_S = 10.0  # the coordinator pings every second; so long it may be paused
+PAUSE_S = 3.0  # between two looks at that silence, which are a second apart
 ANSWER_S = 15.0  # most that a question may take
+LAST_S = 0.05  # for what has come and was not read
 FORKED = "a client does not outlive fork(): make one in each process"
 
 Answer = TypeVar("Answer", wire.Tokens, wire.Rendered, wire.HealthReport)
@@ -45,13 +47,13 @@ class AsyncClient:
     def __init__(self, pipeline: str = "default", *, timeout_s: float = 3.0) -> None:
         if not isinstance(pipeline, str):
             raise ConfigError("a pipeline is given by its name or its address, as text")
-        self.pipeline, self.timeout_s = pipeline, asked.number("timeout_s", timeout_s)
+        self.pipeline, self.timeout_s = pipeline, asked.seconds("timeout_s", timeout_s)
         self._calls = itertools.count(1)
         self._inboxes: dict[int, Inbox] = {}
         self._link: Link | None = None
         self._loop: asyncio.AbstractEventLoop | None = None  # of the link
         self._process = 0  # the same
-        self._heard = 0.0
+        self._heard = self._looked = 0.0
         self._lost = ""  # why the last connection was
 
     async def __aenter__(self) -> AsyncClient:
@@ -202,7 +204,7 @@ class AsyncClient:
 
     async def health(self, *, timeout_s: float = ANSWER_S) -> dict[str, Any]:
         """The state of coordinator, workers and requests."""
-        timeout_s = asked.number("timeout_s", timeout_s)
+        timeout_s = asked.seconds("timeout_s", timeout_s)
         return (await self._ask(wire.Health, wire.HealthReport, timeout_s)).report
 
     async def stop(self) -> None:
@@ -219,15 +221,19 @@ class AsyncClient:
         inbox = self._open(call)
         try:
             self._send(question(call))
-            async with asyncio.timeout(timeout_s):
-                answer = await inbox.get()
-        except TimeoutError:
+            try:
+                async with asyncio.timeout(timeout_s):
+                    answer = await inbox.get()
+            except TimeoutError:
+                await asyncio.sleep(LAST_S)  # it may be there, if this process was paused
+                answer = inbox.get_nowait()
+        except asyncio.QueueEmpty:
             raise RequestTimeout(f"no answer within {timeout_s:.1f} s") from None
         finally:
             self._forget(call)
         match answer:
-            case wire.Failed(_, code, words):
-                raise from_code(code, words)
+            case wire.Failed(_, code, words, param):
+                raise from_code(code, words, param)
             case OutriderError():
                 raise answer
             case _ if isinstance(answer, kind):
@@ -302,9 +308,11 @@ class AsyncClient:
             async with asyncio.timeout(1.0):  # wait_for (3.11) may swallow a cancellation
                 return await inbox.get()
         except TimeoutError:
-            if time.monotonic() - self._heard > SILENCE_S:
-                await asyncio.sleep(0.1)  # if it was this process that was paused, this reads
-            if time.monotonic() - self._heard > SILENCE_S:
+            now = time.monotonic()
+            if now - self._looked > PAUSE_S:  # nobody waited, or this process was paused
+                self._heard = now
+            self._looked = now
+            if now - self._heard > SILENCE_S:
                 raise ConnectionFailed(
                     f"the coordinator of {self.pipeline!r} went away before the answer ended"
                 ) from None

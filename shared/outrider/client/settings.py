@@ -10,7 +10,7 @@ import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from difflib import get_close_matches
 from numbers import Integral, Real
-from typing import Any, Literal, TypeAlias, TypedDict
+from typing import Any, Literal, TypeAlias, TypedDict, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,10 @@ Number: TypeAlias = float | np.floating[Any] | np.integer[Any]
 Ids: TypeAlias = Sequence[Whole] | NDArray[np.integer[Any]]
 Prompt: TypeAlias = str | Ids
 LogitBias: TypeAlias = Mapping[int, Number] | Mapping[str, Number] | Mapping[np.int64, Number]
+
+
+MOST_STOPS, LONGEST_STOP = 16, 256
+YEAR_S = 365 * 86_400.0
 
 
 class TextPart(TypedDict):
@@ -131,6 +135,14 @@ def number(name: str, value: object) -> float:
         raise BadRequest(f"{name} is out of range", _param(name)) from None
 
 
+def seconds(name: str, value: object) -> float:
+    """A time to wait, as a plain float; the longest is a year."""
+    plain = number(name, value)
+    if not plain >= 0.0:  # nor is NaN
+        raise BadRequest(f"{name} must be a number of seconds, not {plain}", _param(name))
+    return min(plain, YEAR_S)
+
+
 def token_ids(name: str, value: object) -> tuple[int, ...]:
     """Token ids, from a sequence or an array."""
     value = _listed(value)
@@ -158,7 +170,10 @@ def conversation(value: object) -> tuple[tuple[str, str], ...]:
 
 
 def _message(place: str, value: object) -> tuple[str, str]:
-    message = _fields(place, value, ("role", "content"))
+    if dump := getattr(value, "model_dump", None):  # an object of OpenAI's library
+        value = dump(exclude_none=True)
+    # a name is for the application: chat templates have no place for it
+    message = _fields(place, value, ("role", "content"), ignored="name")
     role, content = (message[key] for key in ("role", "content"))
     if not isinstance(content, str):
         parts = _listed(content)
@@ -178,7 +193,9 @@ def _part(place: str, value: object) -> str:
     return text(f"{place}.text", part["text"])
 
 
-def _fields(place: str, value: object, names: tuple[str, str]) -> Mapping[object, object]:
+def _fields(
+    place: str, value: object, names: tuple[str, str], ignored: str = ""
+) -> Mapping[object, object]:
     """`value`, if it has these fields and all others are None, as OpenAI's objects have some."""
     if not isinstance(value, Mapping):
         raise _wrong(place, "must be a mapping", value)
@@ -186,7 +203,7 @@ def _fields(place: str, value: object, names: tuple[str, str]) -> Mapping[object
         if name not in value:
             raise BadRequest(f"{place} has no {name!r}", _param(place))
     for name in value:
-        if name not in names and value[name] is not None:
+        if name not in (*names, ignored) and value[name] is not None:
             raise BadRequest(f"{place} has an unknown field {name!r:.80}", _param(place))
     return value
 
@@ -194,10 +211,25 @@ def _fields(place: str, value: object, names: tuple[str, str]) -> Mapping[object
 def _stop(name: str, value: object) -> tuple[str, ...]:
     value = _listed(value)
     if isinstance(value, str):
-        return (text(name, value),)
+        value = (value,)
     if not isinstance(value, list | tuple):
         raise _wrong(name, "must be a string or a sequence of strings", value)
-    return tuple(text(f"{name}[{n}]", one) for n, one in enumerate(value))
+    if len(value) > MOST_STOPS:
+        raise BadRequest(f"{name} has {len(value)} texts, more than {MOST_STOPS}", name)
+    stops = tuple(text(f"{name}[{n}]", one) for n, one in enumerate(value))
+    for stop in stops:
+        if not 0 < len(stop) <= LONGEST_STOP:
+            raise BadRequest(
+                f"{name} must be texts of 1 to {LONGEST_STOP} letters, not of {len(stop)}", name
+            )
+    return stops
+
+
+def _mode(name: str, value: object) -> str:
+    mode = text(name, value)
+    if mode not in get_args(AskedMode):
+        raise _wrong(name, f"must be one of {', '.join(get_args(AskedMode))}", mode)
+    return mode
 
 
 def _logit_bias(name: str, value: object) -> tuple[tuple[int, float], ...]:
@@ -249,7 +281,7 @@ CHECKS: dict[str, Callable[[str, object], Any]] = {
     "stop": _stop,
     "logprobs": flag,
     "ignore_eos": flag,
-    "mode": text,
+    "mode": _mode,
     "n_draft": whole,
     "n_min": whole,
     "p_min": number,

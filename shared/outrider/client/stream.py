@@ -71,8 +71,8 @@ class Stream:
                     self.finish_reason, self.stats = reason, stats
                     if self._traced:
                         self.trace = (*self._spans, *spans)
-                case wire.Failed(_, code, words):
-                    self._error = from_code(code, words)
+                case wire.Failed(_, code, words, param):
+                    self._error = from_code(code, words, param)
                 case OutriderError() as error:
                     self._error = error
         raise StopAsyncIteration

@@ -30,7 +30,7 @@ from outrider.core.values import (
     Value,
     Word,
 )
-from outrider.errors import InternalError, OutriderError
+from outrider.errors import BadRequest, InternalError, OutriderError
 
 PROTOCOL = 3
 FRAME_LIMIT = 1 << 20  # bytes; a prompt of 200,000 tokens fits
@@ -127,12 +127,14 @@ class Failed(Tagged, frozen=True):
     id: Id
     code: Word
     message: Line
+    param: Word = ""  # the argument that is wrong
 
 
 def failure(id: int, exc: Exception) -> Failed:
     """The message that tells of `exc`."""
     code = exc.code if isinstance(exc, OutriderError) else InternalError.code
-    return Failed(id, code, words(exc))
+    param = (exc.param if isinstance(exc, BadRequest) else None) or ""
+    return Failed(id, code, words(exc), param[:256])
 
 
 def words(exc: Exception) -> str:
