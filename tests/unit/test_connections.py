@@ -116,14 +116,36 @@ def test_far_beyond_the_most_a_connection_just_ends(pair: Pair) -> None:
 def test_one_that_says_nothing_can_be_told_from_one_that_has_spoken(pair: Pair) -> None:
     ours, theirs = pair
     known = Connections(2)
-    known.accept(ours.fileno())
+    first = known.accept(ours.fileno())
     known.meet(b"a", ours.fileno(), "")
-    known.shut_if_mute(ours.fileno())
+    known.shut_if_mute(first)
     assert not is_shut(theirs)
     known.lose(ours.fileno())
-    known.accept(ours.fileno())
-    known.shut_if_mute(ours.fileno())
+    second = known.accept(ours.fileno())
+    known.shut_if_mute(first)  # its time has come, and another one has its descriptor
+    assert not is_shut(theirs)
+    known.shut_if_mute(second)
     assert is_shut(theirs)
+
+
+def test_a_worker_has_room_also_if_its_connection_is_not_sure_at_first(clock: Clock) -> None:
+    known = Connections(1, clock)
+    known.accept(1001)
+    known.accept(1002)
+    known.lose(1002)
+    known.accept(1002)  # beyond the most, and with a descriptor that another one has just left
+    known.meet(b"w", 1002, "")
+    assert known.of(b"w") is None
+    known.trust(b"w")
+    clock.now += 1.0
+    known.meet(b"w", 1002, "")
+    found = known.of(b"w")
+    assert found is not None
+    assert found.is_worker
+    assert not known.is_refused(b"w")
+    known.lose(1002)
+    known.forget(b"w")
+    assert not known.is_worker(b"w")
 
 
 # ---- bad frames ---------------------------------------------------------------------------------

@@ -59,7 +59,7 @@ def _greeting_of_another_protocol(frame: bytes) -> Hello | None:
         value = msgpack.unpackb(frame, **LIMITS)
         name, *start = value[:4]
         protocol, version, role = msgspec.convert(start, tuple[Count, Word, Role])
-    except Exception:  # as above
+    except Exception:  # whatever it is, it is no greeting
         return None
     if name != "hello" or protocol == PROTOCOL:
         return None

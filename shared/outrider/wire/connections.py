@@ -46,6 +46,7 @@ class Connection:
     is_surplus: bool
     is_worker: bool = False
     peer: bytes | None = None
+    is_mute: bool = True
     origin: str = ""
     traffic: int = 0  # bytes that were read since somebody looked
     read: int = 0  # bytes of whole messages, and what ZeroMQ puts around them, at most
@@ -65,6 +66,7 @@ class Connections:
         self._unmet_at: dict[int, float] = {}  # when a connection ended that had said nothing yet
         self._by_fd: dict[int, Connection] = {}
         self._by_peer: dict[bytes, Connection] = {}
+        self._workers: set[bytes] = set()  # also those whose connections are not sure yet
         self._over: dict[bytes, None] = {}  # peers whose connections are, the last of them
 
     def __len__(self) -> int:
@@ -76,12 +78,13 @@ class Connections:
     def of(self, peer: bytes) -> Connection | None:
         return self._by_peer.get(peer)
 
-    def accept(self, fd: int) -> None:
+    def accept(self, fd: int) -> Connection:
         """It is open; if it is one too many it may stay until it is told so, or not at all."""
         now = self._clock()
-        self._by_fd[fd] = Connection(fd, is_surplus=len(self) >= self.most, spoke=now)
+        found = self._by_fd[fd] = Connection(fd, is_surplus=len(self) >= self.most, spoke=now)
         if len(self) > self.most + SPARE:
             shut(fd)
+        return found
 
     def meet(self, peer: bytes, fd: int, origin: str) -> bool:
         """`peer` has spoken, with this descriptor; False if that connection is over already.
@@ -91,8 +94,10 @@ class Connections:
         connection = self._by_fd.get(fd)
         if connection is None or peer in self._over:
             return False
+        connection.is_mute = False
         if connection.peer is None and self._clock() - self._unmet_at.get(fd, -inf) > UNSURE_S:
             connection.peer, connection.origin = peer, origin
+            connection.is_worker = peer in self._workers
             self._by_peer[peer] = connection
         return True
 
@@ -101,6 +106,19 @@ class Connections:
         connection.traffic += size + MESSAGE
         connection.read += size + FRAMING
         connection.spoke = self._clock()
+
+    def trust(self, peer: bytes) -> None:
+        """It is a worker, and always has room."""
+        self._workers.add(peer)
+        if connection := self.of(peer):
+            connection.is_worker = True
+
+    def is_worker(self, peer: bytes) -> bool:
+        return peer in self._workers
+
+    def forget(self, peer: bytes) -> None:
+        """Everybody has been told that it is gone."""
+        self._workers.discard(peer)
 
     def is_refused(self, peer: bytes) -> bool:
         """Whether it is one too many, still."""
@@ -130,11 +148,10 @@ class Connections:
         shut(connection.fd)
         return True
 
-    def shut_if_mute(self, fd: int) -> None:
+    def shut_if_mute(self, connection: Connection) -> None:
         """End the connection if it has not said anything."""
-        connection = self._by_fd.get(fd)
-        if connection and connection.peer is None:
-            shut(fd)
+        if connection.is_mute and self._by_fd.get(connection.fd) is connection:
+            shut(connection.fd)
 
 
 @dataclass(slots=True)

@@ -64,13 +64,12 @@ class Router(Endpoint):
 
     def send(self, peer: bytes, message: Message) -> None:
         """Send soon. Raises PeerGone, or BadRequest for a message that is too long."""
-        if isinstance(message, Welcome) and (connection := self._connections.of(peer)):
-            connection.is_worker = True
+        if isinstance(message, Welcome):
+            self._connections.trust(peer)
         self._post(peer, encode(message))
 
     def _limit(self, peer: bytes) -> int:
-        connection = self._connections.of(peer)
-        return TRUSTED_LIMIT if connection and connection.is_worker else BACKLOG_LIMIT
+        return TRUSTED_LIMIT if self._connections.is_worker(peer) else BACKLOG_LIMIT
 
     def end(self, peer: bytes) -> None:
         self._drain_monitor()  # its descriptor may be another connection's by now
@@ -102,11 +101,12 @@ class Router(Endpoint):
             # what it sent before it ended is read first
             self._loop.call_later(GONE_S, self._tell_gone, former)
         if event == zmq.EVENT_ACCEPTED:
-            self._connections.accept(fd)
-            if len(self._connections) > self._connections.most:
-                self._loop.call_later(MUTE_S, self._connections.shut_if_mute, fd)
+            accepted = self._connections.accept(fd)
+            if accepted.is_surplus:
+                self._loop.call_later(MUTE_S, self._connections.shut_if_mute, accepted)
 
     def _tell_gone(self, peer: bytes) -> None:
+        self._connections.forget(peer)
         if not self.closed:
             self._on_gone(peer)
 
@@ -141,7 +141,7 @@ class Router(Endpoint):
             if rest:
                 raise ProtocolError(f"a message of {rest + 1} frames instead of one")
             message = decode(frame)
-            # a worker always has room
+            # a worker may always join
             if self._connections.is_refused(peer) and not isinstance(message, Hello):
                 self._refuse(peer, message)
             else:
