@@ -106,10 +106,13 @@ def test_those_beyond_the_most_are_refused_until_there_is_room(pair: Pair) -> No
 def test_far_beyond_the_most_a_connection_just_ends(pair: Pair) -> None:
     ours, theirs = pair
     known = Connections(2)
-    for fd in range(1001, 1003 + connections.SPARE):
+    known.accept(1001)
+    known.accept(1002)
+    known.accept(ours.fileno())  # the first of the surplus ones
+    for fd in range(1004, 1003 + connections.SPARE):
         known.accept(fd)
     assert not is_shut(theirs)
-    known.accept(ours.fileno())
+    known.accept(2000)
     assert is_shut(theirs)
 
 
@@ -137,6 +140,9 @@ def test_a_worker_has_room_also_if_its_connection_is_not_sure_at_first(clock: Cl
     known.meet(b"w", 1002, "")
     assert known.of(b"w") is None
     known.trust(b"w")
+    assert not known.is_refused(b"w")
+    for fd in range(1003, 1200):  # none of these takes its place
+        known.accept(fd)
     clock.now += 1.0
     known.meet(b"w", 1002, "")
     found = known.of(b"w")

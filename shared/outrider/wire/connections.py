@@ -47,6 +47,7 @@ class Connection:
     is_worker: bool = False
     peer: bytes | None = None
     is_mute: bool = True
+    is_shut: bool = False
     origin: str = ""
     traffic: int = 0  # bytes that were read since somebody looked
     read: int = 0  # bytes of whole messages, and what ZeroMQ puts around them, at most
@@ -66,7 +67,8 @@ class Connections:
         self._unmet_at: dict[int, float] = {}  # when a connection ended that had said nothing yet
         self._by_fd: dict[int, Connection] = {}
         self._by_peer: dict[bytes, Connection] = {}
-        self._workers: set[bytes] = set()  # also those whose connections are not sure yet
+        self._workers: set[bytes] = set()
+        self._unsure: dict[bytes, Connection] = {}  # whose this may be, the last of them
         self._over: dict[bytes, None] = {}  # peers whose connections are, the last of them
 
     def __len__(self) -> int:
@@ -79,11 +81,17 @@ class Connections:
         return self._by_peer.get(peer)
 
     def accept(self, fd: int) -> Connection:
-        """It is open; if it is one too many it may stay until it is told so, or not at all."""
+        """It is open. If it is one too many it may stay until it is told so.
+
+        Far beyond that the oldest of those ends: a worker that comes now must be able to say so.
+        """
         now = self._clock()
         found = self._by_fd[fd] = Connection(fd, is_surplus=len(self) >= self.most, spoke=now)
         if len(self) > self.most + SPARE:
-            shut(fd)
+            surplus = (one for one in self if one.is_surplus and not one.is_worker)
+            oldest = next((one for one in surplus if not one.is_shut), found)
+            oldest.is_shut = True
+            shut(oldest.fd)
         return found
 
     def meet(self, peer: bytes, fd: int, origin: str) -> bool:
@@ -99,6 +107,11 @@ class Connections:
             connection.peer, connection.origin = peer, origin
             connection.is_worker = peer in self._workers
             self._by_peer[peer] = connection
+            self._unsure.pop(peer, None)
+        elif connection.peer is None:
+            self._unsure[peer] = connection
+            if len(self._unsure) > SPARE:
+                del self._unsure[next(iter(self._unsure))]
         return True
 
     def heard(self, connection: Connection, size: int) -> None:
@@ -110,7 +123,7 @@ class Connections:
     def trust(self, peer: bytes) -> None:
         """It is a worker, and always has room."""
         self._workers.add(peer)
-        if connection := self.of(peer):
+        if connection := self.of(peer) or self._unsure.get(peer):
             connection.is_worker = True
 
     def is_worker(self, peer: bytes) -> bool:
