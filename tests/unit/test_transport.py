@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import socket
 import subprocess
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 import zmq
 
-from outrider.errors import ProtocolError
+from outrider.errors import ConfigError, ConnectionFailed, ProtocolError
 from outrider.wire import messages as wire
 from outrider.wire import transport
 from outrider.wire.codec import encode
@@ -155,6 +156,39 @@ async def test_what_was_sent_before_the_end_is_read_before_anybody_is_told(
     house.router.close()
     await until(lambda: guest.lost)
     assert len(guest.heard) == 20
+
+
+async def test_an_address_on_which_somebody_listens_is_not_taken_from_them(
+    tmp_path: Path,
+) -> None:
+    address = f"ipc://{tmp_path}/s"
+    first = House(address)
+    second = Router(lambda *_: None, lambda _: None)
+    guest = Guest(address)
+    try:
+        with pytest.raises(ConfigError, match="somebody does already"):
+            second.bind(address)
+        await guest.say(wire.Health(1))
+        await until(lambda: first.heard)
+    finally:
+        guest.link.close()
+        second.close()
+        first.router.close()
+    third = House(address)  # what is left of the socket is nobody's
+    third.router.close()
+
+
+@pytest.mark.parametrize("address", ["ipc:///tmp/\udcff", "nowhere", "tcp://:x", "udp://1.2.3.4:5"])
+async def test_what_is_no_address_is_an_error_and_leaves_nothing_open(address: str) -> None:
+    with pytest.raises(ConnectionFailed, match="is not an address"):
+        Link(address, print)
+    router = Router(lambda *_: None, lambda _: None)
+    try:
+        with pytest.raises(ConfigError, match="cannot listen on"):
+            router.bind(address)
+    finally:
+        router.close()
+    gc.collect()  # an open socket would keep this from ending
 
 
 async def test_a_link_over_which_something_unreadable_comes_ends(
