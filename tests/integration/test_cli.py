@@ -729,7 +729,7 @@ def test_a_closed_stream_is_no_reason_to_fail(cli: Cli, closed: str) -> None:
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (("--stop", "x" * 300), "stop must be texts of 1 to 256 letters"),
+        (("--stop", "x" * 300), "stop must be of 256 letters at most, not 300"),
         (("--temp", "nan"), "temperature"),
         (("-p", "x" * 1_100_000), "prompt is not as it should be"),
     ],

@@ -217,12 +217,10 @@ def _stop(name: str, value: object) -> tuple[str, ...]:
     if len(value) > MOST_STOPS:
         raise BadRequest(f"{name} has {len(value)} texts, more than {MOST_STOPS}", name)
     stops = tuple(text(f"{name}[{n}]", one) for n, one in enumerate(value))
-    for stop in stops:
-        if not 0 < len(stop) <= LONGEST_STOP:
-            raise BadRequest(
-                f"{name} must be texts of 1 to {LONGEST_STOP} letters, not of {len(stop)}", name
-            )
-    return stops
+    longest = max(map(len, stops), default=0)
+    if longest > LONGEST_STOP:
+        raise BadRequest(f"{name} must be of {LONGEST_STOP} letters at most, not {longest}", name)
+    return tuple(filter(None, stops))  # an empty one stops nothing
 
 
 def _mode(name: str, value: object) -> str:
