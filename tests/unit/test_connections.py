@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 
@@ -210,8 +211,9 @@ def test_of_two_that_make_the_process_heavy_the_heavier_is_blamed(
 
 
 def test_what_is_nobodys_fault_is_borne_once(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
-    monkeypatch.setattr(connections, "HEAVY", 4 << 20)
     scales, nobody = Scales(), lambda peer: 0
+    memory = SimpleNamespace(rss=scales._light)
+    monkeypatch.setattr(scales, "_process", SimpleNamespace(memory_info=lambda: memory))
     known = Connections(8, clock)
     for fd, peer in ((1001, b"worker"), (1002, b"silent"), (1003, b"a")):
         known.accept(fd)
@@ -220,10 +222,10 @@ def test_what_is_nobodys_fault_is_borne_once(monkeypatch: pytest.MonkeyPatch, cl
     connections_of[b"worker"].is_worker = True  # type: ignore[union-attr]
     clock.now += 5.0
     known.heard(connections_of[b"a"], 10)  # type: ignore[arg-type]
-    held = [b"x" * (6 << 20)]
+    memory.rss += connections.HEAVY + 1
     assert scales.blame(known, nobody) is None
     assert scales.blame(known, nobody) is None
-    held.append(b"y" * (6 << 20))
+    memory.rss += connections.HEAVY
     assert scales.blame(known, nobody) is connections_of[b"silent"]
     known.accept(1004)
     assert scales.blame(known, nobody) is [*known][-1]  # it has not said anything ever
