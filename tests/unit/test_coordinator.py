@@ -386,6 +386,7 @@ async def test_questions_are_bounded_for_each_client_and_for_all(up: Pipeline) -
         await up.says(client, *(wire.Tokenize(call, "text", True) for call in range(100)))
     refused = [up.outcomes(client) for client in clients]
     assert [len(one) for one in refused] == [36] * 8 + [100] * 2
+    assert [*up.core._questions._places] == clients[:8]  # of those refused nothing is kept
     assert all(codes == ["busy"] for one in refused for codes in one.values())
 
 

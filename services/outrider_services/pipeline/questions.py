@@ -48,47 +48,48 @@ class Questions:
         Raises Overloaded if too many wait.
         """
         characters = length(question(0))
-        place = self._places.setdefault(client, Place())
+        place = self._places.get(client, Place())
         if (
             place.count >= MOST_OF_ONE
             or self._count >= MOST
             or self._characters + characters > MOST_CHARACTERS
         ):
             raise Overloaded("too many questions wait for their answers")
-        place.count += 1
-        self._count += 1
-        self._characters += characters
-        is_wanted = asyncio.get_running_loop().create_future()
-        put = asyncio.ensure_future(self._put(place, question, kind, is_wanted))
-        self._tasks.add(put)
+        self._places[client] = place
+        self._note(client, place, 1, characters)
+        put: asyncio.Task[Answer] | None = None
 
-        def over(task: asyncio.Task[Answer]) -> None:
-            self._tasks.discard(task)
-            place.count -= 1
-            self._count -= 1
-            self._characters -= characters
-            if not place.count and self._places.get(client) is place:
-                del self._places[client]
-            if not task.cancelled():
-                task.exception()  # if nobody waits for it, it is no news
+        def over(_: object) -> None:
+            self._note(client, place, -1, -characters)
 
-        put.add_done_callback(over)
         try:
+            await place.turn.acquire()  # who gives up meanwhile was never in the worker's way
+            put = asyncio.ensure_future(self._put(place, question, kind))
+            self._tasks.add(put)
+            put.add_done_callback(self._tasks.discard)
+            put.add_done_callback(over)
             return await asyncio.shield(put)  # what the worker has cannot be called back
         finally:
-            is_wanted.cancel()
+            if put is None:
+                over(None)
+
+    def _note(self, client: bytes, place: Place, count: int, characters: int) -> None:
+        """So many more, or fewer, wait for their answers."""
+        place.count += count
+        self._count += count
+        self._characters += characters
+        if not place.count and self._places.get(client) is place:
+            del self._places[client]
 
     async def _put(
-        self,
-        place: Place,
-        question: Callable[[int], wire.Message],
-        kind: type[Answer],
-        is_wanted: asyncio.Future[None],
+        self, place: Place, question: Callable[[int], wire.Message], kind: type[Answer]
     ) -> Answer:
-        async with place.turn:
-            if is_wanted.cancelled() or place.is_gone:
+        try:
+            if place.is_gone:
                 raise ConnectionFailed("nobody waits for the answer")
             return await self._roster.ask(self._roster.target(), question, kind)
+        finally:
+            place.turn.release()
 
     async def answer(self, client: bytes, asked: Asked) -> None:
         """Answer a client's question, or say why not."""

@@ -27,7 +27,7 @@ from outrider.errors import ConnectionFailed
 MOST = 4096  # connections, or a quarter of what there may be of open files besides our own
 OURS = 64  # files that the process has open itself
 SPARE_FILES = 16  # that a context and a socket hold open, and a few more
-SPARE = 64  # connections beyond that which are told so; further ones just end
+SPARE = 64  # connections beyond that, which are told so; of more the oldest ends
 BAD_FRAMES = 8  # that an origin may send at first; one more each second
 ORIGINS = 1024  # whose bad frames are remembered
 UNSURE_S = 0.25  # so long a message may be on its way from a connection that has ended
