@@ -3,6 +3,8 @@ from __future__ import annotations
 import importlib.machinery
 import importlib.util
 import os
+import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,7 +18,9 @@ from outrider_services.models import catalogue
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ROOT / "scripts"
-AMX = frozenset({"avx512f", "amx_tile", "amx_int8"})
+SSE, AVX2 = frozenset({"sse4_2"}), frozenset({"sse4_2", "avx2"})
+AMX = AVX2 | {"avx512f", "amx_tile", "amx_int8"}
+ARM = frozenset({"asimd"})
 
 
 def load(name: str) -> ModuleType:
@@ -80,50 +84,152 @@ def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 # --- the compiler ---
 
 
+def name_of(toolchain: Any, choice: Any) -> str:
+    return "ZIG" if choice.compiler == toolchain.ZIG else Path(choice.compiler.cxx).name
+
+
 @pytest.mark.parametrize(
-    ("number", "build", "chosen"),
+    ("machine", "flags", "chosen", "hint"),
     [
-        pytest.param(19, OPENMP, "clang++-19", id="clang-with-openmp"),
-        pytest.param(19, NO_OPENMP, "g++", id="clang-without-openmp"),
-        pytest.param(16, OPENMP, "g++", id="clang-too-old"),
+        pytest.param("x86_64", AVX2, "ZIG", "", id="avx2"),
+        pytest.param("AMD64", AVX2 | {"avx512f"}, "ZIG", "", id="avx512"),
+        pytest.param("x86_64", AMX, "g++", " 8 rows in 0.8 of the time", id="amx"),
+        pytest.param("x86_64", SSE, "g++", " 8 rows in 0.5 to 0.8 of the time", id="sse"),
+        pytest.param("aarch64", ARM, "g++", "", id="arm"),
+    ],
+)
+def test_the_processor_decides_where_there_is_only_gcc(
+    toolchain: Any, path: Path, machine: str, flags: frozenset[str], chosen: str, hint: str
+) -> None:
+    found = toolchain.choose_compiler({}, toolchain.Processor(machine, "", flags))
+    assert name_of(toolchain, found) == chosen
+    assert bool(found.hint) == bool(hint)
+    assert hint in found.hint
+
+
+@pytest.mark.parametrize(
+    ("number", "build", "flags", "chosen"),
+    [
+        pytest.param(19, OPENMP, AVX2, "clang++-19", id="clang-avx2"),
+        pytest.param(19, OPENMP, AMX, "clang++-19", id="clang-amx"),
+        pytest.param(19, NO_OPENMP, AVX2, "ZIG", id="clang-without-openmp-avx2"),
+        pytest.param(19, NO_OPENMP, AMX, "g++", id="clang-without-openmp-amx"),
+        pytest.param(16, OPENMP, AVX2, "ZIG", id="clang-too-old-avx2"),
+        pytest.param(16, OPENMP, AMX, "g++", id="clang-too-old-amx"),
     ],
 )
 def test_a_clang_is_taken_if_new_and_able(
-    toolchain: Any, path: Path, number: int, build: str, chosen: str
+    toolchain: Any, path: Path, number: int, build: str, flags: frozenset[str], chosen: str
 ) -> None:
     clang(path, number, build)
-    found = toolchain.choose_compiler({})
-    assert Path(found.cxx).name == chosen
-    assert Path(found.cc).name == chosen.replace("clang++", "clang").replace("g++", "gcc")
+    found = toolchain.choose_compiler({}, toolchain.Processor("x86_64", "", flags))
+    assert name_of(toolchain, found) == chosen
+    c_name = chosen.replace("clang++", "clang").replace("g++", "gcc").replace("ZIG", "")
+    assert Path(found.compiler.cc).name == c_name
 
 
 def test_the_newest_clang_is_taken(toolchain: Any, path: Path) -> None:
     for number in (17, 20, 18):
         clang(path, number, OPENMP)
-    assert toolchain.choose_compiler({}).major == 20
+    cpu = toolchain.Processor("x86_64", "", AVX2)
+    assert toolchain.choose_compiler({}, cpu).compiler.major == 20
 
 
 @pytest.mark.parametrize(
     "environ", [{"CXX": "g++"}, {"CC": "gcc"}, {"CC": "gcc", "CXX": "g++"}], ids=str
 )
+@pytest.mark.parametrize("with_clang", [True, False], ids=["clang", "no-clang"])
 def test_a_named_compiler_is_taken_before_any_other(
-    toolchain: Any, path: Path, environ: dict[str, str]
+    toolchain: Any, path: Path, environ: dict[str, str], with_clang: bool
 ) -> None:
-    clang(path, 19, OPENMP)
-    found = toolchain.choose_compiler(environ)
+    if with_clang:
+        clang(path, 19, OPENMP)
+    choice = toolchain.choose_compiler(environ, toolchain.Processor("x86_64", "", AVX2))
+    found = choice.compiler
     assert (Path(found.cc).name, Path(found.cxx).name) == ("gcc", "g++")
-    assert (found.is_clang, found.major) == (False, 12)
+    assert (found.is_clang, found.major, choice.hint) == (False, 12, "")
 
 
 def test_a_named_compiler_that_is_missing_is_told(toolchain: Any, path: Path) -> None:
     with pytest.raises(toolchain.NoCompiler, match="g\\+\\+-99"):
-        toolchain.choose_compiler({"CXX": "g++-99"})
+        toolchain.choose_compiler({"CXX": "g++-99"}, toolchain.Processor("x86_64", "", AVX2))
 
 
-def test_without_a_compiler_one_sentence_says_so(toolchain: Any, path: Path) -> None:
+@pytest.mark.parametrize(
+    ("machine", "flags"), [("x86_64", AMX), ("x86_64", SSE), ("aarch64", ARM)], ids=str
+)
+def test_without_a_compiler_one_sentence_says_so(
+    toolchain: Any, path: Path, machine: str, flags: frozenset[str]
+) -> None:
     (path / "g++").unlink()
     with pytest.raises(toolchain.NoCompiler, match=r"no C\+\+ compiler found; install one"):
-        toolchain.choose_compiler({})
+        toolchain.choose_compiler({}, toolchain.Processor(machine, "", flags))
+
+
+# --- what it lacks ---
+
+
+def unpack(folder: Path, package: str) -> None:
+    """What `pip install --target` leaves of ziglang and of pyomp, as far as it is used."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if package.startswith("ziglang=="):
+        told = '"$ZIG_GLOBAL_CACHE_DIR" "$ZIG_LOCAL_CACHE_DIR" "$@"'
+        program(folder / "ziglang", "zig", f"printf '%s\\n' {told}")
+    if package.startswith("pyomp=="):
+        (folder / "numba").mkdir()
+        (folder / "numba" / "libomp.so").write_text("LLVM's OpenMP")
+
+
+def test_ziglang_becomes_a_compiler_that_runs(toolchain: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "someone's tools"
+    found = toolchain.equipped(toolchain.ZIG, folder, unpack)
+    for wrapper, command in ((found.cc, "cc"), (found.cxx, "c++")):
+        call = [wrapper, "-c", "a file.c", "$HOME"]
+        told = subprocess.run(call, capture_output=True, text=True, check=True).stdout.splitlines()
+        cache = str(folder / "cache")
+        assert told == [cache, cache, command, f"-I{folder}", "-c", "a file.c", "$HOME"]
+    assert "int omp_get_max_threads(void);" in (folder / "omp.h").read_text()
+
+
+def test_ziglang_comes_with_an_openmp(toolchain: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "someone's tools"
+    found = toolchain.equipped(toolchain.ZIG, folder, unpack)
+    library = folder / "numba" / "libomp.so"
+    assert found.runtime == (library, "libomp.so")
+    assert sorted(found.cmake_args) == [
+        "-DOpenMP_CXX_FLAGS=-fopenmp",
+        "-DOpenMP_CXX_LIB_NAMES=omp",
+        "-DOpenMP_C_FLAGS=-fopenmp",
+        "-DOpenMP_C_LIB_NAMES=omp",
+        f"-DOpenMP_omp_LIBRARY={library}",
+    ]
+    assert (found.text, found.is_clang) == (toolchain.ZIG.text, True)
+
+
+def test_gcc_has_its_openmp_replaced(toolchain: Any, tmp_path: Path) -> None:
+    gcc, fetched = toolchain.Compiler("gcc", "g++", False, 12, "gcc 12"), []
+
+    def fetch(folder: Path, package: str) -> None:
+        fetched.append(package)
+        unpack(folder, package)
+
+    found = toolchain.equipped(gcc, tmp_path, fetch)
+    assert found.runtime == (tmp_path / "numba" / "libomp.so", "libgomp.so.1")
+    assert (found.cc, found.cxx, found.text, found.cmake_args) == ("gcc", "g++", "gcc 12", ())
+    assert fetched == [toolchain.OPENMP]
+
+
+def test_a_clang_that_is_installed_lacks_nothing(toolchain: Any, tmp_path: Path) -> None:
+    def fetch(folder: Path, package: str) -> None:
+        raise AssertionError(f"{package} was fetched")
+
+    installed = toolchain.Compiler("clang", "clang++", True, 19, "clang 19")
+    assert toolchain.equipped(installed, tmp_path, fetch) == installed
+
+
+def test_a_package_without_the_openmp_library_is_told(toolchain: Any, tmp_path: Path) -> None:
+    with pytest.raises(toolchain.NoCompiler, match=r"pyomp==.* has no libomp\.so"):
+        toolchain.equipped(toolchain.ZIG, tmp_path, lambda folder, package: None)
 
 
 # --- its flags ---
@@ -191,8 +297,10 @@ def project(setup: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(setup, "LOG", tmp_path / "setup.log")
     monkeypatch.setattr(setup, "PYTHON", Path(sys.executable))
     monkeypatch.setattr(setup, "make_venv", lambda: None)
-    monkeypatch.setattr(setup, "say", lambda text: None)
-    monkeypatch.setattr(setup, "choose_compiler", lambda environ: None)
+    setup.said = []
+    monkeypatch.setattr(setup, "say", setup.said.append)
+    gcc = setup.Choice(setup.Compiler("gcc", "g++", False, 12, "gcc 12"), "it is there")
+    monkeypatch.setattr(setup, "choose_compiler", lambda environ, cpu: gcc)
     setup.pip_calls = []
     monkeypatch.setattr(setup, "pip", lambda *args, env=None: setup.pip_calls.append(args))
     return setup
@@ -239,7 +347,7 @@ def test_llama_is_left_out_only_if_asked(
 def test_without_llama_no_compiler_is_looked_for(
     project: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def looked(environ: object) -> None:
+    def looked(environ: object, cpu: object) -> None:
         raise project.NoCompiler("no compiler")
 
     cpu = machine(project)
@@ -280,6 +388,35 @@ def test_an_interrupted_set_up_is_not_taken_for_a_whole_one(
     assert not project.is_current({"test"}, cpu)
 
 
+def test_again_chooses_and_installs_anew(project: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[str] = []
+    monkeypatch.setattr(project, "install_llama", lambda _, by, cpu: built.append(by.text))
+    monkeypatch.setattr(sys, "argv", ["setup"])
+    project.main()
+    project.main()
+    assert built == ["gcc 12"]
+    clang = project.Choice(project.Compiler("clang", "clang++", True, 19, "clang 19"), "newer")
+    monkeypatch.setattr(project, "choose_compiler", lambda environ, cpu: clang)
+    monkeypatch.setattr(sys, "argv", ["setup", "--again"])
+    project.main()
+    assert built == ["gcc 12", "clang 19"]
+
+
+@pytest.mark.parametrize(("arguments", "builds"), [([], 1), (["--again"], 2)], ids=str)
+def test_again_does_not_take_what_another_set_up_did_meanwhile(
+    project: Any, monkeypatch: pytest.MonkeyPatch, arguments: list[str], builds: int
+) -> None:
+    built: list[object] = []
+    monkeypatch.setattr(project, "install_llama", lambda *args: built.append(args))
+    monkeypatch.setattr(sys, "argv", ["setup", *arguments])
+    project.main()
+    stamp = project.STAMP.read_text()
+    project.STAMP.unlink()
+    monkeypatch.setattr(project, "wait_for", lambda lock: project.STAMP.write_text(stamp))
+    project.main()
+    assert len(built) == builds
+
+
 @pytest.mark.parametrize("damage", ["", "{}", "[1]", "nonsense", '{"key": 1, "extras": null}'])
 def test_a_damaged_stamp_means_setting_up_again(project: Any, damage: str) -> None:
     project.STAMP.write_text(damage)
@@ -289,22 +426,41 @@ def test_a_damaged_stamp_means_setting_up_again(project: Any, damage: str) -> No
 # --- the wheel ---
 
 
+ALONG = (
+    r'install\(FILES "(.*)" DESTINATION "\$\{SKBUILD_PLATLIB_DIR\}/llama_cpp/lib" RENAME "(.*)"\)'
+)
+
+
 @pytest.fixture
 def wheels(project: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The cached wheel for one set of flags; `builds` lists what was built."""
-    project.builds = []
+    """The set-up script with a pip that builds nothing; `builds` lists what it was asked to build.
+
+    `carried` lists the files that came into each wheel; `absent` is what the index does not have.
+    """
+    project.builds, project.carried, project.fetched = [], [], []
+    project.absent, project.dies = "", False
 
     def pip(command: str, *args: str, env: Any = None) -> None:
+        if "--target" in args:
+            package = args[-1]
+            if package.partition("==")[0] == project.absent:
+                raise project.Failure(f"there is no {package}")
+            project.fetched.append(package)
+            unpack(Path(args[args.index("--target") + 1]), package)
         if command == "wheel":
             project.builds.append(env)
+            include = shlex.split(env["CMAKE_ARGS"])[-1]
+            lean = Path(include.removeprefix("-DCMAKE_PROJECT_llama_cpp_INCLUDE=")).read_text()
+            along = re.findall(ALONG, lean)
+            project.carried.append({name: Path(file).read_text() for file, name in along})
             done = Path(args[args.index("--wheel-dir") + 1])
             done.mkdir()
             (done / "llama.whl").touch()
             if project.dies:
                 raise KeyboardInterrupt
 
-    project.dies = False
     monkeypatch.setattr(project, "pip", pip)
+    monkeypatch.setattr(project, "is_proved", lambda wheel: True)
     monkeypatch.delenv("CMAKE_ARGS", raising=False)
     monkeypatch.setenv("CFLAGS", "-g")
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "0")
@@ -342,6 +498,86 @@ def test_a_build_keeps_the_users_flags_and_stays_native(wheels: Any) -> None:
     assert env["CXXFLAGS"].split()[-1] == "-fno-dse"
     assert "-DLLAVA_BUILD=OFF" in env["CMAKE_ARGS"]
     assert "SOURCE_DATE_EPOCH" not in env
+
+
+def test_a_wheel_of_unpacked_tools_is_built_once(wheels: Any) -> None:
+    cpu = machine(wheels, "avx2")
+    first = wheels.cached_wheel("llama==1", wheels.ZIG, cpu, ())
+    fetched = [*wheels.fetched]
+    assert wheels.cached_wheel("llama==1", wheels.ZIG, cpu, ()) == first
+    assert len(wheels.builds) == 1
+    assert wheels.fetched == fetched
+    assert {package.partition("==")[0] for package in fetched} == {"ziglang", "pyomp"}
+
+
+def test_a_wheel_carries_its_runtime_and_its_compilers_name(wheels: Any) -> None:
+    wheel(wheels, text="gcc 12")
+    wheels.cached_wheel("llama==1", wheels.ZIG, machine(wheels, "avx2"), ())
+    assert wheels.carried == [
+        {"built-by.txt": "gcc 12\n", "libgomp.so.1": "LLVM's OpenMP"},
+        {"built-by.txt": f"{wheels.ZIG.text}\n", "libomp.so": "LLVM's OpenMP"},
+    ]
+
+
+def test_a_machine_without_any_compiler_still_builds(
+    wheels: Any, toolchain: Any, path: Path
+) -> None:
+    for name in ("gcc", "g++"):
+        (path / name).unlink()
+    cpu = machine(wheels, "avx2")
+    wheels.build_llama("llama==1", toolchain.choose_compiler({}, cpu), cpu)
+    (env,) = wheels.builds
+    assert [Path(env[name]).name for name in ("CC", "CXX")] == ["zig-cc", "zig-c++"]
+    assert "-DOpenMP_CXX_FLAGS=-fopenmp" in shlex.split(env["CMAKE_ARGS"])
+    assert not [line for line in wheels.said if "did not work" in line]
+
+
+@pytest.mark.parametrize(
+    ("absent", "carried"),
+    [
+        pytest.param("ziglang", {"built-by.txt", "libgomp.so.1"}, id="no-ziglang"),
+        pytest.param("pyomp", {"built-by.txt"}, id="no-pyomp"),
+    ],
+)
+def test_gcc_builds_where_ziglang_cannot_be_had(
+    wheels: Any, toolchain: Any, path: Path, absent: str, carried: set[str]
+) -> None:
+    wheels.absent = absent
+    cpu = machine(wheels, "avx2")
+    wheels.build_llama("llama==1", toolchain.choose_compiler({}, cpu), cpu)
+    assert [env["CXX"] for env in wheels.builds] == [str(path / "g++")]
+    assert [set(files) for files in wheels.carried] == [carried]
+    said = "\n".join(wheels.said)
+    assert f"that did not work: there is no {absent}==" in said
+    assert "compiler: Debian GCC 12; it is what is installed." in said
+    assert "`sudo apt install clang-19 libomp-19-dev`, then `scripts/setup --again`." in said
+
+
+def test_without_ziglang_and_gcc_one_sentence_says_so(
+    wheels: Any, toolchain: Any, path: Path
+) -> None:
+    (path / "g++").unlink()
+    wheels.absent = "ziglang"
+    cpu = machine(wheels, "avx2")
+    with pytest.raises(wheels.NoCompiler, match=r"no C\+\+ compiler found; install one"):
+        wheels.build_llama("llama==1", toolchain.choose_compiler({}, cpu), cpu)
+
+
+def test_gcc_does_without_a_runtime_that_cannot_be_had(wheels: Any) -> None:
+    wheels.absent = "pyomp"
+    assert wheel(wheels).exists()
+    assert wheels.carried == [{"built-by.txt": "gcc 12\n"}]
+    assert [line for line in wheels.said if "its own OpenMP is used" in line and "pyomp" in line]
+
+
+def test_a_compiler_that_was_found_gives_way_to_no_other(
+    wheels: Any, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wheels, "is_proved", lambda wheel: False)
+    clang = wheels.Choice(wheels.Compiler("clang", "clang++", True, 19, "clang 19"), "it is named")
+    with pytest.raises(wheels.Failure, match="clang 19 builds crashes"):
+        wheels.build_llama("llama==1", clang, machine(wheels, "avx2"))
+    assert [env["CXX"] for env in wheels.builds] == ["clang++"]
 
 
 def test_a_library_that_crashes_is_built_again_without_amx(

@@ -20,6 +20,14 @@ def kernels() -> Path | None:
     return path if path.is_file() else None
 
 
+def built_by() -> str:
+    """The compiler, as scripts/setup has noted it beside the library; "" if it has not."""
+    path = kernels()
+    with suppress(OSError):
+        return (path.parent / "built-by.txt").read_text("utf-8").strip() if path else ""
+    return ""
+
+
 def built_by_gcc() -> bool:
     """Whether gcc compiled it; False also where that cannot be told.
 
