@@ -16,8 +16,9 @@ class NoDraft:
 
     info = DrafterInfo("none", None, 1 << 30, 1, "toy")
     token_s = 1.0
+    read_s = 0.1
 
-    def open(self, slot: int, sampling: Sampling, vocabulary: int) -> None: ...
+    def open(self, slot: int, sampling: Sampling, vocabulary: int, skip: int = 0) -> None: ...
 
     def cut(self, slot: int, length: int) -> None: ...
 
@@ -30,6 +31,9 @@ class NoDraft:
     def forget(self, slot: int) -> None: ...
 
     def cancel(self) -> None: ...
+
+    def recall(self, slot: int, text: Sequence[TokenId], count: int) -> tuple[Drafted, ...]:
+        return ()
 
     def label(self, token: TokenId) -> str:
         raise NotImplementedError

@@ -292,6 +292,7 @@ class Ride:
     engine: ToyEngine
     stream: Stream
     asked: float  # when there was something to draft
+    skip: int  # tokens at the beginning that are not read: the engine's position 0 is behind them
     unsent: Proposal | None = None
 
 
@@ -340,7 +341,21 @@ class Draft:
             return
         engine = run.asked.draft_engine(world.agreement)
         stream = Stream.opened(order, world.draft_context)
-        self.rides.append(Ride(run, engine, stream, self.sim.clock.now))
+        if order.recall:
+            self._recall(run, engine, stream, order.recall)
+        self.rides.append(Ride(run, engine, stream, self.sim.clock.now, order.skip))
+
+    def _recall(self, run: Run, engine: ToyEngine, stream: Stream, count: int) -> None:
+        """Read the text and say what would have been drafted for its last tokens."""
+        text, start = stream.tokens, stream.read
+        rows = engine.extend(0, text[start:-1], count)
+        ends, stream.read = range(len(text) - count, len(text)), len(text) - 1
+        recalled = tuple(
+            propose(row, run.asked.sampling, text[:end], end, n_vocab=SMALLEST)
+            for end, row in zip(ends, rows, strict=True)
+        )
+        proposal = Proposal(stream.lineage, len(text), (), 0.001, recalled=recalled)
+        self.sim.send_drafted(self, run, proposal)
 
     def commit(self, run: Run, order: Commit) -> None:
         ride = self.of(run)
@@ -355,7 +370,8 @@ class Draft:
         is_running = self.step is not None and self.step.ride is ride
         if cut and is_running and self.sim.world.cut_short:
             assert self.step
-            ride.engine.rewind(0, min(self.step.begun.read, ride.engine.length(0)))
+            read = self.step.begun.read - ride.skip
+            ride.engine.rewind(0, min(read, ride.engine.length(0)))
             self.sim.drafting.append((self.step.began, self.sim.clock.now))
             self.step = None
         if cut or not stream.has_work:
@@ -377,8 +393,8 @@ class Draft:
         stream, now = ride.stream, self.sim.clock.now
         begun = stream.begin()
         text, start = begun.tokens, min(begun.read, len(begun.tokens) - 1)
-        if ride.engine.length(0) > start:
-            ride.engine.rewind(0, start)
+        if ride.engine.length(0) > start - ride.skip:
+            ride.engine.rewind(0, start - ride.skip)
         row = ride.engine.extend(0, text[start:], 1)[0]
         drafted = propose(row, ride.run.asked.sampling, text, len(text), n_vocab=SMALLEST)
         step = self.step = Step(ride, begun, drafted, now, now - ride.asked)

@@ -43,6 +43,7 @@ class ByHeart:
     """Knows the song: after any of its tokens, the next `many` of it; after others, nothing."""
 
     token_s = 0.25
+    read_s = 0.05
     info = DrafterInfo("by-heart", None, 500, 2, "memory")
 
     def __init__(self, clock: Clock, many: int = 3) -> None:
@@ -57,9 +58,9 @@ class ByHeart:
         self.cuts: list[tuple[int, int]] = []
         self.is_cut = False
 
-    def open(self, slot: int, sampling: Sampling, vocabulary: int) -> None:
+    def open(self, slot: int, sampling: Sampling, vocabulary: int, skip: int = 0) -> None:
         assert sampling is SAMPLING
-        self.texts[slot] = 0
+        self.texts[slot] = skip
         self.opened.append((slot, vocabulary))
 
     def cut(self, slot: int, length: int) -> None:
@@ -92,6 +93,14 @@ class ByHeart:
     def cancel(self) -> None:
         self.is_cut = True
 
+    def recall(self, slot: int, text: Sequence[TokenId], count: int) -> tuple[Drafted, ...]:
+        self.clock.now += 0.5
+        if self.is_cut:
+            self.is_cut = False
+            raise Cancelled
+        self.texts[slot] = len(text) - 1
+        return tuple(Drafted(token, 0.5) for token in text[-count:])
+
     def label(self, token: TokenId) -> str:
         raise NotImplementedError
 
@@ -116,9 +125,10 @@ class Desk:
         until: int = 10,
         floors: tuple[float, ...] = (),
         base: int | None = None,
+        **more: int,
     ) -> None:
         base = len(text) if base is None else base
-        order = OpenDraft(1, base, text, SAMPLING, 200, (END,), until, floors)
+        order = OpenDraft(1, base, text, SAMPLING, 200, (END,), until, floors, **more)
         self.worker.handle(wire.Do(request, order))
 
     def commit(
@@ -477,7 +487,43 @@ async def test_every_evaluation_is_a_step_that_can_be_seen(desk: Desk) -> None:
 async def test_what_it_says_of_itself(desk: Desk) -> None:
     said = desk.worker._hello()
     assert (said.role, said.vocabulary, said.context, said.slots) == ("draft", None, 500, 2)
-    assert DraftWorker.measured(desk.drafter) == (0.25,)
+    assert DraftWorker.measured(desk.drafter) == (0.25, 0.05)
     assert said.curve_s == (0.25,)
     desk.worker._on_message(wire.Labels(3, 0, 10))
     assert desk.sent == [wire.LabelTexts(3, ())]
+
+
+# ---- recalling ----------------------------------------------------------------------------------
+
+
+async def test_what_it_would_have_drafted_is_told_before_it_drafts(desk: Desk) -> None:
+    desk.open(text=SONG[:6], until=6, skip=2, recall=3)
+    (recalled,) = await desk.proposals()
+    assert ids_of(recalled.recalled) == SONG[3:6]
+    assert (recalled.position, recalled.drafted, recalled.paused) == (6, (), False)
+    assert recalled.elapsed_s == 0.5
+    assert desk.drafter.asked == [], "it has no leave to draft"
+    desk.commit(6, (), until=9)
+    assert tokens(await desk.proposals()) == [(6, SONG[6:9])]
+
+
+async def test_recalling_that_is_cut_short_is_said_to_have_come_to_nothing(desk: Desk) -> None:
+    desk.drafter.is_cut = True
+    desk.open(text=SONG[:6], until=6, recall=3)
+    (said,) = await desk.proposals()
+    assert (said.recalled, said.drafted, said.paused) == ((), (), True)
+
+
+async def test_reading_in_several_pieces_counts_as_a_whole(desk: Desk) -> None:
+    read = iter([1, 2])
+    propose = desk.drafter.propose
+
+    def in_pieces(slot: int, text: Sequence[TokenId]) -> tuple[Drafted, ...]:
+        drafted = propose(slot, text)
+        desk.drafter.texts[slot] = next(read, len(text))
+        return drafted if desk.drafter.texts[slot] == len(text) else ()
+
+    desk.drafter.propose = in_pieces  # type: ignore
+    desk.open(until=5)
+    (proposal,) = await desk.proposals()
+    assert proposal.elapsed_s == 3.0

@@ -182,3 +182,41 @@ def test_it_closes_its_engine() -> None:
     made.close()
     with pytest.raises(ValueError, match="closed"):
         engine.length(0)
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, WARM], ids=["greedy", "warm"])
+def test_it_tells_what_it_would_have_proposed_for_the_last_tokens(sampling: Sampling) -> None:
+    made, engine = drafter()
+    made.open(0, sampling, SMALLEST)
+    recalled = made.recall(0, TEXT, 5)
+    assert engine.evaluated == [(len(TEXT) - 1, 5)], "in one evaluation"
+    ends = range(len(TEXT) - 5, len(TEXT))
+    assert [one.token for one in recalled] == [
+        said_by_the_engine(TEXT[:end], sampling).token for end in ends
+    ]
+    assert made.read(0) == len(TEXT) - 1
+    (drafted,) = made.propose(0, TEXT)
+    assert drafted.token == said_by_the_engine(TEXT, sampling).token
+    assert engine.evaluated[1:] == [(1, 1)]
+
+
+@pytest.mark.parametrize("count", [0, len(TEXT)])
+def test_it_recalls_nothing_that_it_has_not_read_before(count: int) -> None:
+    made, engine = drafter()
+    made.open(0, GREEDY, SMALLEST)
+    assert made.recall(0, TEXT, count) == ()
+    assert engine.evaluated == []
+
+
+def test_the_beginning_of_a_text_can_be_skipped() -> None:
+    made, engine = drafter()
+    made.open(0, GREEDY, SMALLEST, 10)
+    assert made.read(0) == 10
+    (drafted,) = made.propose(0, TEXT)
+    assert engine.evaluated == [(len(TEXT) - 10, 1)]
+    assert drafted.token == said_by_the_engine(TEXT[10:]).token
+    assert made.read(0) == len(TEXT)
+    made.cut(0, 20)
+    assert made.read(0) == 20
+    made.cut(0, 4)
+    assert made.read(0) == 10, "what was skipped cannot be rolled back"

@@ -41,7 +41,7 @@ TOKEN = Token(17, SECRET, 40, "bonus", 1.25, -0.5)
         pytest.param(
             Proposal(2, 41, (Drafted(9, 0.87654321),), 0.001),
             "Proposal(lineage=2, position=41, drafted=[Drafted(token=9, confidence=0.8765)], "
-            "elapsed_s=0.001, waited_s=0, paused=False)",
+            "elapsed_s=0.001, waited_s=0, paused=False, recalled=[])",
             id="proposal",
         ),
         pytest.param(

@@ -11,8 +11,8 @@ from tests.bench import bench_coordinator
 
 from outrider.core import price, stopping
 from outrider.core.estimates import CostModel
-from outrider.core.experience import PROBES, TRIAL_SHARE, Experience, Guard
-from outrider.core.rules import FixedRule, PricedRule
+from outrider.core.experience import Experience, Guard
+from outrider.core.rules import IDLE, FixedRule, PricedRule
 from outrider.core.values import Mode, Verify
 from outrider.wire import messages as wire
 
@@ -192,27 +192,79 @@ def test_a_request_begins_with_an_attempt_unless_too_many_have_failed() -> None:
     assert not any(attempts[2:])
 
 
-def test_a_draft_that_goes_on_failing_may_not_read_long_prompts_for_it() -> None:
-    def attempts(prompt_s: float) -> int:
-        experience = Experience(CostModel([0.1 + 0.02 * n for n in range(16)], 0.03))
-        experience.patience, made = PROBES[-1], 0
-        for _ in range(300):
-            experience.spread.observe([0.1])
-        for _ in range(40):
-            request = PricedRule("sync", 64, experience)
-            tried = False
-            for _ in range(100):
-                if request.decide([], 90, 0.03) is not None:
-                    continue
-                made += 1
-                request.drafted(0.03 if tried else prompt_s, [0.1], 0.002)
-                request.observe(False, 0.1)
-                tried = True
-        return made
+def reading_s(
+    experience: Experience, count: int, *, length: int, good: bool = False
+) -> list[float]:
+    """Seconds that a draft read in each of `count` answers; it is `good` or always wrong."""
+    found = []
+    for _ in range(count):
+        rule, read_s = PricedRule("sync", 64, experience), 0.0
+        for written in range(length):
+            reading = rule.reads(400 + written, written, length - written, busy=False)
+            if reading.tokens and not read_s:
+                read_s = reading.tokens * READ_S
+                rule.recalled([(good, 0.99 if good else 0.1)] * reading.recall, read_s)
+            rule.verified(1, STEP_S, STEP_S)
+            rule.committed(1, STEP_S)
+        rule.ended(length)
+        found.append(read_s)
+    return found
 
-    short, long = attempts(0.2), attempts(6.0)
-    assert 6 <= short <= 4000 / PROBES[-1] + 1
-    assert 1 <= long <= 4000 * TRIAL_SHARE / (6.0 / 0.1) + 1
+
+STEP_S, READ_S = 0.05, 0.003
+
+
+def cheap() -> Experience:
+    """Of a pair on shared cores where a good draft pays, and no text has been seen."""
+    return Experience(CostModel([STEP_S + 0.005 * n for n in range(16)], 0.012, read_s=READ_S))
+
+
+def test_a_draft_that_never_agrees_reads_less_and_less() -> None:
+    experience = cheap()
+    for _ in range(300):
+        experience.spread.observe([0.3])
+    spent = reading_s(experience, 40, length=256)
+    assert spent[0] > 0, "it is tried"
+    assert max(spent) <= 0.02 * 256 * STEP_S
+    assert sum(spent) <= 0.005 * 40 * 256 * STEP_S
+    assert any(spent[20:]), "it is tried again: the next texts may be others"
+
+
+def test_a_draft_that_agrees_is_tried_on_every_text() -> None:
+    experience = cheap()
+    assert all(reading_s(experience, 10, length=256, good=True))
+
+
+def test_a_short_answer_leaves_nothing_to_read_for() -> None:
+    experience = cheap()
+    for _ in range(300):
+        experience.spread.observe([0.3])
+    assert reading_s(experience, 10, length=16) == [0.0] * 10
+
+
+def test_where_not_even_a_perfect_draft_would_pay_nothing_is_read() -> None:
+    steep = Experience(CostModel([STEP_S * (1 + n) for n in range(16)], 0.012, read_s=READ_S))
+    assert reading_s(steep, 5, length=2000) == [0.0] * 5
+
+
+def test_a_draft_with_its_own_device_reads_everything_at_once() -> None:
+    rule = PricedRule("pipelined", 64, cheap())
+    assert rule.reads(5000, 0, 16, busy=True) == (5000, 0)
+    assert not rule.dismisses
+
+
+def test_a_draft_on_shared_cores_reads_nothing_while_the_target_does() -> None:
+    assert PricedRule("sync", 64, cheap()).reads(400, 0, 4000, busy=True) == (0, 0)
+
+
+def test_a_draft_that_is_of_no_use_is_dismissed() -> None:
+    rule = PricedRule("sync", 64, cheap())
+    for _ in range(IDLE):
+        assert not rule.dismisses
+        rule.verified(1, STEP_S, STEP_S)
+    assert rule.dismisses
+    rule.verified(3, STEP_S, STEP_S)
+    assert not rule.dismisses
 
 
 def test_resting_needs_no_draft() -> None:
@@ -289,10 +341,10 @@ def test_however_long_the_block_the_draft_may_fill_a_whole_stock_behind_it() -> 
 
 
 def test_a_whole_block_is_waited_for_longer_the_more_there_is_to_read() -> None:
-    costs = CostModel([0.1] * 16, 0.01)
+    costs = CostModel([0.1] * 16, 0.01, read_s=0.003)
     sync, pipelined = (PricedRule(mode, 64, Experience(costs)) for mode in ("sync", "pipelined"))
     assert sync.block_s(0) == pytest.approx(0.15)
-    assert sync.block_s(100) == pytest.approx(0.65)
+    assert sync.block_s(100) == pytest.approx(0.15 + 2 * 100 * 0.003)
     assert pipelined.block_s(100) == FixedRule("sync").block_s(100) == 0
 
 

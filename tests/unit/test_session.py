@@ -30,6 +30,7 @@ from outrider.core.events import (
     Task,
     Timer,
 )
+from outrider.core.reading import NOTHING, Reading
 from outrider.core.rules import FixedRule, Rule
 from outrider.core.sampling import FAR
 from outrider.core.session import OFFENCES, UNTOLD, Phase, Session
@@ -1085,3 +1086,80 @@ def test_a_draft_without_an_idea_says_so_and_is_not_waited_for() -> None:
     assert ride.session.deadline is not None
     assert ride.drafted(paused=True)[0] == Verify(1, BASE + 1, ())
     assert ride.session.draft.offences == 0
+
+
+# ---- what the draft reads -----------------------------------------------------------------------
+
+
+class Reads(FixedRule):
+    """Lets the draft read as told, once the target is idle; remembers what it was told."""
+
+    def __init__(self, reading: Reading) -> None:
+        super().__init__("sync", 4)
+        self.reading, self.dismissing = reading, False
+        self.asked: list[tuple[int, int, int, bool]] = []
+        self.heard: list[tuple[bool, float]] = []
+        self.lengths: list[int] = []
+
+    def reads(self, text: int, written: int, room: int, busy: bool) -> Reading:
+        self.asked.append((text, written, room, busy))
+        return NOTHING if busy else self.reading
+
+    def recalled(self, choices: Sequence[tuple[bool, float]], elapsed_s: float) -> None:
+        self.heard += choices
+
+    @property
+    def dismisses(self) -> bool:
+        return self.dismissing
+
+    def ended(self, written: int) -> None:
+        self.lengths.append(written)
+
+
+def test_the_draft_reads_what_the_rule_allows_when_it_allows_it() -> None:
+    rule = Reads(Reading(2, 1))
+    ride = Ride(replace(TASK, n_predict=9), rule)
+    assert rule.asked == [(BASE, 0, 9, True)]
+    (order, *_) = ride.verdict(7)
+    assert isinstance(order, OpenDraft)
+    assert (order.tokens, order.skip, order.recall) == ((*PROMPT, 7), 2, 1)
+    assert rule.asked[1:] == [(BASE + 1, 1, 8, False)]
+
+
+def test_what_the_draft_recalls_is_compared_with_the_text() -> None:
+    rule = Reads(Reading(3, 2))
+    ride = Ride(rule=rule)
+    ride.verdict(7)
+    recalled = (Drafted(92, 0.75), Drafted(8, 0.25))
+    ride.drafted(position=BASE + 1, recalled=recalled)
+    assert rule.heard == [(True, 0.75), (False, 0.25)]
+    assert ride.session.draft.offences == 0
+
+
+def test_a_draft_that_is_dismissed_may_come_back() -> None:
+    rule = Reads(Reading(3))
+    ride = Ride(rule=rule)
+    ride.verdict(7)
+    ride.drafted(10, 11, 12, 13)
+    rule.dismissing = True
+    assert CloseDraft() in ride.verdict(9)
+    assert ride.session.draft.state is DraftState.IDLE
+    rule.dismissing = False
+    assert any(isinstance(command, OpenDraft) for command in ride.verdict(8))
+
+
+def test_the_rule_hears_how_long_the_answer_was() -> None:
+    rule = Reads(NOTHING)
+    ride = Ride(replace(TASK, n_predict=2), rule)
+    ride.verdict(7)
+    assert rule.lengths == []
+    ride.verdict(8)
+    assert rule.lengths == [2]
+
+
+def test_what_the_draft_recalls_must_be_numbers() -> None:
+    rule = Reads(Reading(3, 1))
+    ride = Ride(rule=rule)
+    ride.verdict(7)
+    ride.drafted(position=BASE + 1, recalled=(Drafted(7, math.nan),))
+    assert (rule.heard, ride.session.draft.offences) == ([], 1)

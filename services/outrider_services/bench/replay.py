@@ -47,9 +47,18 @@ class World:
     draft_s: float  # a drafted token
     link_s: float = 0.00025  # a message, each way
     cuts: bool = True  # whether drafting is broken off once the text it was for has changed
+    prompt: int = 1  # tokens
+    prefill_s: float = 0.0  # the target's reading of one of them
+    read_s: float = 0.0  # the draft's
 
     def experience(self) -> Experience:
-        return Experience(CostModel(self.verify_s, self.draft_s, 2 * self.link_s))
+        costs = CostModel(self.verify_s, self.draft_s, 2 * self.link_s, self.read_s)
+        return Experience(costs)
+
+    def alone_s(self, length: int) -> float:
+        """Seconds of an answer of `length` tokens by plain steps, reading the prompt included."""
+        steps_s = (length - 1) * (self.verify_s[0] + 2 * self.link_s)
+        return self.prompt * self.prefill_s + steps_s
 
     def rule(self, mode: Any) -> PricedRule:
         return PricedRule(mode, 64, self.experience())
@@ -76,23 +85,24 @@ class Replay:
     busy: int | None = None  # number of the token that the draft computes; None: idle
     unsent: list[Drafted] = field(default_factory=list)
     unsent_at: tuple[int, int] = (0, 0)  # their lineage and first position
+    unsent_s: float = 0.0  # what they took
     over: bool = False
 
     def speedup(self) -> float:
-        """Play the answer. How many times as fast it was as with a plain step for every token."""
+        """Play the answer. How many times as fast it was as with a plain step for every token.
+
+        The time from the question to the last token counts.
+        """
         self.count = itertools.count()
         length = len(self.trace["match"])
-        task = Task((0,), length, (), frozenset(), 10**6, 10**9)
+        task = Task(tuple(range(self.world.prompt)), length, (), frozenset(), 10**6, 10**9)
         self.session = Session(task, self.rule, Stats(self.rule.mode))
         self.handle(Start(draft=True), 0.0)
         while not self.over:
             now, _, kind, data = heapq.heappop(self.due)
             getattr(self, kind)(data, now)
-        stats = self.session.stats
-        assert stats.last_commit is not None
-        assert stats.prefilled is not None
-        alone_s = (length - 1) * (self.world.verify_s[0] + 2 * self.world.link_s)
-        return alone_s / (stats.last_commit - stats.prefilled)
+        assert self.session.stats.last_commit is not None
+        return self.world.alone_s(length) / self.session.stats.last_commit
 
     def at(self, when: float, kind: str, data: Any) -> None:
         heapq.heappush(self.due, (when, next(self.count), kind, data))
@@ -108,7 +118,8 @@ class Replay:
         link_s = self.world.link_s
         match command:
             case Prefill():
-                self.at(now, "verified", Verify(0, 1, ()))
+                read_s = self.world.prompt * self.world.prefill_s
+                self.at(now + read_s, "verified", Verify(0, self.world.prompt, ()))
             case Verify(_, _, drafted):
                 pass_s = self.world.verify_s[len(drafted)]
                 self.at(now + 2 * link_s + pass_s, "verified", command)
@@ -139,6 +150,8 @@ class Replay:
     def told(self, order: OpenDraft | Commit, now: float) -> None:
         if isinstance(order, OpenDraft):
             self.stream = Stream.opened(order, 10**9)
+            if order.recall:
+                self.recall(self.stream, order.recall, now)
         else:
             assert self.stream is not None
             cut = self.stream.commit(order, 10**9)
@@ -147,20 +160,33 @@ class Replay:
                 self.tell(now)
         self.draft(now)
 
+    def recall(self, stream: Stream, count: int, now: float) -> None:
+        """Read the text, and say what would have been drafted for its last tokens."""
+        text = stream.tokens
+        ends = range(len(text) - count, len(text))
+        took_s = (len(text) - 1 - stream.read) * self.world.read_s
+        stream.read = len(text) - 1
+        recalled = tuple(self.recorded(text[:end]) for end in ends)
+        proposal = Proposal(stream.lineage, len(text), (), took_s, recalled=recalled)
+        self.at(now + took_s + self.world.link_s, "handle", proposal)
+
     def draft(self, now: float) -> None:
         stream = self.stream
         if stream and self.busy is None and stream.has_work:
-            self.busy = next(self.count)
-            self.at(now + self.world.draft_s, "computed", (self.busy, stream.begin()))
+            self.busy, begun = next(self.count), stream.begin()
+            unread = max(0, len(begun.tokens) - 1 - begun.read)
+            took_s = self.world.draft_s + unread * self.world.read_s
+            self.at(now + took_s, "computed", (self.busy, begun, took_s))
 
-    def computed(self, what: tuple[int, Begun], now: float) -> None:
-        number, begun = what
+    def computed(self, what: tuple[int, Begun, float], now: float) -> None:
+        number, begun, took_s = what
         if number != self.busy or self.stream is None:
             return
         self.busy = None
         drafted = self.recorded(begun.tokens)
         if self.stream.took(begun, len(begun.tokens), [drafted]):
             self.unsent.append(drafted)
+            self.unsent_s += took_s
             self.unsent_at = begun.lineage, len(begun.tokens) + 1 - len(self.unsent)
         self.draft(now)
         self.tell(now)
@@ -169,26 +195,26 @@ class Replay:
         """Send what was drafted: at once, or, in turns, all together when the draft has to wait."""
         assert self.stream
         if self.unsent and (self.busy is None or not self.stream.floors):
-            elapsed_s = len(self.unsent) * self.world.draft_s
             proposal = Proposal(
                 lineage=self.unsent_at[0],
                 position=self.unsent_at[1],
                 drafted=tuple(self.unsent),
-                elapsed_s=elapsed_s,
+                elapsed_s=self.unsent_s,
                 paused=self.stream.is_paused,
             )
             self.at(now + self.world.link_s, "handle", proposal)
-            self.unsent = []
+            self.unsent, self.unsent_s = [], 0.0
 
     def recorded(self, tokens: Sequence[TokenId]) -> Drafted:
         """What the draft drafts behind `tokens`, some of which may be wrong."""
         position = len(tokens)
         first_wrong = next((p for p, token in enumerate(tokens) if token != p), None)
         if first_wrong is not None:
-            paths = self.trace["off_path_confidence"].get(str(first_wrong - 1), [0.5])
+            at = str(first_wrong - self.world.prompt)
+            paths = self.trace["off_path_confidence"].get(at, [0.5])
             depth = min(position - first_wrong - 1, len(paths) - 1)
             return Drafted(position + WRONG, paths[depth])
-        index = position - 1  # the prompt has one token
+        index = position - self.world.prompt
         if index >= len(self.trace["match"]):
             return Drafted(position + WRONG, 0.5)
         token = position if self.trace["match"][index] else position + WRONG

@@ -184,9 +184,9 @@ class Coordinator:
     def _on_joined(self, role: Role) -> None:
         target, draft = self._roster.get("target"), self._roster.get("draft")
         if target and draft:
-            verify_s, draft_s = target.hello.curve_s, draft.hello.curve_s[0]
+            curves = target.hello.curve_s, draft.hello.curve_s
             modes: tuple[Mode, ...] = ("sync", "pipelined")
-            self._experience = {mode: Experience(CostModel(verify_s, draft_s)) for mode in modes}
+            self._experience = {mode: Experience(CostModel.measured(*curves)) for mode in modes}
         if role == "draft":
             self._on_paused(False)
 

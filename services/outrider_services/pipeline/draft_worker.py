@@ -35,13 +35,15 @@ class Ride:
     stream: Stream
     sampling: Sampling
     vocabulary: int  # ids from here on do not exist in the target
+    skip: int  # tokens at the beginning of its text that are not read
+    recall: int  # tokens at the end of its text for which it is to say what it would have drafted
     asked: float  # `computed_s` when it began to wait for its turn
     is_new: bool = True  # the drafter does not know its text yet
     is_open: bool = True
 
     @property
     def has_work(self) -> bool:
-        return self.is_open and self.stream.has_work
+        return self.is_open and (self.recall > 0 or self.stream.has_work)
 
 
 class DraftWorker(Worker[Drafter]):
@@ -56,7 +58,7 @@ class DraftWorker(Worker[Drafter]):
 
     @staticmethod
     def measured(model: Drafter) -> Curve:
-        return (model.token_s,)
+        return (model.token_s, model.read_s)
 
     # ---- what the coordinator says --------------------------------------------------------------
 
@@ -102,6 +104,8 @@ class DraftWorker(Worker[Drafter]):
             stream=stream,
             sampling=order.sampling,
             vocabulary=order.vocabulary,
+            skip=stream.read,
+            recall=order.recall,
             asked=self.computed_s,
         )
         self._rides[request] = ride
@@ -156,8 +160,11 @@ class DraftWorker(Worker[Drafter]):
         In sync mode nobody waits for single tokens, so they are sent together.
         """
         stream = ride.stream
+        if ride.recall:
+            post(self._recalled(ride, waited_s))
+            waited_s = 0.0
         unsent: Proposal | None = None
-        started = False
+        started, began = False, None  # when it began to read for the token that comes next
         while True:
             with self._lock:
                 going_on = ride.has_work and not (started and len(self._turns) > 1)
@@ -168,15 +175,17 @@ class DraftWorker(Worker[Drafter]):
                 if not going_on:
                     return
                 begun = stream.begin()
-            began, started = time.perf_counter(), True
+            began, started = time.perf_counter() if began is None else began, True
             self.steps += 1
             try:
                 drafted = self._propose(ride, begun.read, begun.tokens)
             except Cancelled:
+                began = None
                 continue
             with self._lock:
                 taken = stream.took(begun, self.model.read(ride.slot), drafted)
                 if not taken and not stream.is_silent:
+                    began = None if drafted else began
                     continue  # there is more text to read, or the target has said what comes here
                 proposal = Proposal(
                     lineage=begun.lineage,
@@ -187,11 +196,39 @@ class DraftWorker(Worker[Drafter]):
                     paused=stream.is_paused or stream.is_silent,
                 )
                 unsent, waited_s = unsent.joined(proposal) if unsent else proposal, 0.0
+                began = None
+
+    def _recalled(self, ride: Ride, waited_s: float) -> Proposal:
+        """What the drafter would have drafted in place of the last tokens of the text."""
+        began = time.perf_counter()
+        with self._lock:
+            begun, count, ride.recall = ride.stream.begin(), ride.recall, 0
+        self._know(ride)
+        try:
+            recalled = self.model.recall(ride.slot, begun.tokens, count)
+        except Cancelled:
+            recalled = ()
+        with self._lock:
+            ride.stream.took(begun, self.model.read(ride.slot), ())
+            ride.stream.is_silent = False
+        return Proposal(
+            lineage=begun.lineage,
+            position=len(begun.tokens),
+            drafted=(),
+            elapsed_s=time.perf_counter() - began,
+            waited_s=waited_s,
+            paused=not recalled,
+            recalled=recalled,
+        )
+
+    def _know(self, ride: Ride) -> None:
+        """Tell the drafter of the text, if it does not know it yet."""
+        if ride.is_new:
+            self.model.open(ride.slot, ride.sampling, ride.vocabulary, ride.skip)
+            ride.is_new = False
 
     def _propose(self, ride: Ride, read: int, text: tuple[TokenId, ...]) -> tuple[Drafted, ...]:
         """What the drafter proposes behind `text`, of which it knows the first `read` tokens."""
-        if ride.is_new:
-            self.model.open(ride.slot, ride.sampling, ride.vocabulary)
-            ride.is_new = False
+        self._know(ride)
         self.model.cut(ride.slot, read)
         return self.model.propose(ride.slot, text)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import Enum, auto
+
+from outrider.core.values import Proposal
 
 PATIENCE_S = (0.02, 0.5)  # least and most wait for one drafted token
 
@@ -33,6 +36,16 @@ class DraftRecord:
     def rides(self) -> bool:
         """Whether it drafts for this request, be it paused or late."""
         return self.state not in (DraftState.ABSENT, DraftState.IDLE)
+
+    def may_send(self, proposal: Proposal, vocabulary: int) -> bool:
+        """Whether a draft worker that keeps the rules could have sent this."""
+        return bool(
+            # without tokens it must say that none come
+            (proposal.drafted or proposal.paused or proposal.recalled)
+            and len(proposal.drafted) <= self.granted - proposal.position
+            and all(one.token < vocabulary for one in proposal.drafted)
+            and all(math.isfinite(one.confidence) for one in proposal.drafted + proposal.recalled)
+        )
 
     @property
     def patience_s(self) -> float:

@@ -36,15 +36,19 @@ class Drafter(Protocol):
 
     info: DrafterInfo
     token_s: float  # what one drafted token takes, measured when the drafter was made
+    read_s: float  # and what each token of a long text takes that is only read
 
-    def open(self, slot: int, sampling: Sampling, vocabulary: int) -> None:
-        """A text begins in `slot`; ids from `vocabulary` on do not exist in the target."""
+    def open(self, slot: int, sampling: Sampling, vocabulary: int, skip: int = 0) -> None:
+        """A text begins in `slot`, of which the first `skip` tokens are not to be read.
+
+        Ids from `vocabulary` on do not exist in the target.
+        """
 
     def cut(self, slot: int, length: int) -> None:
         """The text has changed from position `length` on (a rollback)."""
 
     def read(self, slot: int) -> int:
-        """How many tokens of the text in `slot` it has taken in."""
+        """How many tokens of the text in `slot` it has taken in or skipped."""
 
     def propose(self, slot: int, text: Sequence[TokenId]) -> tuple[Drafted, ...]:
         """One or more tokens to follow `text`, in order; none if it has no idea.
@@ -52,6 +56,13 @@ class Drafter(Protocol):
         There is none, either, if it could not take in all of a long text at once: `read` is then
         below len(text), and it must be asked again. Raises `Cancelled` where `cancel` cut it short,
         `EngineFault` where it failed, ValueError for a text that it cannot follow.
+        """
+
+    def recall(self, slot: int, text: Sequence[TokenId], count: int) -> tuple[Drafted, ...]:
+        """What it would have proposed for each of the last `count` tokens of `text`, in order.
+
+        It takes in all of the text but the last token, at once; none if that cannot be. Reading
+        costs a fraction of drafting, so this is the cheapest way to see whether a draft agrees.
         """
 
     def forget(self, slot: int) -> None:

@@ -46,7 +46,14 @@ class CostModel:
 
     OWN, SHARED, OFF, NEGLIGIBLE = 0.2, 0.05, 0.05, 0.005
 
-    def __init__(self, verify_s: Sequence[float], draft_s: float, link_s: float = 5e-4) -> None:
+    def __init__(
+        self,
+        verify_s: Sequence[float],
+        draft_s: float,
+        link_s: float = 5e-4,
+        read_s: float | None = None,
+    ) -> None:
+        self.read_s = draft_s / 3 if read_s is None else read_s  # a token that the draft only reads
         self._verify = [math.log(max(seconds, 1e-6)) for seconds in verify_s]
         self._draft = math.log(max(draft_s, 1e-6))
         self._link = math.log(link_s)
@@ -54,6 +61,12 @@ class CostModel:
         self._tokens = 4  # drafted so far; the measurement at load counts as the first four
         self._changed = False
         self._hold(np.exp([*self._verify, self._draft, self._link, self._turn]))
+
+    @classmethod
+    def measured(cls, target_s: Sequence[float], draft_s: Sequence[float]) -> CostModel:
+        """From what the workers have measured at load: see `wire.Hello.curve_s`."""
+        token_s, *read_s = draft_s
+        return cls(target_s, token_s, read_s=read_s[0] if read_s else None)
 
     def verified(self, rows: int, elapsed_s: float, round_trip_s: float) -> None:
         """A pass over `rows` rows took `elapsed_s`, and `round_trip_s` with its messages."""
@@ -75,6 +88,10 @@ class CostModel:
         if turn_s is not None:
             self._turn += self.SHARED * _bounded(math.log(max(turn_s, 1e-5)) - self._turn)
         self._changed = True
+
+    def read(self, each_s: float) -> None:
+        """Tokens that the draft only read took `each_s` each."""
+        self.read_s += 0.3 * (min(each_s, 2 * self.read_s) - self.read_s)
 
     @property
     def costs(self) -> Costs:

@@ -107,6 +107,8 @@ class OpenDraft(Order, frozen=True):
     ends: Annotated[tuple[TokenId, ...], Meta(max_length=1024)]  # nothing is drafted behind these
     until: Count
     floors: Floors = ()
+    skip: Count = 0  # tokens at the beginning that the draft is not to read
+    recall: Count = 0  # it tells first what it would have drafted for so many tokens at the end
 
 
 class Commit(Order, frozen=True):

@@ -6,6 +6,7 @@ import numpy as np
 
 from outrider.core import stopping
 from outrider.core.estimates import LEVELS, LONGEST, Acceptance, CostModel, Spread
+from outrider.core.reading import UNTRIED, Lengths
 
 CERTAIN = (0.0,) * (len(LEVELS) - 1) + (1.0,)  # the spread of a draft that is nearly always right
 PROBES = (8, 24, 72, 512)  # plain steps before a failing draft is tried again, longer each time
@@ -23,6 +24,10 @@ class Experience:
         self.acceptance = Acceptance(memory=300)
         self.spread = Spread(memory=300)
         self.guard = Guard()
+        self.lengths = Lengths()
+        self.untried = UNTRIED  # tokens that were written since a draft was tried in vain
+        self.judged = 0  # drafted or recalled tokens that were compared with the target's
+        self.failures = 0  # how often, one after the other
         # the guard's unit: only plain steps move it; in the cost model every pass moves every cost
         self.step_s = costs.costs.verify_s[0] + costs.costs.link_s
         self.plain_steps, self.patience = PROBES[0], PROBES[0]  # the first probe is at once
@@ -38,6 +43,22 @@ class Experience:
         """A plain step was seen; a disturbed one counts for no more than twice the usual."""
         self.step_s += 0.2 * (min(elapsed_s, 2 * self.step_s) - self.step_s)
 
+    @property
+    def is_hopeless(self) -> bool:
+        """Whether not even a draft that is nearly always right would pay at these costs."""
+        costs = self.costs.costs
+        best = stopping.solve(costs, CERTAIN)
+        return stopping.plan(costs, best, np.empty(0), LONGEST) is not None
+
+    def tried(self, pays: bool) -> None:
+        """A draft was tried on a text, and `pays` there or not."""
+        self.untried = UNTRIED if pays else 0.0
+        self.failures = 0 if pays else self.failures + 1
+        if pays:
+            self.plain_steps, self.patience = 0, PROBES[0]
+        else:  # it was seen by what it recalls, so a single drafted token tells nothing new
+            self.plain_steps, self.patience = 0, max(self.patience, PROBES[2])
+
     def probes(self, block: int | None) -> bool:
         """Whether to try a draft again that did not pay (`block` is 0); ever less often.
 
@@ -52,9 +73,7 @@ class Experience:
         # an attempt may begin with a long prompt
         if self.patience == PROBES[-1] and self.prompt_steps > TRIAL_SHARE * self.plain_steps:
             return False
-        costs = self.costs.costs
-        best = stopping.solve(costs, CERTAIN)
-        hopeless = stopping.plan(costs, best, np.empty(0), LONGEST) is not None
+        costs, hopeless = self.costs.costs, self.is_hopeless
         price = (costs.draft_s + costs.turn_s) / self.step_s
         if hopeless and price > TRIAL_SHARE * self.plain_steps:
             return False
@@ -71,10 +90,11 @@ class Guard:
     """
 
     LOSS, CREDIT, RESTS = 2.5, 6.0, (24, 256)
+    LEAST, SHARE = 0.5, 0.015  # of an answer, in steps: the loss that a short one allows
     FORGIVEN = 48  # a rest of at most so many steps ends with its request
 
     def __init__(self) -> None:
-        self._saved = 0.0
+        self._saved, self._loss = 0.0, self.LOSS
         self._left, self._rest = 0, self.RESTS[0]
 
     @property
@@ -91,6 +111,10 @@ class Guard:
         if self._rest <= 2 * self.FORGIVEN:  # the next would be twice as long
             self._left = 0
 
+    def expect(self, tokens: float) -> None:
+        """So many tokens are to come: what may be lost on them is in proportion."""
+        self._loss = min(max(self.SHARE * tokens, self.LEAST), self.LOSS)
+
     def excuse(self, steps: float) -> None:
         """Do not count `steps` that had to be paid once, such as for a prompt."""
         self._saved += steps
@@ -101,8 +125,8 @@ class Guard:
             self._left -= 1
             return
         self._saved = min(self._saved + tokens - spent_s / step_s, self.CREDIT)
-        if self._saved < -self.LOSS:
+        if self._saved < -self._loss:
             self._left, self._rest = self._rest, min(2 * self._rest, self.RESTS[1])
-            self._saved = -self.LOSS / 2  # the next attempt is cheaper
+            self._saved = -self._loss / 2  # the next attempt is cheaper
         elif self._saved > 0:
             self._rest = self.RESTS[0]

@@ -13,11 +13,16 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from outrider.core import price, stopping
+from outrider.core import price, reading, stopping
 from outrider.core.estimates import LONGEST, Acceptance, Spread
 from outrider.core.experience import Experience
+from outrider.core.reading import Reading
 from outrider.core.values import Mode
 
+PRIOR = 6.0  # drafted tokens that the spread on other texts counts for
+IDLE = 6  # plain steps after which a draft on shared cores is dismissed
+JUDGED = 40  # tokens of other texts, without which nothing is known of the draft
+KNOWN = 0.05  # of a plain step: a smaller gain that is expected for other texts is none
 MOST_DRAFTED = 64  # most tokens in a block, whatever is asked for
 
 
@@ -32,6 +37,26 @@ class Rule(Protocol):
     @property
     def drafts(self) -> bool:
         """Whether drafts are wanted at all; if not, the draft need not even read the prompt."""
+
+    def reads(self, text: int, written: int, room: int, busy: bool) -> Reading:
+        """What the draft is to read now of the `text` tokens so far, if anything.
+
+        `written` of them are the answer's, and there is `room` for so many more.
+        """
+        return Reading(text)
+
+    def recalled(self, choices: Sequence[tuple[bool, float]], elapsed_s: float) -> None:
+        """While it read, for `elapsed_s`, the draft chose as the target had or not, so surely."""
+        return None
+
+    @property
+    def dismisses(self) -> bool:
+        """Whether the draft is to forget the text; it has to read it anew if it is wanted again."""
+        return False
+
+    def ended(self, written: int) -> None:
+        """The answer came to its end with `written` tokens."""
+        return None
 
     def lead(self, busy: bool) -> int:
         """How many tokens the draft may run ahead of the text, by whether the target is `busy`."""
@@ -129,8 +154,11 @@ class PricedRule(Rule):
         self.mode, self._n_max, self._experience = mode, n_max, experience
         self._costs, self._guard = experience.costs, experience.guard
         self._acceptance = Acceptance(prior=experience.acceptance.average)
-        self._spread = Spread(prior=experience.spread.weights)
-        self._prefilled = False
+        self._spread = Spread(prior=experience.spread.weights, weight=PRIOR)
+        self._unseen = 0  # tokens that the draft has been told to read, as long as it has not
+        self._tried = False  # whether it was
+        self._awaits = False  # it is still to recall, which decides whether it drafts
+        self._idle = 0  # plain steps since the draft was of use
         experience.begin()
         self.settle()
 
@@ -138,12 +166,63 @@ class PricedRule(Rule):
     def drafts(self) -> bool:
         return not self._guard.resting
 
+    def reads(self, text: int, written: int, room: int, busy: bool) -> Reading:
+        """Pipelined: everything. In sync mode what can be paid for: see `reading`."""
+        found, experience = Reading(text), self._experience
+        if self.mode == "sync":
+            if busy:
+                return reading.NOTHING
+            left, step_s = experience.lengths.left(written, room), experience.step_s
+            knows = self._saved > KNOWN and experience.judged >= JUDGED
+            saved = self._saved if knows else 0.0
+            budget = reading.budget(left, saved, experience.untried, experience.failures)
+            found = reading.chosen(text, written, budget * step_s, self._costs.read_s, knows)
+            if not knows and experience.is_hopeless:
+                return reading.NOTHING
+            self._guard.expect(left)
+        self._unseen, self._tried = found.tokens, found.tokens > 0
+        self._awaits, self._idle = found.recall > 0, 0
+        return found
+
+    def recalled(self, choices: Sequence[tuple[bool, float]], elapsed_s: float) -> None:
+        if not self._awaits:
+            return
+        for good, confidence in choices:
+            self.observe(good, confidence)
+        likely = self._experience.acceptance.of([confidence for _, confidence in choices])
+        for spread in (self._spread, self._experience.spread):
+            spread.observe(likely)
+        self._has_read(elapsed_s)
+        self._awaits = False
+        self.settle()
+        self._experience.tried(self._saved > KNOWN)
+
+    @property
+    def _saved(self) -> float:
+        """What the draft is expected to save of each token's time, as a share of a plain step."""
+        return 1 - 1 / (self._turn.rate * self._experience.step_s)
+
+    def _has_read(self, elapsed_s: float) -> None:
+        """Reading the text took `elapsed_s`, which was paid for beforehand."""
+        self._costs.read(elapsed_s / max(1, self._unseen))
+        self._experience.prompt_steps = elapsed_s / self._costs.costs.verify_s[0]
+        self._guard.excuse(self._experience.prompt_steps)
+        self._unseen = 0
+
+    @property
+    def dismisses(self) -> bool:
+        """In sync mode what it would read meanwhile is lost if it does not draft again."""
+        return self.mode == "sync" and (self._guard.resting or self._idle >= IDLE)
+
+    def ended(self, written: int) -> None:
+        self._experience.lengths.ended(written)
+
     def lead(self, busy: bool) -> int:
         """In sync mode one block, and only while the target is idle.
 
         Pipelined: as far as makes a difference, counted from the end of the block being verified.
         """
-        if self._guard.resting or (self.mode == "sync" and busy):
+        if self._guard.resting or self._awaits or (self.mode == "sync" and busy):
             return 0
         if self.mode == "sync":
             return min(LONGEST, self._n_max)
@@ -160,12 +239,15 @@ class PricedRule(Rule):
         return tuple(floor / trust ** (n + 1) for n, floor in enumerate(floors))
 
     def block_s(self, behind: int) -> float:
-        tokens = LONGEST + behind / 2  # reading one takes less time than drafting one
-        return tokens * self._costs.costs.draft_s if self.mode == "sync" else 0.0
+        if self.mode != "sync":
+            return 0.0
+        return LONGEST * self._costs.costs.draft_s + 2 * behind * self._costs.read_s
 
     def decide(self, confidences: Sequence[float], limit: int, next_s: float | None) -> int | None:
         if self._guard.resting:
             return 0
+        if self._awaits and next_s is not None:
+            return None
         limit = max(0, min(limit, self._n_max))
         likely, costs = self._experience.acceptance.of(confidences), self._settled
         if self.mode == "pipelined":
@@ -187,25 +269,25 @@ class PricedRule(Rule):
     def observe(self, good: bool, confidence: float) -> None:
         self._acceptance.observe(good, confidence)
         self._experience.acceptance.observe(good, confidence)
+        self._experience.judged += 1
 
     def verified(self, rows: int, elapsed_s: float, round_trip_s: float) -> None:
         self._costs.verified(rows, elapsed_s, round_trip_s)
+        self._idle = self._idle + 1 if rows == 1 else 0
         if rows == 1:
             self._experience.stepped(round_trip_s)
 
     def committed(self, tokens: int, spent_s: float) -> None:
         self._guard.committed(tokens, spent_s, self._experience.step_s)
+        self._experience.untried += tokens if self.dismisses or not self._tried else 0
 
     def drafted(self, each_s: float, confidences: Sequence[float], turn_s: float | None) -> None:
         costs = self._costs.costs
-        if self._prefilled:
+        if not self._unseen:
             in_turns = self.mode == "sync"
             self._costs.drafted(each_s, len(confidences), turn_s if in_turns else None)
-        else:  # the first proposal includes reading the prompt
-            prompt_s = max(0.0, each_s - costs.draft_s) * len(confidences)
-            self._experience.prompt_steps = prompt_s / costs.verify_s[0]
-            self._guard.excuse(self._experience.prompt_steps)
-            self._prefilled = True
+        else:  # the first proposal includes reading the text
+            self._has_read(max(0.0, each_s - costs.draft_s) * len(confidences))
         likely = self._experience.acceptance.of(confidences)
         for spread in (self._spread, self._experience.spread):
             spread.observe(likely)

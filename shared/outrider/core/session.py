@@ -42,7 +42,6 @@ The draft worker can change no token, only how many rows the target's next pass 
 
 from __future__ import annotations
 
-import math
 from enum import Enum, auto
 
 from outrider.core.decoding import contradiction
@@ -144,26 +143,32 @@ class Session:
         return [prefill, *(self._on_draft_ready() if draft else [])]
 
     def _on_draft_ready(self) -> list[Command]:
-        """If the rule wants drafts, let the draft catch up with the text; else it stays idle."""
+        """If the rule wants drafts, let the draft read the text; else it stays idle."""
         draft, task = self.draft, self.task
         if draft.rides:
             return []
         draft.state = DraftState.IDLE
         if not self.rule.drafts or draft.offences >= OFFENCES:
             return []
+        text, busy = len(self.tokens), self.phase is Phase.VERIFYING
+        reading = self.rule.reads(text, text - len(task.prompt), self._room(), busy)
+        if not reading.tokens:
+            return []
         draft.state = DraftState.DRAFTING
-        draft.told, draft.read = len(self.tokens), 0
+        draft.told, draft.read = text, text - reading.tokens
         stream = self.stock.open(self.tokens)
         self._grant()
         order = OpenDraft(
             lineage=self.stock.lineage,
-            base=len(self.tokens),
+            base=text,
             tokens=stream,
             sampling=task.sampling,
             vocabulary=task.vocabulary,
             ends=tuple(sorted(task.ends)),
             until=draft.until,
             floors=draft.floors,
+            skip=draft.read,
+            recall=reading.recall,
         )
         return [order]
 
@@ -176,12 +181,15 @@ class Session:
             self.stats.discarded["stale"] += count
             self.trace.add(proposal, 0, now)
             return []
-        if not self._is_possible(proposal):
+        follows = self.stock.may_be(proposal, self.tokens)
+        if not (follows and draft.may_send(proposal, self.task.vocabulary)):
             return self._offend(now)
         self.stats.created += count
         self.stats.computed(self.stats.draft, now, proposal.elapsed_s)
         self.trace.add(proposal, 0, now)
         self._learn_costs(proposal, now)
+        if proposal.recalled:
+            self.rule.recalled(proposal.hindsight(self.tokens), proposal.elapsed_s)
         draft.state = DraftState.PAUSED if proposal.paused else DraftState.DRAFTING
         draft.read = proposal.position
         self._learn(self.stock.take(proposal, self.tokens), "miss")
@@ -200,6 +208,7 @@ class Session:
         fragment, reason = self._commit(verdict)
         if reason:
             self.stats.discarded["stop"] += len(self.stock) - self.block
+            self.rule.ended(len(self.tokens) - len(self.task.prompt))
             return [fragment, *self._end(Finish(reason))]
         judged = self.stock.commit(self.block, verdict, self.tokens)
         if judged.differed:
@@ -211,7 +220,7 @@ class Session:
     def _go_on(self, fragment: Fragment, now: float) -> list[Command]:
         """The target is idle again: give it its next block, then tell the draft and the client."""
         draft = self.draft
-        joining = self._on_draft_ready() if draft.state is DraftState.IDLE else []
+        joining = self._leave_or_join()
         following, before = self._verify(now), draft.until
         self._grant()
         if draft.state is DraftState.PAUSED:
@@ -223,6 +232,17 @@ class Session:
         # the workers first: the client's fragment can wait a microsecond
         settle = [Settle()] if following else []
         return [*joining, *following, *tell, fragment, *settle]
+
+    def _leave_or_join(self) -> list[Command]:
+        """A draft that would have to read on without drafting leaves; later it may be worth it."""
+        if self.draft.state is DraftState.IDLE:
+            return self._on_draft_ready()
+        if self.draft.rides and self.rule.dismisses:
+            self.stats.discarded["stop"] += len(self.stock)
+            self.stock.drafted.clear()
+            self.draft.state = DraftState.IDLE
+            return [CloseDraft()]
+        return []
 
     def _on_timer(self, now: float) -> list[Command]:
         if self.deadline is None or now < self.deadline:
@@ -320,16 +340,6 @@ class Session:
         stats.count(block, verdict.accepted, now)
 
     # ---- the draft, and the next pass -----------------------------------------------------------
-
-    def _is_possible(self, proposal: Proposal) -> bool:
-        """Whether a draft worker that keeps the rules could have sent this."""
-        return bool(
-            self.stock.may_be(proposal, self.tokens)
-            and (proposal.drafted or proposal.paused)  # without tokens it must say that none come
-            and len(proposal.drafted) <= self.draft.granted - proposal.position
-            and all(one.token < self.task.vocabulary for one in proposal.drafted)
-            and all(math.isfinite(one.confidence) for one in proposal.drafted)
-        )
 
     def _offend(self, now: float) -> list[Command]:
         self.draft.offences += 1

@@ -45,7 +45,8 @@ class Stock:
     def may_be(self, proposal: Proposal, text: Sequence[TokenId]) -> bool:
         """Whether a draft worker that keeps the rules could have sent this now."""
         end = len(text) + len(self.drafted)
-        return proposal.lineage == self.lineage and self._next <= proposal.position <= end
+        follows = self._next <= proposal.position or not proposal.drafted
+        return proposal.lineage == self.lineage and follows and proposal.position <= end
 
     def take(self, proposal: Proposal, text: Sequence[TokenId]) -> Judged:
         """Add drafted tokens; those at positions that the text has reached are judged at once."""

@@ -39,7 +39,7 @@ class Stream:
     ends: frozenset[TokenId] = frozenset()
     floors: tuple[float, ...] = ()  # see `events.Commit`
     likely: list[float] = field(default_factory=list)  # usual acceptances of what it drafted
-    read: int = 0  # tokens that the drafter has taken in and that still stand
+    read: int = 0  # tokens that the drafter has taken in, or is to skip, and that still stand
     is_silent: bool = False  # it has no idea what may follow
 
     @classmethod
@@ -53,6 +53,7 @@ class Stream:
             ends=frozenset(order.ends),
             floors=order.floors,
             likely=[1.0] * (len(order.tokens) - order.base),
+            read=min(order.skip, len(order.tokens) - 1),
         )
 
     # ---- what the target says -------------------------------------------------------------------

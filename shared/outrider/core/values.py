@@ -83,6 +83,13 @@ class Proposal(Order, frozen=True):
     elapsed_s: Seconds  # drafting them took this long
     waited_s: Seconds = 0.0  # before that, the drafter worked for other requests
     paused: bool = False  # nothing follows before the next commit; see `events.Commit`
+    recalled: Stretch = ()  # what it would have drafted in place of the text's last tokens
+
+    def hindsight(self, text: Sequence[TokenId]) -> list[tuple[bool, float]]:
+        """Whether each recalled token is the one in `text`, and how sure the draft was."""
+        actual = text[: self.position][-len(self.recalled) :]
+        pairs = zip(self.recalled, actual, strict=False)
+        return [(one.token == token, one.confidence) for one, token in pairs]
 
     def joined(self, later: Proposal) -> Proposal:
         """This proposal and the `later` one that follows it, as one."""

@@ -37,3 +37,19 @@ def calibrate(engine: Engine, rows: tuple[int, ...]) -> tuple[float, ...]:
         measured.append(statistics.median(seconds) if n == 1 else min(seconds))
     engine.rewind(0, 0)
     return tuple(map(float, np.interp(range(1, rows[-1] + 1), rows, measured)))
+
+
+def calibrate_reading(engine: Engine, count: int, rows: int) -> float:
+    """Seconds that each of `count` tokens takes that are read at once, with logits for `rows`.
+
+    Slot 0 is used, and freed.
+    """
+    info = engine.info
+    count = min(count, info.chunk, info.context)
+    seconds = []
+    for _ in range(2):
+        began = time.perf_counter()
+        engine.extend(0, [min(5, info.vocabulary.size - 1)] * count, min(rows, count))
+        seconds.append(time.perf_counter() - began)
+        engine.rewind(0, 0)
+    return min(seconds) / count

@@ -9,7 +9,9 @@ from outrider.core.engine import Engine
 from outrider.core.sampling import Sampling, propose
 from outrider.core.stream import AT_ONCE
 from outrider.core.values import Drafted, TokenId
-from outrider.engines.calibration import calibrate
+from outrider.engines.calibration import calibrate, calibrate_reading
+
+READ = 24, 12  # tokens read and recalled to see what reading costs: about as in a first trial
 
 
 class ModelDrafter:
@@ -25,31 +27,48 @@ class ModelDrafter:
             device=info.device,
         )
         self.token_s = calibrate(engine, (1,))[0]
+        self.read_s = min(calibrate_reading(engine, *READ), self.token_s)
         self._engine = engine
         self._chunk = min(AT_ONCE, info.chunk)  # a cancellation may have to wait for so many tokens
         self._asked: dict[int, tuple[Sampling, int]] = {}  # by slot: settings, number of ids
+        self._skipped: dict[int, int] = {}  # by slot: the engine's position 0 is this one
 
-    def open(self, slot: int, sampling: Sampling, vocabulary: int) -> None:
+    def open(self, slot: int, sampling: Sampling, vocabulary: int, skip: int = 0) -> None:
         self._engine.rewind(slot, 0)
+        self._skipped[slot] = skip
         self._asked[slot] = sampling, min(vocabulary, self._engine.info.vocabulary.size)
 
     def cut(self, slot: int, length: int) -> None:
-        if self._engine.length(slot) > length:
-            self._engine.rewind(slot, length)
+        kept = max(0, length - self._skipped[slot])
+        if self._engine.length(slot) > kept:
+            self._engine.rewind(slot, kept)
 
     def read(self, slot: int) -> int:
-        return self._engine.length(slot)
+        return self._skipped[slot] + self._engine.length(slot)
 
     def propose(self, slot: int, text: Sequence[TokenId]) -> tuple[Drafted, ...]:
         sampling, vocabulary = self._asked[slot]
         self.cut(slot, len(text) - 1)  # its last token's logits are needed
-        known = self._engine.length(slot)
+        known = self.read(slot)
         ahead = text[known : known + self._chunk]
         is_last = known + len(ahead) == len(text)
         rows = self._engine.extend(slot, ahead, 1 if is_last else 0)
         if not is_last:
             return ()
         return (propose(rows[0], sampling, text, len(text), n_vocab=vocabulary),)
+
+    def recall(self, slot: int, text: Sequence[TokenId], count: int) -> tuple[Drafted, ...]:
+        sampling, vocabulary = self._asked[slot]
+        known = self.read(slot)
+        ahead = text[known : len(text) - 1]
+        if not 0 < count <= len(ahead) <= self._chunk:
+            return ()
+        rows = self._engine.extend(slot, ahead, count)
+        ends = range(len(text) - count, len(text))
+        return tuple(
+            propose(row, sampling, text[:end], end, n_vocab=vocabulary)
+            for end, row in zip(ends, rows, strict=True)
+        )
 
     def forget(self, slot: int) -> None:
         self._engine.rewind(slot, 0)

@@ -32,7 +32,7 @@ from outrider.core.values import (
 )
 from outrider.errors import BadRequest, InternalError, OutriderError
 
-PROTOCOL = 3
+PROTOCOL = 4
 FRAME_LIMIT = 1 << 20  # bytes; a prompt of 200,000 tokens fits
 
 Line: TypeAlias = Annotated[str, Meta(max_length=4096)]
@@ -68,7 +68,8 @@ class Hello(Tagged, frozen=True):
     slots: Count
     device: Word
     cores: Word  # where it computes: "host:0,1", "host:gpu0", "host:gpu*"; "": a device of its own
-    curve_s: Curve  # of a target, a pass over 1, 2 … rows; of a draft, one token
+    # of a target, a pass over 1, 2 … rows; of a draft, one token, and one that it only reads
+    curve_s: Curve
     token: Word = ""  # what the launcher gave to the workers that it started
 
 
