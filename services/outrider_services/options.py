@@ -20,6 +20,7 @@ Mode = Literal["plain", "sync", "pipelined", "auto"]
 Backend = Literal["llama", "toy"]
 Place = Literal["spawn", "remote"]
 Quant = Literal["auto", "off", "q4_0", "q4_1", "q8_0"]
+KERNELS = ("tiled", "repack", "flash")
 QUANTS: tuple[str, ...] = get_args(Quant)[2:]
 SEEDS = 1 << 63  # seeds are below; one below 0 means a random one
 
@@ -40,6 +41,7 @@ class TargetOptions:
     threads: int = opt(4, "-t --threads -threads", "threads of the target worker (fewer if it has fewer cores)", "N")
     ctx: int = opt(2048, "-c --ctx-size -ctx --ctx", "context of each request, in tokens", "N")
     cores: str = opt("", "--target-cores -Cr", "cores the target worker may use, such as 0,2-3", "LIST")
+    without: str = opt("auto", "--without-kernels", "llama.cpp's kernels that the target does without, of tiled,repack,flash; none: it uses all; auto: as tuning found", "LIST")
     ngl: int = opt(0, "-ngl --n-gpu-layers --gpu-layers", "layers of the target on the GPU; -1: all", "N")
     place: Place = opt("spawn", "--target-place", "spawn the target worker here, or wait for a remote one")
 
@@ -202,8 +204,18 @@ def checked(settings: Settings) -> Settings:
     ):
         if not least <= value <= most:
             raise ConfigError(f"{flag} must be from {least} to {most}, not {value}")
-    cores(target.cores), cores(draft.cores)
+    cores(target.cores), cores(draft.cores), kernels(target.without)
     return settings
+
+
+def kernels(text: str) -> frozenset[str]:
+    """The kernels in a list such as "tiled,flash" to do without. Raises ConfigError."""
+    found = (
+        frozenset(filter(None, text.split(","))) if text not in ("auto", "none") else frozenset()
+    )
+    if wrong := found - set(KERNELS):
+        raise ConfigError(f"{min(wrong)!r} is none of the kernels {', '.join(KERNELS)}")
+    return found
 
 
 def cores(text: str) -> set[int]:

@@ -233,8 +233,8 @@ def test_a_rewind_that_the_cache_refuses_is_a_fault(
 def test_a_model_that_cannot_serve_is_refused(
     answers: dict[str, Any], words: str, test_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    broken = Broken(llama.library(exact=True), **answers)
-    monkeypatch.setattr(llama, "library", lambda exact: broken)
+    broken = Broken(llama.library(untiled=True), **answers)
+    monkeypatch.setattr(llama, "library", lambda untiled: broken)
     with pytest.raises(ModelUnusable, match=words):
         LlamaEngine.load(test_model, EXACT)
 

@@ -26,7 +26,7 @@ import uvloop
 from outrider.core.stats import Report
 from outrider_services.options import OPTIONS
 from outrider_services.tuning import advice, search
-from outrider_services.tuning.decisions import Decision, Trial, Variant
+from outrider_services.tuning.decisions import Decision, Kernels, Trial, Variant
 
 if TYPE_CHECKING:
     from tests.integration.conftest import Cli, Oracle, Serve, Served
@@ -355,6 +355,32 @@ def test_after_little_gain_a_command_is_named_that_gains_more(cli: Cli) -> None:
     assert line not in quiet + fast + own
 
 
+def test_tune_shows_the_build_the_kernels_and_what_turns_cost(cli: Cli) -> None:
+    curve_s = tuple(0.05 + 0.01 * more for more in range(8))
+    drafts = (Variant("off", 1, 0.001, 0.6, 21.0, {"code": 0.95}),)
+    tried = (
+        Kernels("", 4, tuple(2 * cost for cost in curve_s), 0.0123, 10.0),
+        Kernels("tiled", 4, curve_s, 0.0045, 5.0),
+    )
+    shared = Trial("", "", False, 20.0, drafts, curve_s, tried, (1.07, 1.32))
+    split = Trial("0", "1", True, 20.0, drafts, curve_s, tried[:1])
+    decision = Decision("off", without="tiled", threads=4, trials=(shared, split))
+    pair = ("--backend=toy", "-m", "a.gguf", "-md", "b.gguf")
+    with mock.patch.object(search, "tune", return_value=decision):
+        told, as_json = (cli.here("tune", *pair, *more) for more in ((), ("--json",)))
+    assert (told.returncode, told.stderr) == (0, "")
+    lines = [" ".join(line.split()) for line in told.stdout.splitlines()]
+    assert lines[0] == advice.build()
+    assert [advice.headline(one) in lines for one in (shared, split)] == [True, True]
+    assert "target threads ms/token read 1 row 2 rows 4 rows 8 rows" in lines
+    as_built = "as built 4 12.3 100 120 160 240"
+    assert [line for line in lines if line.endswith(as_built)] == [as_built, f"* {as_built}"]
+    assert "* without tiled 4 4.5 50 60 80 120" in lines
+    assert [advice.turns(one) in lines for one in (shared, split)] == [True, True]
+    assert [line[:6] for line in lines if "as given" in line][:2] == ["* as g", "as giv"]
+    assert parsed(as_json)["trials"][0]["kernels"][1]["without"] == "tiled"
+
+
 # ---- the other verbs ----------------------------------------------------------------------------
 
 
@@ -447,6 +473,7 @@ def test_help_names_every_verb_but_the_launchers_own(cli: Cli) -> None:
         (("run", "--mode", "fast"), ("--mode", "plain, sync, pipelined, auto", "'fast'")),
         (("run", "--target-cores", "4096"), ("4096",)),
         (("run", "--draft-cores", "a-b"), ("a-b",)),
+        (("run", "--without-kernels", "x"), ("'x'", "kernels tiled, repack, flash")),
         (("run", "--logit-bias", "five"), ("--logit-bias", "five")),
         (("run", "-verbose=perhaps", "x"), ("--verbose", "perhaps")),
         (("walk",), ("walk", "run")),

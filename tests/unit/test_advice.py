@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from outrider.engines import processor
-from outrider_services.models import library
-from outrider_services.tuning import advice, forecasts
+from outrider.engines.llama import library
+from outrider_services.tuning import advice, decisions, forecasts
 from outrider_services.tuning.decisions import Decision, Trial, Variant
 
 STEP_S = 0.05
@@ -119,6 +120,28 @@ def test_another_compiler_is_named_only_where_it_was_faster(
     assert "clang" not in advice.described(PAYING)
     instructions.add("amx_int8")
     assert "clang" not in advice.described(USELESS)
+
+
+def test_what_turns_cost_is_told_where_they_are_taken() -> None:
+    trial = replace(USELESS.trials[0], turns=(1.07, 1.32))
+    told = advice.turns(trial)
+    assert "a pass costs 1.07 times" in told
+    assert "token 1.32 times" in told
+    assert "times" not in advice.turns(replace(trial, pipelined=True))
+
+
+def test_the_build_that_was_measured_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("LLAMA_CPP_LIB_PATH", str(tmp_path))
+    (tmp_path / "libggml-cpu.so").touch()
+    monkeypatch.setattr(decisions, "version", lambda package: "1.2.3")
+    unknown = "llama.cpp of llama-cpp-python 1.2.3, built by an unknown compiler"
+    assert advice.build() == unknown
+    (tmp_path / "built-by.txt").write_text("clang version 22.0.0\n")
+    assert advice.build() == unknown.replace("an unknown compiler", "clang version 22.0.0")
+    monkeypatch.setattr(decisions, "version", lambda package: "")
+    assert advice.build().startswith("llama.cpp of llama-cpp-python (unknown), built by clang")
 
 
 def test_without_a_trial_only_the_choice_is_told() -> None:

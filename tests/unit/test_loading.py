@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -61,3 +62,15 @@ def test_settings_that_exclude_each_other_are_an_error(tmp_path: Path) -> None:
 
 def test_there_is_room_for_the_largest_pass_of_a_worker() -> None:
     assert max(CHUNK, AT_ONCE, *ROWS) == PASS
+
+
+@pytest.mark.parametrize("without", ["auto", "none", "tiled", "repack", "flash", "tiled,flash"])
+def test_the_target_does_without_the_kernels_of_the_settings(
+    monkeypatch: pytest.MonkeyPatch, without: str
+) -> None:
+    engine = pytest.importorskip("outrider.engines.llama.engine")
+    monkeypatch.setattr(engine.LlamaEngine, "load", lambda path, settings, progress: settings)
+    target = TargetOptions(model="m.gguf", without=without)
+    loaded: Any = load_engine("target", Settings(target=target), silent)
+    used = {"tiled": loaded.tiled, "repack": loaded.repack, "flash": loaded.flash_attention}
+    assert used == {name: name not in without.split(",") for name in used}

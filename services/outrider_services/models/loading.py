@@ -8,7 +8,7 @@ from pathlib import Path
 
 from outrider.core.engine import Engine
 from outrider.errors import ConfigError, ModelNotFound
-from outrider_services.options import Settings
+from outrider_services.options import Settings, kernels
 
 PASS = 128  # tokens: no worker evaluates more at once, and room for more would lie idle
 
@@ -30,6 +30,7 @@ def _llama(role: str, settings: Settings, progress: Callable[[float], None]) -> 
     if not target.model:
         raise ModelNotFound("say which model: -m FILE")
     threads = min(target.threads, len(os.sched_getaffinity(0)))
+    without = kernels(target.without)
     try:
         chosen = LlamaSettings(
             context=target.ctx,
@@ -39,6 +40,9 @@ def _llama(role: str, settings: Settings, progress: Callable[[float], None]) -> 
             gpu_layers=target.ngl,
             exact=pipeline.exact,
             drafts=role == "draft",
+            tiled="tiled" not in without,
+            repack="repack" not in without,
+            flash_attention="flash" not in without,
         )
     except ValueError as exc:
         raise ConfigError(str(exc)) from None

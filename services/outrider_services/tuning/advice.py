@@ -6,8 +6,8 @@ Every figure is one that was measured on this machine, or the forecast that foll
 from __future__ import annotations
 
 from outrider.engines import processor
-from outrider_services.models import library
-from outrider_services.tuning import forecasts
+from outrider.engines.llama import library
+from outrider_services.tuning import decisions, forecasts
 from outrider_services.tuning.decisions import Decision, Trial, Variant
 
 PAYS = 1.1  # a gain below is not worth the second model
@@ -105,6 +105,25 @@ def compiler() -> str:
     return (
         "llama.cpp was built by gcc here; on a processor with AVX2, built by clang with libomp, it "
         "verified 8 rows in half the time."
+    )
+
+
+def build() -> str:
+    """Which llama.cpp it is that was measured."""
+    found = "llama.cpp of llama-cpp-python " + (
+        decisions.version("llama-cpp-python") or "(unknown)"
+    )
+    return f"{found}, built by {library.built_by() or 'an unknown compiler'}"
+
+
+def turns(trial: Trial) -> str:
+    """What taking turns makes of the costs."""
+    if trial.pipelined:
+        return "alone, as target and draft are here"
+    passes, drafting = trial.turns
+    return (
+        f"alone; in turns with the draft a pass costs {passes:.2f} times as much, and a drafted "
+        f"token {drafting:.2f} times, which is counted below"
     )
 
 

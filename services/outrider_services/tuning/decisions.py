@@ -20,9 +20,10 @@ from typing import Any
 import platformdirs
 
 from outrider.engines import processor
-from outrider.errors import ModelUnusable
+from outrider.engines.llama import library
+from outrider.errors import ConfigError, ModelUnusable
 from outrider_services import options
-from outrider_services.models import fetching, library
+from outrider_services.models import fetching
 from outrider_services.options import Settings
 
 LOCK_S = 300.0  # how long to wait for another process that tunes
@@ -41,6 +42,17 @@ class Variant:
 
 
 @dataclass(frozen=True, slots=True)
+class Kernels:
+    """Kernels and threads of the target that were tried, and what it costs with them."""
+
+    without: str  # the kernels that it does without, see `options.kernels`; "": it uses all
+    threads: int
+    curve_s: tuple[float, ...]  # of a pass over 1, 2, 3 … rows
+    read_s: float  # of a token that is only read
+    usual_s: float  # of a usual request: what decides
+
+
+@dataclass(frozen=True, slots=True)
 class Trial:
     """One way to share the cores, and what was measured of each draft there."""
 
@@ -50,6 +62,10 @@ class Trial:
     plain_rate: float  # tokens per second of the target alone
     variants: tuple[Variant, ...]  # the first is the draft as given
     curve_s: tuple[float, ...]  # of a pass of the target over 1, 2, 3 … rows
+    kernels: tuple[Kernels, ...] = ()  # the last was chosen
+    # how many times its costs alone a pass and a drafted token cost in turns; in `curve_s` and
+    # `draft_s` that is counted
+    turns: tuple[float, float] = (1.0, 1.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +75,8 @@ class Decision:
     quant: str  # "off": the file as given
     target_cores: str = ""  # empty: as the settings say
     draft_cores: str = ""
+    without: str = ""  # kernels that the target does without
+    threads: int = 0  # of the target; 0: as the settings say
     trials: tuple[Trial, ...] = ()
 
     def chosen(self) -> tuple[Trial, Variant]:
@@ -128,10 +146,10 @@ def key(settings: Settings) -> str:
     what = [
         *(identity(str(one.model)) for one in (target, draft)),
         *([one.threads, usable(one.cores), one.ngl] for one in (target, draft)),
-        [pipeline.mode, pipeline.exact],
+        [pipeline.mode, pipeline.exact, target.without],
         identity(str(kernels)) if (kernels := library.kernels()) else [],
         processor.kind(),
-        [_version(name) for name in ("outrider", "llama-cpp-python")],
+        [version(name) for name in ("outrider", "llama-cpp-python")],
     ]
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:32]
 
@@ -141,7 +159,8 @@ def usable(cores: str) -> list[int]:
     return sorted(options.cores(cores) or os.sched_getaffinity(0))
 
 
-def _version(package: str) -> str:
+def version(package: str) -> str:
+    """The installed version of the package; "" if there is none."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -150,7 +169,7 @@ def _version(package: str) -> str:
 
 def load(name: str) -> Decision | None:
     """The decision under this key; None if there is none that can be read."""
-    with suppress(OSError, ValueError, TypeError, LookupError):
+    with suppress(OSError, ValueError, TypeError, LookupError, ConfigError):
         return from_json(json.loads(_file(name).read_text("utf-8")))
     return None
 
@@ -168,13 +187,14 @@ def save(name: str, decision: Decision) -> None:
 
 
 def from_json(found: dict[str, Any]) -> Decision:
-    """The decision in `found`. Raises ValueError, TypeError or LookupError if it is none."""
+    """The decision in `found`. Raises what `load` expects if it is none."""
     decision = Decision(**{**found, "trials": tuple(map(_trial, found["trials"]))})
     if decision.trials:
         decision.chosen()
     if decision.quant not in ("off", *options.QUANTS):
         raise ValueError(f"no such type: {decision.quant}")
     options.cores(decision.target_cores), options.cores(decision.draft_cores)
+    options.kernels(decision.without)
     return decision
 
 
@@ -183,7 +203,10 @@ def _trial(found: dict[str, Any]) -> Trial:
     curve_s = tuple(map(float, found["curve_s"]))
     if not curve_s or not all(one.accepted for one in variants):
         raise ValueError("something was not measured")
-    return Trial(**{**found, "variants": variants, "curve_s": curve_s})
+    tried = tuple(Kernels(**{**one, "curve_s": tuple(one["curve_s"])}) for one in found["kernels"])
+    passes, drafting = map(float, found["turns"])
+    more: dict[str, Any] = {"kernels": tried, "turns": (passes, drafting)}
+    return Trial(**{**found, "variants": variants, "curve_s": curve_s, **more})
 
 
 def _file(name: str) -> Path:

@@ -13,6 +13,8 @@ from outrider_services.tuning.decisions import Trial, Variant
 
 LINK_S = 5e-4  # messages of a pass
 BISECTIONS = 12
+# of a usual request: tokens to read and to write, the cost of a drafted token, acceptances
+USUAL_TOKENS, USUAL_DRAFT, USUAL_TEXTS = (100, 150), 0.25, (0.95, 0.85, 0.7)
 MOST_ACCEPTED = 0.96  # a forecast takes no acceptance for higher
 
 Curve = tuple[float, ...]  # seconds of a pass over 1, 2, 3 … rows
@@ -28,6 +30,12 @@ def rate(curve_s: Curve, draft_s: float, acceptances: Iterable[float], pipelined
     costs = Costs(curve_s, draft_s, LINK_S)
     seconds = [1 / forecast(costs, acceptance, pipelined) for acceptance in acceptances]
     return len(seconds) / sum(seconds)
+
+
+def usual_s(curve_s: Curve, read_s: float, pipelined: bool) -> float:
+    """Seconds of a usual request, whatever the draft: what kernels are compared by."""
+    usual = rate(curve_s, USUAL_DRAFT * curve_s[0], USUAL_TEXTS, pipelined)
+    return USUAL_TOKENS[0] * read_s + USUAL_TOKENS[1] / usual
 
 
 def gain(trial: Trial, one: Variant) -> float:

@@ -9,15 +9,17 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import statistics
 import subprocess
 import sys
 import threading
-from dataclasses import asdict, dataclass
+import time
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from outrider.core.values import TokenId
-from outrider.engines.calibration import calibrate
+from outrider.engines.calibration import calibrate, calibrate_reading
 from outrider.errors import (
     IncompatiblePair,
     InternalError,
@@ -31,7 +33,9 @@ from outrider_services import options
 if TYPE_CHECKING:
     from outrider.engines.llama.engine import LlamaEngine
 
-CONTEXT = 512
+CONTEXT, READ = 512, 64  # tokens; so many are read at once to see what reading costs
+MEASURE = (sys.executable, "-m", "outrider_services", "measure")
+BLOCKS, TURN_ROUNDS, TURN_TEXT = (1, 3, 5), 2, 64  # drafted tokens in a turn; rounds; tokens before
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +58,8 @@ class Job:
     # the same as tokens, and how many of them, at the end, are the answer
     sequences: tuple[tuple[tuple[TokenId, ...], int], ...] = ()
     chooses: bool = True  # whether the model is to say which tokens it would have chosen
+    without: str = ""  # kernels to do without, see `options.kernels`
+    turns: bool = False  # load, and then measure only what is asked for: see `in_turns`
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +69,7 @@ class Findings:
     curve_s: tuple[float, ...] = ()  # of a pass over 1, 2, 3 … rows
     sequences: tuple[tuple[tuple[TokenId, ...], int], ...] = ()
     choices: tuple[TokenId, ...] = ()  # the likeliest token at each place of each answer
+    read_s: float = 0.0  # of a token that is only read
 
 
 # ---- here ---------------------------------------------------------------------------------------
@@ -76,10 +83,9 @@ def ask(job: Job, limit_s: float) -> Findings:
     if limit_s <= 0:
         raise RequestTimeout("there was no time left to measure")
     reading, writing = os.pipe()
-    command = [sys.executable, "-m", "outrider_services", "measure"]
     try:
         done = subprocess.run(
-            [*command, f"--parent-fd={reading}", json.dumps(asdict(job))],
+            [*MEASURE, f"--parent-fd={reading}", json.dumps(asdict(job))],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             timeout=limit_s,
@@ -94,6 +100,116 @@ def ask(job: Job, limit_s: float) -> Findings:
     return read_answer(done.stdout, done.returncode)
 
 
+@dataclass(frozen=True, slots=True)
+class Turns:
+    """What working in turns on the same cores makes of costs: 1.1 for a tenth more."""
+
+    passes: float = 1.0
+    drafting: float = 1.0
+
+
+def in_turns(target: Job, draft: Job, limit_s: float) -> Turns:
+    """Have two processes compute in turns, as target and draft do, and alone, time after time.
+
+    Raises OutriderError; RequestTimeout after `limit_s`.
+    """
+    late = threading.Event()
+    with contextlib.ExitStack() as stack:
+        pair = [stack.enter_context(Partner(replace(job, turns=True))) for job in (target, draft)]
+
+        def give_up() -> None:
+            late.set()
+            for one in pair:
+                one.process.kill()
+
+        timer = threading.Timer(max(0.0, limit_s), give_up)
+        timer.start()
+        stack.callback(timer.cancel)
+        try:
+            return _compared(*pair)
+        except (ValueError, OSError):
+            pass
+    if late.is_set():
+        raise RequestTimeout(f"taking turns took more than {limit_s:.0f} s")
+    raise WorkerLost("a process that was to take turns ended")
+
+
+def _compared(target: Partner, draft: Partner) -> Turns:
+    target.read(), draft.read()
+    passes, drafting = [], []
+    for _ in range(TURN_ROUNDS):
+        for block in BLOCKS:
+            drafted = [draft.took(1, block) for _ in range(2)]  # the first wakes its threads
+            alone = [target.took(block + 1, 1) for _ in range(2)]
+            turns = [(draft.took(1, block), target.took(block + 1, 1)) for _ in range(3)]
+            drafting += [turn / drafted[1] for turn, _ in turns]
+            passes += [turn / alone[1] for _, turn in turns]
+    return Turns(statistics.median(passes), statistics.median(drafting))
+
+
+class Ask(Protocol):
+    """What measures; tests have another."""
+
+    def __call__(self, job: Job, limit_s: float) -> Findings: ...
+    def in_turns(self, target: Job, draft: Job, limit_s: float) -> Turns: ...
+
+
+class Processes:
+    """Measures in processes of their own: see `ask` and `in_turns`."""
+
+    def __call__(self, job: Job, limit_s: float) -> Findings:
+        return ask(job, limit_s)
+
+    def in_turns(self, target: Job, draft: Job, limit_s: float) -> Turns:
+        return in_turns(target, draft, limit_s)
+
+
+PROBE = Processes()
+
+
+class Partner:
+    """A process that has loaded a model and measures what it is asked to."""
+
+    def __init__(self, job: Job) -> None:
+        self._reading, self._writing = os.pipe()
+        self.process = subprocess.Popen(
+            [*MEASURE, f"--parent-fd={self._reading}", json.dumps(asdict(job))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            pass_fds=(self._reading,),
+            start_new_session=True,
+            text=True,
+        )
+
+    def __enter__(self) -> Partner:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.communicate()
+        os.close(self._reading)
+        os.close(self._writing)
+
+    def took(self, rows: int, passes: int) -> float:
+        """Seconds of one of so many passes over so many rows.
+
+        Raises ValueError, OSError; OutriderError if it says what went wrong.
+        """
+        assert self.process.stdin
+        self.process.stdin.write(f"{json.dumps([rows, passes])}\n")
+        self.process.stdin.flush()
+        return self.read()
+
+    def read(self) -> float:
+        """Its next answer."""
+        assert self.process.stdout
+        said = json.loads(self.process.stdout.readline())
+        if isinstance(said, list):  # as `answer` tells an error
+            raise from_code(*said[1:])
+        return float(said)
+
+
 def read_answer(out: bytes, status: int) -> Findings:
     """What the process said in its last line. Raises OutriderError."""
     try:
@@ -105,6 +221,7 @@ def read_answer(out: bytes, status: int) -> Findings:
             tuple(found["curve_s"]),
             tuple((tuple(tokens), answers) for tokens, answers in found["sequences"]),
             tuple(found["choices"]),
+            float(found["read_s"]),
         )
     except (ValueError, LookupError, TypeError):
         raise WorkerLost(f"the measuring process ended with status {status}") from None
@@ -155,6 +272,7 @@ def work(job: Job) -> Findings:
         return Findings()
     if cores := options.cores(job.cores):
         os.sched_setaffinity(0, cores)
+    without = options.kernels(job.without)
     settings = LlamaSettings(
         context=CONTEXT,
         slots=1,
@@ -162,17 +280,40 @@ def work(job: Job) -> Findings:
         gpu_layers=job.gpu_layers,
         exact=job.exact,
         drafts=job.drafts,
+        tiled="tiled" not in without,
+        repack="repack" not in without,
+        flash_attention="flash" not in without,
     )
     engine = LlamaEngine.load(Path(job.model), settings)
     try:
+        if job.turns:
+            _take_turns(engine)
+            return Findings()
         # whatever disturbs a measurement makes it longer, so the shortest is the truest
         curves = [calibrate(engine, job.rows) for _ in range(job.repeats)]
+        read_s = min(calibrate_reading(engine, READ, 0) for _ in range(job.repeats))
         sequences = job.sequences or tuple(_tokens(engine, *text) for text in job.texts)
         choices = [_choices(engine, *one) for one in sequences] if job.chooses else []
     finally:
         engine.close()
     curve_s = tuple(map(min, zip(*curves, strict=True)))
-    return Findings(curve_s, sequences, tuple(token for some in choices for token in some))
+    chosen = tuple(token for some in choices for token in some)
+    return Findings(curve_s, sequences, chosen, read_s)
+
+
+def _take_turns(engine: LlamaEngine) -> None:
+    """Read a text; then, as often as asked for, pass over so many rows behind it."""
+    text: list[TokenId] = [min(5, engine.info.vocabulary.size - 1)] * TURN_TEXT
+    engine.extend(0, text, 0)
+    print(json.dumps(0), flush=True)  # noqa: T201
+    for line in sys.stdin:
+        rows, passes = json.loads(line)
+        began = time.perf_counter()
+        for _ in range(passes):
+            engine.extend(0, text[:rows], rows)
+        took_s = (time.perf_counter() - began) / passes
+        engine.rewind(0, TURN_TEXT)
+        print(json.dumps(took_s), flush=True)  # noqa: T201
 
 
 def _tokens(engine: LlamaEngine, prompt: str, answer: str) -> tuple[tuple[TokenId, ...], int]:

@@ -47,7 +47,6 @@ from outrider.errors import InternalError, ModelUnusable
 __all__ = ["LlamaEngine", "LlamaSettings", "prepare_environment"]
 
 DONE, ABORTED = 0, 2  # what llama_decode returns; everything else is a fault
-SOFT = 1  # omp_pause_soft: threads keep what they hold
 
 
 class Batch:
@@ -95,7 +94,6 @@ class LlamaEngine:
         self._lib, self._model, self._context, self._text = lib, model, context, text
         self._memory = lib.llama_get_memory(context)
         self._batch = Batch(lib, info.chunk)
-        self._rest = pause(lib)
         self._lengths = [0] * info.slots
         # llama.cpp asks after every graph node whether to stop. A Python callback would wait for
         # the interpreter each time; libc's strlen of this buffer is 0 or 1 and waits for nothing.
@@ -118,7 +116,7 @@ class LlamaEngine:
         size = check_file(path)
         room = math.inf if settings.gpu_layers else available()
         check_memory(path, size, room, "its weights")
-        lib = library(settings.exact)
+        lib = library(settings.exact or not settings.tiled)
         with contextlib.ExitStack() as undo:
             model = load_model(lib, path, settings, progress)
             undo.callback(lib.llama_model_free, model)
@@ -154,7 +152,6 @@ class LlamaEngine:
         before = self._lengths[slot]
         self._stop[0] = b"\0"
         code = self._lib.llama_decode(self._context, self._batch.fill(slot, before, ids, rows))
-        self._rest()
         if code == ABORTED and self._cut(slot, before):
             raise Cancelled
         if code != DONE:
@@ -257,42 +254,25 @@ class LlamaEngine:
             raise ModelUnusable(f"{path}: {CANNOT_TAKE_BACK}")
 
 
-def prepare_environment(exact: bool) -> None:
+def prepare_environment(untiled: bool) -> None:
     """Set the environment variables that llama.cpp reads once, when it is first used.
 
-    So all engines of a process should agree on `exact`.
+    So all engines of a process should agree on whether to do without the tiled kernels.
     """
     os.environ.setdefault("GGML_NO_BACKTRACE", "1")  # else a crash takes most of a second
     # an idle OpenMP thread must leave its core to the other worker, yet not sleep between two
-    # layers: clang's library is told when (see `pause`), gcc's counts turns of a loop. With its own
-    # count the default pair on two shared cores was five times slower than the target alone.
-    os.environ.setdefault("KMP_BLOCKTIME", "infinite")
+    # layers. LLVM's runtime waits so many milliseconds: on two shared cores 1 and 0.2 were less
+    # steady, 0 is half as fast, and in LLVM 22 no pause ends a longer wait. gcc's counts turns of a
+    # loop: with its own count the default pair was five times slower than the target alone.
+    os.environ.setdefault("KMP_BLOCKTIME", "3")
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    if exact:
-        os.environ["GGML_CPU_TILED_MM"] = "0"  # a kernel for 8 rows or more, rounding otherwise
+    if untiled:
+        os.environ["GGML_CPU_TILED_MM"] = "0"  # kernels for 8 rows or more, rounding otherwise
 
 
-@functools.cache
-def pause(lib: Any) -> Callable[[], object]:
-    """A function that sends idle OpenMP threads to sleep until the next evaluation wakes them.
-
-    With gcc's library it does nothing: there the soft pause of OpenMP 5.0 ends the threads, while
-    in clang's it only ends their waiting.
-    """
-    loaded = lib._lib  # its dependencies are found through it, too
-    if not hasattr(loaded, "kmp_set_blocktime"):
-        return lambda: None
-    pause_all = loaded.omp_pause_resource_all
-    pause_all.argtypes, pause_all.restype = [ctypes.c_int], ctypes.c_int
-    # when the process ends it waits for its threads, and an infinite blocktime leaves them asleep
-    loaded.kmp_set_defaults.argtypes, loaded.kmp_set_defaults.restype = [ctypes.c_char_p], None
-    atexit.register(loaded.kmp_set_defaults, b"KMP_BLOCKTIME=200")
-    return functools.partial(pause_all, SOFT)
-
-
-def library(exact: bool = False) -> Any:
+def library(untiled: bool = False) -> Any:
     """The initialised bindings of llama.cpp; its log goes to ours. Raises ModelUnusable."""
-    prepare_environment(exact)
+    prepare_environment(untiled)
     return _library()[0]
 
 

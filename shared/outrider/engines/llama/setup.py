@@ -47,6 +47,10 @@ class LlamaSettings:
     flash_attention: bool = True
     drafts: bool = False  # it only drafts: no answer depends on how its logits are rounded
     exact: bool = False  # a token's logits do not depend on how many are evaluated with it
+    tiled: bool = (
+        True  # llama.cpp's kernels for 8 rows or more of K-quants, where exact allows them
+    )
+    repack: bool = True  # weights in an order of the processor's, where exact allows it
     cache_type_k: str = "f16"
     cache_type_v: str = "f16"
 
@@ -142,7 +146,7 @@ def load_model(
         return not failure
 
     # repacked weights round differently from 4 rows on; the AMX kernels do not
-    repack = not settings.exact or has_instructions("amx_int8", lib)
+    repack = settings.repack and (not settings.exact or has_instructions("amx_int8", lib))
     callback = lib.llama_progress_callback(report)
     params = filled(
         lib.llama_model_default_params(),
