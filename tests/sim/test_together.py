@@ -109,7 +109,8 @@ def test_a_good_draft_does_not_rest_because_several_share_it(mode: InTurns, coun
     together, alone = simulated(mode, count, 0.0), one_by_one(mode, count)
     assert together.seen["rested"] == 0
     for shared, own in zip(together.runs, alone.runs, strict=True):
-        assert shared.session.stats.accepted > 0.9 * own.session.stats.accepted > 50
+        # one by one, all but the first know from the one before that the draft is good
+        assert shared.session.stats.accepted > 0.6 * own.session.stats.accepted > 30
 
 
 @modes

@@ -370,3 +370,45 @@ async def test_the_coordinator_settles_after_each_block_is_on_its_way(
     assert seen[0] == "settle"  # when the request begins
     assert seen[1:] == ["verify", "settle"] * (len(seen) // 2)
     assert len(seen) > 100
+
+
+def known() -> Experience:
+    """Of a service that has seen much, on all of which the draft was right."""
+    experience = cheap()
+    for _ in range(300):
+        experience.spread.observe([0.995])
+    experience.judged = 300
+    return experience
+
+
+def test_nobody_stands_still_for_long_while_a_draft_reads() -> None:
+    experience = Experience(CostModel([0.5 + 0.01 * n for n in range(16)], 0.05, read_s=0.017))
+    experience.spread, experience.judged = known().spread, 300
+    rule = PricedRule("sync", 64, experience)
+    asked = rule.reads(600, 0, 4000, busy=False).tokens
+    assert 0 < asked * 0.017 <= 0.8
+    for _ in range(IDLE + 1):
+        rule.verified(1, 0.5, 0.5)
+    assert not rule.dismisses, "it is still reading"
+
+
+def test_a_draft_that_was_dismissed_must_show_that_it_agrees_on_this_text() -> None:
+    rule = PricedRule("sync", 64, known())
+    first = rule.reads(400, 0, 1000, busy=False)
+    assert (first.tokens >= 100, first.recall) == (True, 0)
+    rule.drafted(first.tokens * READ_S, [0.1], 0.002)
+    for _ in range(IDLE):
+        rule.verified(1, STEP_S, STEP_S)
+    assert rule.dismisses
+    again = rule.reads(430, 30, 970, busy=False)
+    assert again.tokens == 0 or again.recall > 0
+
+
+def test_where_nothing_can_be_recalled_the_draft_is_not_waited_for() -> None:
+    experience = cheap()
+    rule = PricedRule("sync", 64, experience)
+    assert rule.reads(400, 20, 1000, busy=False).recall
+    assert rule.decide([], 90, 0.01) is None
+    rule.recalled([], 0.001)
+    assert experience.failures == 1
+    assert rule.decide([], 90, None) == 0

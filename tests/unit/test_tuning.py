@@ -486,7 +486,7 @@ def test_a_type_that_cannot_be_made_is_an_error(settings: Settings) -> None:
         search.prepared(changed(settings, draft__quant="q4_0"), print, children)
 
 
-@pytest.mark.parametrize("fails_at", ["", "q4_0", "q8_0", "turns"])
+@pytest.mark.parametrize("fails_at", ["", "q4_0", "q8_0"])
 def test_a_child_that_fails_costs_a_line_and_leaves_no_file(
     default: Settings, cache: Path, fails_at: str
 ) -> None:
@@ -500,10 +500,32 @@ def test_a_child_that_fails_costs_a_line_and_leaves_no_file(
     assert decisions.load(decisions.key(default)) is None
 
 
-@pytest.mark.parametrize("fails_at", ["", "turns"])
-def test_what_took_too_long_is_not_tried_at_every_start(default: Settings, fails_at: str) -> None:
+@pytest.mark.parametrize("error", [RequestTimeout("too long"), WorkerLost("it ended")])
+def test_turns_that_cannot_be_measured_lose_nothing_of_the_rest(
+    default: Settings, error: Exception
+) -> None:
+    children = Children(q4_0=2, q8_0=2)
+    children.error, children.fails_at = error, "turns"
+    decision = Tuner(default, children, 60).decide()
+    assert decision.quant == "q4_0"
+    assert decision.trials[0].turns == (1.0, 1.0)
+
+
+def test_kernels_that_fail_are_not_chosen_and_lose_nothing_of_the_rest(default: Settings) -> None:
+    class Untiled(Children):
+        def __call__(self, job: Job, limit_s: float) -> Findings:
+            if job.without:
+                raise WorkerLost("it ended")
+            return super().__call__(job, limit_s)
+
+    decision = Tuner(default, Untiled(q4_0=2, q8_0=2), 60).decide()
+    assert (decision.quant, decision.without) == ("q4_0", "")
+    assert [one.without for one in decision.trials[0].kernels] == [""]
+
+
+def test_what_took_too_long_is_not_tried_at_every_start(default: Settings) -> None:
     children, told = Children(), list[str]()
-    children.error, children.fails_at = RequestTimeout("too long"), fails_at
+    children.error = RequestTimeout("too long")
     search.prepared(default, told.append, children)
     asked = len(children.jobs)
     as_given = changed(default, target__without="none")

@@ -160,7 +160,7 @@ class DraftWorker(Worker[Drafter]):
         In sync mode nobody waits for single tokens, so they are sent together.
         """
         stream = ride.stream
-        if ride.recall:
+        if ride.recall and ride.is_open:
             post(self._recalled(ride, waited_s))
             waited_s = 0.0
         unsent: Proposal | None = None

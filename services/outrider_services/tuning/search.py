@@ -18,7 +18,7 @@ from outrider_services.tuning.probe import PROBE, Ask, Job
 from outrider_services.tuning.tuner import Tuner, is_default, on_cores
 
 USUAL_S = 30  # about what the quick search takes, before a first run
-LIMIT_S = 60.0  # after which it is given up
+LIMIT_S = 120.0  # after which it is given up
 THOROUGH_LIMIT_S = 900.0  # the same for `outrider tune`
 
 Tell = Callable[[str], None]

@@ -10,12 +10,13 @@ import functools
 import time
 import tomllib
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 
 from outrider.core.values import TokenId
-from outrider.errors import ModelNotFound
+from outrider.errors import ModelNotFound, OutriderError
 from outrider_services.models import catalogue
 from outrider_services.models.gguf import read_header
 from outrider_services.options import KERNELS, DraftOptions, Settings, TargetOptions
@@ -138,7 +139,8 @@ class Tuner:
         try:
             trials = [self._trial(self.settings)]
             for cores in splits(self.settings, self.thorough):
-                trials.append(self._trial(on_cores(self.settings, *cores)))
+                with suppress(OutriderError):  # what was found before counts
+                    trials.append(self._trial(on_cores(self.settings, *cores)))
             decision = settle(trials)
             kept.add(self._path(decision.quant))
             return decision
@@ -178,9 +180,14 @@ class Tuner:
 
     def _kernels(self, settings: Settings, pipelined: bool) -> list[Kernels]:
         """What the target costs with each choice of kernels and threads; the last is the best."""
-        found = []
+        found: list[Kernels] = []
         for without, threads in kernel_choices(settings, self.thorough):
-            measured = self._target(settings, without, threads)
+            try:
+                measured = self._target(settings, without, threads)
+            except OutriderError:
+                if not found:
+                    raise
+                continue  # this one cannot be used here
             if not self.sequences:
                 self.expected = measured.choices or tuple(
                     token for tokens, answers in measured.sequences for token in tokens[-answers:]
@@ -234,7 +241,9 @@ class Tuner:
                 rows=(1,),
             ),
         )
-        return self.ask.in_turns(*jobs, self._left_s)
+        with suppress(OutriderError):
+            return self.ask.in_turns(*jobs, self._left_s)
+        return Turns()
 
     def _draft(self, settings: Settings, quant: str) -> float:
         """Seconds of a drafted token; how often it agrees with the target is kept, too."""

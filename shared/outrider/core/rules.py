@@ -46,7 +46,10 @@ class Rule(Protocol):
         return Reading(text)
 
     def recalled(self, choices: Sequence[tuple[bool, float]], elapsed_s: float) -> None:
-        """While it read, for `elapsed_s`, the draft chose as the target had or not, so surely."""
+        """While it read, for `elapsed_s`, the draft chose as the target had or not, so surely.
+
+        Without choices it could not recall anything.
+        """
         return None
 
     @property
@@ -157,6 +160,7 @@ class PricedRule(Rule):
         self._spread = Spread(prior=experience.spread.weights, weight=PRIOR)
         self._unseen = 0  # tokens that the draft has been told to read, as long as it has not
         self._tried = False  # whether it was
+        self._spent = 0.0  # plain steps that reading took
         self._awaits = False  # it is still to recall, which decides whether it drafts
         self._idle = 0  # plain steps since the draft was of use
         experience.begin()
@@ -173,11 +177,14 @@ class PricedRule(Rule):
             if busy:
                 return reading.NOTHING
             left, step_s = experience.lengths.left(written, room), experience.step_s
-            knows = self._saved > KNOWN and experience.judged >= JUDGED
+            # once tried on this text, it must show there that it agrees
+            known = experience.judged >= JUDGED and not self._tried
+            knows = known and self._saved > KNOWN and not experience.is_hopeless
             saved = self._saved if knows else 0.0
             budget = reading.budget(left, saved, experience.untried, experience.failures)
-            found = reading.chosen(text, written, budget * step_s, self._costs.read_s, knows)
-            if not knows and experience.is_hopeless:
+            budget_s = min((budget - self._spent) * step_s, reading.LONGEST_S)
+            found = reading.chosen(text, written, budget_s, self._costs.read_s, knows)
+            if not (knows or found.tokens) or (found.recall and experience.is_hopeless):
                 return reading.NOTHING
             self._guard.expect(left)
         self._unseen, self._tried = found.tokens, found.tokens > 0
@@ -195,18 +202,19 @@ class PricedRule(Rule):
         self._has_read(elapsed_s)
         self._awaits = False
         self.settle()
-        self._experience.tried(self._saved > KNOWN)
+        self._experience.tried(bool(choices) and self._saved > KNOWN)
 
     @property
     def _saved(self) -> float:
         """What the draft is expected to save of each token's time, as a share of a plain step."""
-        return 1 - 1 / (self._turn.rate * self._experience.step_s)
+        return 1 - 1 / (self._turn.rate * float(self._settled.passes(0)[0]))
 
     def _has_read(self, elapsed_s: float) -> None:
         """Reading the text took `elapsed_s`, which was paid for beforehand."""
         self._costs.read(elapsed_s / max(1, self._unseen))
         self._experience.prompt_steps = elapsed_s / self._costs.costs.verify_s[0]
         self._guard.excuse(self._experience.prompt_steps)
+        self._spent += self._experience.prompt_steps
         self._unseen = 0
 
     @property
@@ -253,7 +261,8 @@ class PricedRule(Rule):
         if self.mode == "pipelined":
             return price.plan(costs, self._average, likely, limit, next_s)
         block = stopping.plan(costs, self._turn, likely, limit)
-        if not len(confidences) and self._experience.probes(block) and limit:
+        could = next_s is not None and limit and not len(confidences)
+        if could and self._experience.probes(block):
             block = None
         return min(len(likely), limit) if block is None and next_s is None else block
 
@@ -273,7 +282,7 @@ class PricedRule(Rule):
 
     def verified(self, rows: int, elapsed_s: float, round_trip_s: float) -> None:
         self._costs.verified(rows, elapsed_s, round_trip_s)
-        self._idle = self._idle + 1 if rows == 1 else 0
+        self._idle = self._idle + 1 if rows == 1 and not self._unseen else 0
         if rows == 1:
             self._experience.stepped(round_trip_s)
 

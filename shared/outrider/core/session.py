@@ -188,7 +188,7 @@ class Session:
         self.stats.computed(self.stats.draft, now, proposal.elapsed_s)
         self.trace.add(proposal, 0, now)
         self._learn_costs(proposal, now)
-        if proposal.recalled:
+        if not proposal.drafted:
             self.rule.recalled(proposal.hindsight(self.tokens), proposal.elapsed_s)
         draft.state = DraftState.PAUSED if proposal.paused else DraftState.DRAFTING
         draft.read = proposal.position
@@ -312,13 +312,13 @@ class Session:
     def _learn_costs(self, proposal: Proposal, now: float) -> None:
         """Learn what drafting costs. Waiting behind other requests is not part of it."""
         draft, elapsed_s = self.draft, proposal.elapsed_s
+        if self.phase is Phase.WAITING:
+            self._waited_s += proposal.waited_s
         if not proposal.drafted:
             return
         each_s = elapsed_s / len(proposal.drafted)
         draft.gap_s += 0.2 * (each_s - draft.gap_s)
         draft.next_at = now + each_s
-        if self.phase is Phase.WAITING:
-            self._waited_s += proposal.waited_s
         begins_turn = proposal.position == len(self.tokens)
         turn_s = max(0.0, now - draft.told_at - elapsed_s - proposal.waited_s)
         confidences = [one.confidence for one in proposal.drafted]
