@@ -412,3 +412,11 @@ def test_where_nothing_can_be_recalled_the_draft_is_not_waited_for() -> None:
     rule.recalled([], 0.001)
     assert experience.failures == 1
     assert rule.decide([], 90, None) == 0
+
+
+def test_a_draft_with_its_own_device_reads_at_once_in_turns_too() -> None:
+    rule = PricedRule("sync", 64, cheap(), shares=False)
+    assert rule.reads(5000, 0, 16, busy=True) == (5000, 0)
+    for _ in range(2 * IDLE):
+        rule.verified(1, STEP_S, STEP_S)
+    assert not rule.dismisses

@@ -71,14 +71,8 @@ class Coordinator:
 
     def __init__(self, send: Send, defaults: Defaults, clock: Clock = time.monotonic) -> None:
         self._send, self._defaults, self._clock = send, defaults, clock
-        self._roster = Roster(
-            self._tell,
-            self._on_joined,
-            self._on_lost,
-            self._on_paused,
-            clock,
-            defaults.tokens,
-        )
+        listeners = self._on_joined, self._on_lost, self._on_paused
+        self._roster = Roster(self._tell, *listeners, clock, defaults.tokens)
         self._experience: dict[Mode, Experience] = {}
         self._clients: set[bytes] = set()
         self._requests = Requests(defaults.queue)
@@ -291,17 +285,19 @@ class Coordinator:
         """Fixed numbers where somebody has set them, else what the measured costs say."""
         if mode == "plain" or lengths.are_fixed or mode not in self._experience:
             return FixedRule(mode, lengths.n_max, lengths.n_min, lengths.p_min)
-        return PricedRule(mode, lengths.n_max, self._experience[mode])
+        return PricedRule(mode, lengths.n_max, self._experience[mode], self._share_device())
 
     def _mode(self, mode: str | None) -> Mode:
         """The mode to use. `auto` is pipelined if the workers share no device, else sync."""
         match mode or self._defaults.mode:
             case "plain" | "sync" | "pipelined" as chosen:
                 return chosen
-        target, draft = self._roster.get("target"), self._roster.get("draft")
-        if target is None or draft is None:
-            return "pipelined"  # a draft that comes later comes from elsewhere
-        return "sync" if shared(target.hello.cores, draft.hello.cores) else "pipelined"
+        return "sync" if self._share_device() else "pipelined"
+
+    def _share_device(self) -> bool:
+        """Whether both workers are there and share a device; a later draft is from elsewhere."""
+        both = [member.hello.cores for member in self._roster.members]
+        return len(both) == 2 and shared(*both)
 
     def _cancel(self, request: Request) -> None:
         if request.session:

@@ -152,8 +152,14 @@ class PricedRule(Rule):
     """
 
     def __init__(
-        self, mode: Literal["sync", "pipelined"], n_max: int, experience: Experience
+        self,
+        mode: Literal["sync", "pipelined"],
+        n_max: int,
+        experience: Experience,
+        shares: bool = True,
     ) -> None:
+        """`shares`: where draft and target take turns they do so on one device."""
+        self._pays = shares and mode == "sync"  # for what the draft reads, with the target's time
         self.mode, self._n_max, self._experience = mode, n_max, experience
         self._costs, self._guard = experience.costs, experience.guard
         self._acceptance = Acceptance(prior=experience.acceptance.average)
@@ -171,9 +177,9 @@ class PricedRule(Rule):
         return not self._guard.resting
 
     def reads(self, text: int, written: int, room: int, busy: bool) -> Reading:
-        """Pipelined: everything. In sync mode what can be paid for: see `reading`."""
+        """Everything where that costs the target nothing, else what can be paid for: `reading`."""
         found, experience = Reading(text), self._experience
-        if self.mode == "sync":
+        if self._pays:
             if busy:
                 return reading.NOTHING
             left, step_s = experience.lengths.left(written, room), experience.step_s
@@ -219,8 +225,8 @@ class PricedRule(Rule):
 
     @property
     def dismisses(self) -> bool:
-        """In sync mode what it would read meanwhile is lost if it does not draft again."""
-        return self.mode == "sync" and (self._guard.resting or self._idle >= IDLE)
+        """What it would read meanwhile is lost if it does not draft again."""
+        return self._pays and (self._guard.resting or self._idle >= IDLE)
 
     def ended(self, written: int) -> None:
         self._experience.lengths.ended(written)
