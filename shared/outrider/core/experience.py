@@ -26,8 +26,8 @@ class Experience:
         self.guard = Guard()
         self.lengths = Lengths()
         self.untried = UNTRIED  # tokens that were written since a draft was tried in vain
+        self.failures = 0  # vain attempts, one after the other
         self.judged = 0  # drafted or recalled tokens that were compared with the target's
-        self.failures = 0  # how often, one after the other
         # the guard's unit: only plain steps move it; in the cost model every pass moves every cost
         self.step_s = costs.costs.verify_s[0] + costs.costs.link_s
         self.plain_steps, self.patience = PROBES[0], PROBES[0]  # the first probe is at once

@@ -190,10 +190,10 @@ class PricedRule(Rule):
             budget = reading.budget(left, saved, experience.untried, experience.failures)
             budget_s = min((budget - self._spent) * step_s, reading.LONGEST_S)
             found = reading.chosen(text, written, budget_s, self._costs.read_s, knows)
-            if not (knows or found.tokens) or (found.recall and experience.is_hopeless):
+            if not found.tokens or (found.recall and experience.is_hopeless):
                 return reading.NOTHING
             self._guard.expect(left)
-        self._unseen, self._tried = found.tokens, found.tokens > 0
+        self._unseen, self._tried = found.tokens, True
         self._awaits, self._idle = found.recall > 0, 0
         return found
 

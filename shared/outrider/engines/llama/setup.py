@@ -47,9 +47,7 @@ class LlamaSettings:
     flash_attention: bool = True
     drafts: bool = False  # it only drafts: no answer depends on how its logits are rounded
     exact: bool = False  # a token's logits do not depend on how many are evaluated with it
-    tiled: bool = (
-        True  # llama.cpp's kernels for 8 rows or more of K-quants, where exact allows them
-    )
+    tiled: bool = True  # kernels for 8 rows or more of K-quants, where exact allows them
     repack: bool = True  # weights in an order of the processor's, where exact allows it
     cache_type_k: str = "f16"
     cache_type_v: str = "f16"
