@@ -201,66 +201,44 @@ class Tuner:
             best = found[0]
         return [*(one for one in found if one != best), best]
 
-    def _target(self, settings: Settings, without: str, threads: int) -> Findings:
+    def _target_job(self, settings: Settings, without: str, threads: int) -> Job:
         target = settings.target
-        job = Job(
-            str(target.model),
-            threads,
-            target.cores,
-            target.ngl,
-            settings.pipeline.exact,
+        model, exact = str(target.model), settings.pipeline.exact
+        return Job(model, threads, target.cores, target.ngl, exact, rows=(1,), without=without)
+
+    def _draft_job(self, settings: Settings, quant: str) -> Job:
+        draft = settings.draft
+        model, exact = str(self._path(quant)), settings.pipeline.exact
+        return Job(model, draft.threads, draft.cores, draft.ngl, exact, drafts=True, rows=(1,))
+
+    def _target(self, settings: Settings, without: str, threads: int) -> Findings:
+        job = replace(
+            self._target_job(settings, without, threads),
             rows=ALL_ROWS if self.thorough else FEW_ROWS,
             repeats=2,
             texts=() if self.sequences else tuple(texts().values()),
             # the answers are what the default target chose
             chooses=not (self.sequences or is_default(self.settings)),
-            without=without,
         )
         return self._ask(job)
 
     def _turns(self, settings: Settings, kernels: Kernels, quant: str) -> Turns:
         """How much more passes and drafted tokens cost in turns on the same cores."""
-        target, draft, exact = settings.target, settings.draft, settings.pipeline.exact
-        jobs = (
-            Job(
-                str(target.model),
-                kernels.threads,
-                target.cores,
-                target.ngl,
-                exact,
-                rows=(1,),
-                without=kernels.without,
-            ),
-            Job(
-                str(self._path(quant)),
-                draft.threads,
-                draft.cores,
-                draft.ngl,
-                exact,
-                drafts=True,
-                rows=(1,),
-            ),
-        )
-        with suppress(OutriderError):
-            return self.ask.in_turns(*jobs, self._left_s)
+        target = self._target_job(settings, kernels.without, kernels.threads)
+        with suppress(OutriderError):  # what was found before counts
+            return self.ask.in_turns(target, self._draft_job(settings, quant), self._left_s)
         return Turns()
 
     def _draft(self, settings: Settings, quant: str) -> float:
         """Seconds of a drafted token; how often it agrees with the target is kept, too."""
-        draft, path = settings.draft, self._path(quant)
-        job = Job(
-            str(path),
-            draft.threads,
-            draft.cores,
-            draft.ngl,
-            settings.pipeline.exact,
-            drafts=True,
-            rows=(1,),
+        job = replace(
+            self._draft_job(settings, quant),
             repeats=9 if self.thorough else 3,
             sequences=() if quant in self.agreements else self.sequences,
         )
+        path = self._path(quant)
         if not path.exists():
-            job = replace(job, source=str(draft.model), kind=quant)
+            job = replace(job, source=str(settings.draft.model), kind=quant)
             self.made.append(path)
         found = self._ask(job)
         if quant not in self.agreements:

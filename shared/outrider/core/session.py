@@ -238,7 +238,7 @@ class Session:
         if self.draft.state is DraftState.IDLE:
             return self._on_draft_ready()
         if self.draft.rides and self.rule.dismisses:
-            self.stats.discarded["stop"] += len(self.stock)
+            self.stats.discarded["dismissed"] += len(self.stock)
             self.stock.drafted.clear()
             self.draft.state = DraftState.IDLE
             return [CloseDraft()]
@@ -335,7 +335,7 @@ class Session:
             self.rule.verified(block + 1, verdict.elapsed_s, round_trip_s)
             self.rule.committed(len(verdict.tokens), spent_s)
             if not block:  # only such a round shows what a pass over one row takes
-                stats.step_s += 0.2 * (now - self._sent - stats.step_s)
+                stats.stepped(now - self._sent)
         self._waited_s = 0.0
         stats.count(block, verdict.accepted, now)
 

@@ -71,7 +71,8 @@ class Stats:
     seed: int = 0
     submitted: float = 0.0
     started: float = 0.0
-    step_s: float = 0.0  # one plain step of the target: measured at load, then followed
+    step_s: float = 0.0  # a plain step of the target, on average; the one at load counts as one
+    steps: int = 0  # that were seen since
     created: int = 0
     verified: int = 0
     accepted: int = 0
@@ -91,6 +92,11 @@ class Stats:
     @property
     def generated(self) -> int:
         return self.accepted - self.truncated + self.own.total()
+
+    def stepped(self, elapsed_s: float) -> None:
+        """A plain step took so long."""
+        self.steps += 1
+        self.step_s += (elapsed_s - self.step_s) / (1 + self.steps)
 
     def count(self, block: int, accepted: int, now: float) -> None:
         """A target pass has verified `block` drafted tokens and accepted `accepted` of them."""
