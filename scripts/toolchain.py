@@ -35,8 +35,6 @@ OPENMP_PROGRAM = """
 #include <vector>
 int main() { return omp_get_max_threads() < 1; }
 """
-
-
 HINT = (
     "clang with libomp would build a library that verifies 8 rows in {} of the time: "
     "`sudo apt install clang-19 libomp-19-dev`, then `scripts/setup --again`"
@@ -53,7 +51,7 @@ class Compiler:
     cxx: str
     is_clang: bool
     major: int
-    text: str  # the first line of its --version
+    text: str  # as people are told of it, and as wheels are told apart
     cmake_args: tuple[str, ...] = ()
     runtime: tuple[Path, str] | None = None  # goes along with what it builds, under this name
 
@@ -172,7 +170,7 @@ def equipped(compiler: Compiler, folder: Path, fetch: Callable[[Path, str], None
     A clang that is installed has it already. ziglang, which is clang, a linker and all headers in
     one, has none: llama.cpp's own threads would wait by spinning. In the place of gcc's runtime it
     understands the same calls. Where two workers computed on the same two cores, gcc's gave them a
-    quarter of what they share with LLVM's, and spinning threads a tenth.
+    third of what they share with LLVM's, and spinning threads an eighth.
     """
     if compiler.is_clang and compiler != ZIG:
         return compiler

@@ -527,3 +527,12 @@ async def test_reading_in_several_pieces_counts_as_a_whole(desk: Desk) -> None:
     desk.open(until=5)
     (proposal,) = await desk.proposals()
     assert proposal.elapsed_s == 3.0
+
+
+async def test_nothing_is_recalled_for_a_request_that_has_just_been_closed(desk: Desk) -> None:
+    desk.open(text=SONG[:6], until=6, recall=3)
+    (ride,) = desk.worker._turns
+    desk.worker.handle(wire.Close(1))
+    posted: list[Proposal] = []
+    desk.worker._draft(ride, 0.0, posted.append)
+    assert (posted, desk.drafter.opened) == ([], [])

@@ -420,3 +420,13 @@ def test_a_draft_with_its_own_device_reads_at_once_in_turns_too() -> None:
     for _ in range(2 * IDLE):
         rule.verified(1, STEP_S, STEP_S)
     assert not rule.dismisses
+
+
+def test_what_was_read_in_vain_is_not_spent_again_in_the_same_answer() -> None:
+    experience = cheap()
+    rule = PricedRule("sync", 64, experience)
+    first = rule.reads(400, 100, 2000, busy=False)
+    rule.recalled([(False, 0.1)] * first.recall, 3.0)  # it took far longer than expected
+    experience.untried, experience.failures = 1e6, 0
+    rule.verified(1, STEP_S, STEP_S)
+    assert rule.reads(420, 120, 2000, busy=False) == (0, 0)

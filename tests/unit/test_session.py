@@ -1163,3 +1163,33 @@ def test_what_the_draft_recalls_must_be_numbers() -> None:
     ride.verdict(7)
     ride.drafted(position=BASE + 1, recalled=(Drafted(7, math.nan),))
     assert (rule.heard, ride.session.draft.offences) == ([], 1)
+
+
+def test_a_recall_that_waited_behind_other_requests_is_not_charged_for_it() -> None:
+    spent: list[float] = []
+
+    class Notes(Reads):
+        def committed(self, tokens: int, spent_s: float) -> None:
+            spent.append(spent_s)
+
+    def committed_after(waited_s: float) -> float:
+        ride = Ride(rule=Notes(Reading(3, 1)))
+        ride.verdict(7)
+        ride.now += waited_s
+        ride.drafted(position=BASE + 1, recalled=(Drafted(7, 0.5),), waited_s=waited_s)
+        ride.drafted(8, 9, 10, 11)
+        ride.verdict(8, 9, 10, 11, 12, accepted=4)
+        return spent[-1]
+
+    assert committed_after(0.5) == pytest.approx(committed_after(0.0))
+
+
+def test_the_speed_up_of_an_answer_without_drafts_is_none() -> None:
+    """Whatever a step took at load, and however the last ones differed."""
+    ride = Ride(replace(TASK, n_predict=40), FixedRule("plain"), draft=False)
+    ride.session.stats.step_s = 9 * STEP_S
+    for at in range(40):
+        ride.now += STEP_S if at > 30 else 0.0
+        ride.verdict(5)
+    report = ride.session.stats.report()
+    assert report.speedup == pytest.approx(1.0, abs=0.2)

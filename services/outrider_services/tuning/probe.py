@@ -196,18 +196,25 @@ class Partner:
 
         Raises ValueError, OSError; OutriderError if it says what went wrong.
         """
+        self.ask(rows, passes)
+        return self.read()
+
+    def ask(self, rows: int, passes: int) -> None:
+        """Have it begin; `read` waits for the answer. Raises OSError."""
         assert self.process.stdin
         self.process.stdin.write(f"{json.dumps([rows, passes])}\n")
         self.process.stdin.flush()
-        return self.read()
 
     def read(self) -> float:
         """Its next answer."""
         assert self.process.stdout
         said = json.loads(self.process.stdout.readline())
-        if isinstance(said, list):  # as `answer` tells an error
-            raise from_code(*said[1:])
-        return float(said)
+        match said:
+            case ["error", str(code), str(reason)]:  # as `answer` tells it
+                raise from_code(code, reason)
+            case int() | float():
+                return float(said)
+        raise ValueError(f"not seconds: {said!r:.80}")
 
 
 def read_answer(out: bytes, status: int) -> Findings:
@@ -268,7 +275,7 @@ def work(job: Job) -> Findings:
     allowed = len(os.sched_getaffinity(0))
     if job.kind:
         requantise(Path(job.source), Path(job.model), job.kind, allowed)
-    if not job.rows:
+    if not (job.rows or job.turns):
         return Findings()
     if cores := options.cores(job.cores):
         os.sched_setaffinity(0, cores)
