@@ -13,13 +13,13 @@ PROMPTS = list(TRACES)
 @pytest.mark.parametrize("device", DEVICES)
 def test_the_first_answer_of_a_service_is_hardly_slower_than_plain(device: str) -> None:
     found = {prompt: ratios(device, 256, 30, [prompt])[0] for prompt in PROMPTS}
-    assert min(found.values()) >= 0.96, found
+    assert min(found.values()) >= 0.975, found
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_answers_to_changing_prompts_are_hardly_slower_than_plain(device: str) -> None:
     found = dict(zip(PROMPTS, ratios(device, 256, 300, PROMPTS), strict=True))
-    assert min(found.values()) >= 0.95, found
+    assert min(found.values()) >= 0.97, found
     assert statistics.fmean(found.values()) >= 0.99, found
 
 

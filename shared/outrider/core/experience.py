@@ -90,7 +90,7 @@ class Guard:
     """
 
     LOSS, CREDIT, RESTS = 2.5, 6.0, (24, 256)
-    LEAST, SHARE = 0.5, 0.015  # of an answer, in steps: the loss that a short one allows
+    LEAST, SHARE = 0.5, 0.01  # of an answer, in steps: the loss that a short one allows
     FORGIVEN = 48  # a rest of at most so many steps ends with its request
 
     def __init__(self) -> None:

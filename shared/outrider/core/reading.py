@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections import deque
 from typing import NamedTuple
 
-SHARE = 0.25  # most of what a draft is expected to save that it may spend on reading
+SHARE = 0.15  # most of what a draft is expected to save that it may spend on reading
 TRIAL_SHARE = 0.01  # of what was written without a draft: spent to find out whether one pays now
 MOST_TRIAL = 0.02  # … and of what is still to come in this answer
 RAREST = 9  # after this many vain attempts they do not become rarer

@@ -22,7 +22,7 @@ from outrider.core.values import Mode
 PRIOR = 6.0  # drafted tokens that the spread on other texts counts for
 IDLE = 6  # plain steps after which a draft on shared cores is dismissed
 JUDGED = 40  # tokens of other texts, without which nothing is known of the draft
-KNOWN = 0.05  # of a plain step: a smaller gain that is expected for other texts is none
+KNOWN = 0.08  # of a plain step: a smaller gain that is expected for other texts is none
 MOST_DRAFTED = 64  # most tokens in a block, whatever is asked for
 
 
