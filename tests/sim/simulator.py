@@ -585,7 +585,8 @@ class Run:
         assert kinds["drafted"] == stats.accepted - stats.truncated
         for kind in ("corrected", "bonus", "plain"):
             assert kinds[kind] == stats.own[kind]
-        assert set(+stats.discarded) <= {"correction", "miss", "stop", "cancelled", "stale"}
+        reasons = {"correction", "miss", "stop", "cancelled", "stale", "dismissed"}
+        assert set(+stats.discarded) <= reasons
         assert stats.discarded["cancelled"] == 0 or reason == "cancelled"
         # one pass a round, no round twice; the last one's verdict may have come too late
         assert [one.round for one in self.passes] == list(range(len(self.passes)))
