@@ -17,8 +17,17 @@ class NoDraft:
     info = DrafterInfo("none", None, 1 << 30, 1, "toy")
     token_s = 1.0
     read_s = 0.1
+    crowd_s: tuple[float, ...] = ()
 
-    def open(self, slot: int, sampling: Sampling, vocabulary: int, skip: int = 0) -> None: ...
+    def open(
+        self,
+        slot: int,
+        sampling: Sampling,
+        vocabulary: int,
+        skip: int = 0,
+        known: int = 0,
+        source: int = -1,
+    ) -> None: ...
 
     def cut(self, slot: int, length: int) -> None: ...
 
@@ -28,9 +37,12 @@ class NoDraft:
     def propose(self, slot: int, text: Sequence[TokenId]) -> tuple[Drafted, ...]:
         return ()
 
-    def forget(self, slot: int) -> None: ...
-
     def cancel(self) -> None: ...
+
+    def propose_all(
+        self, texts: Sequence[tuple[int, Sequence[TokenId]]]
+    ) -> list[tuple[Drafted, ...]]:
+        return [self.propose(slot, text) for slot, text in texts]
 
     def recall(self, slot: int, text: Sequence[TokenId], count: int) -> tuple[Drafted, ...]:
         return ()

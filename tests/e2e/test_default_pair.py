@@ -34,7 +34,7 @@ SPLIT = (
     "--target-cores=0",
     "--draft-cores=1",
     "--ctx=512",
-    "--parallel=2",
+    "--parallel=8",
     "--draft-quant=off",
 )
 FIXED = ("--n-draft=8", "--spec-draft-n-min=8")  # blocks are verified whether they pay or not
@@ -97,14 +97,45 @@ def test_penalties_and_filters_see_the_prefix_that_each_row_really_has(pair: Cli
     assert said[0] == said[1] == said[2]
 
 
-def test_two_clients_at_once_get_the_texts_they_would_get_alone(pair: Client) -> None:
-    prompts = ("The capital of France is", "def fibonacci(n):")
-    alone = [ids(pair.create_completion(p, max_tokens=24, **GREEDY)) for p in prompts]
-    streams = [
-        pair.create_completion(p, max_tokens=24, mode="pipelined", stream=True, **GREEDY)
-        for p in prompts
+PROMPTS = (
+    "The capital of France is",
+    "def fibonacci(n):",
+    "A hash table stores",
+    "Once upon a time",
+    "The derivative of x squared is",
+    "def fibonacci(n, memo):",
+    "To make tea,",
+    "SELECT name FROM",
+)
+
+
+@pytest.fixture(scope="module")
+def alone(pair: Client) -> list[list[int]]:
+    """What each prompt leads to by itself; every second one is sampled."""
+    return [
+        ids(pair.create_completion(prompt, max_tokens=16, mode="plain", **by_turns(n)))
+        for n, prompt in enumerate(PROMPTS)
     ]
-    assert [ids(stream.result()) for stream in streams] == alone
+
+
+def by_turns(n: int) -> dict[str, Any]:
+    return (GREEDY, SAMPLED)[n % 2]
+
+
+@pytest.mark.parametrize("count", [2, 4, 8])
+def test_requests_at_once_get_the_texts_they_would_get_alone(
+    pair: Client, alone: list[list[int]], count: int
+) -> None:
+    """In all modes at once, while others come, share passes, and leave."""
+    modes: tuple[Mode, ...] = ("pipelined", "sync", "plain")
+    streams = [
+        pair.create_completion(prompt, max_tokens=16, mode=modes[n % 3], stream=True, **by_turns(n))
+        for n, prompt in enumerate(PROMPTS[:count])
+    ]
+    leaving = pair.create_completion(PROMPTS[0], max_tokens=16, stream=True)
+    next(iter(leaving))
+    leaving.cancel()
+    assert [ids(stream.result()) for stream in streams] == alone[:count]
 
 
 def test_text_in_other_scripts_comes_in_whole_characters(pair: Client) -> None:

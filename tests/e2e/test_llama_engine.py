@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from outrider.core.engine import Cancelled, EngineFault
+from outrider.core.engine import Cancelled, EngineFault, Part
 from outrider.core.sampling import Scores
 from outrider.core.values import TokenId
 from outrider.engines.llama import engine as llama
@@ -148,6 +148,63 @@ def test_slots_do_not_influence_each_other(engine: LlamaEngine) -> None:
         together.append(engine.extend(0, [token], 1).copy())
         engine.rewind(1, engine.length(1) - 4)
     assert equal(alone, np.concatenate(together))
+
+
+@pytest.mark.parametrize("lengths", [(1, 1), (3, 7), (12, 1)], ids=str)
+def test_a_pass_over_two_sequences_gives_each_what_it_gets_alone(
+    each_engine: LlamaEngine, lengths: tuple[int, int]
+) -> None:
+    """Bit for bit, whatever the lengths: so `--exact` keeps its promise for many requests."""
+    tokens = each_engine.tokenize(TEXT, special=False)
+    texts = [tokens, tokens[::-1]]
+    alone = []
+    for text, count in zip(texts, lengths, strict=True):
+        each_engine.extend(0, text[:5], 0)
+        alone.append(each_engine.extend(0, text[5 : 5 + count], count).copy())
+        each_engine.rewind(0, 0)
+    for slot, text in enumerate(texts):
+        each_engine.extend(slot, text[:5], 0)
+    parts = [
+        Part(slot, text[5 : 5 + count], count)
+        for slot, (text, count) in enumerate(zip(texts, lengths, strict=True))
+    ]
+    together = each_engine.extend_all(parts)
+    assert all(equal(one, other) for one, other in zip(together, alone, strict=True))
+
+
+def test_a_copied_beginning_is_as_good_as_one_that_was_read(engine: LlamaEngine) -> None:
+    tokens = engine.tokenize(TEXT, special=False)
+    engine.extend(0, tokens, 0)
+    engine.copy(0, 1, 9)
+    engine.rewind(0, 4)  # what becomes of the source does not matter
+    engine.extend(0, tokens[:3], 0)
+    after = engine.extend(1, tokens[9:12], 3).copy()
+    assert equal(after, fresh(engine, tokens[:12], 12)[9:])
+
+
+def test_a_pass_that_two_sequences_share_fails_for_both(
+    engine: LlamaEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for slot in (0, 1):
+        engine.extend(slot, [5, 6, 7], 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._lib, "llama_decode", lambda context, batch: -3)
+        with pytest.raises(EngineFault):
+            engine.extend_all([Part(0, [5], 1), Part(1, [5], 1)])
+    assert (engine.length(0), engine.length(1)) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [Part(0, [5], 1), Part(0, [6], 1)],
+        [Part(0, [5] * 600, 1), Part(1, [5] * 600, 1)],
+    ],
+    ids=["one-slot-twice", "too-many-tokens"],
+)
+def test_what_is_not_one_pass_is_refused(engine: LlamaEngine, parts: list[Part]) -> None:
+    with pytest.raises(ValueError, match="one pass"):
+        engine.extend_all(parts)
 
 
 def test_a_cancelled_prefill_leaves_the_former_length_and_a_sound_cache(

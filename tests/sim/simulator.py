@@ -18,7 +18,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from tests.oracle import alone
 
@@ -42,10 +42,12 @@ from outrider.core.events import (
 )
 from outrider.core.events import Event as SessionEvent
 from outrider.core.experience import Experience
+from outrider.core.gathering import Gathering
 from outrider.core.rules import FixedRule, PricedRule, Rule
 from outrider.core.sampling import FAR, Sampling, Scores, choose, propose
 from outrider.core.session import Phase, Session
 from outrider.core.stats import Stats
+from outrider.core.stragglers import Stragglers
 from outrider.core.stream import Begun, Stream
 from outrider.core.values import (
     Drafted,
@@ -167,7 +169,10 @@ class World:
     @property
     def costs(self) -> CostModel:
         """What would have been measured at load."""
-        return CostModel((self.pass_s[0],) * 16, self.token_s[0])
+        in_turns = self.rule.mode == "sync"
+        flat = (self.token_s[0],) * 2
+        curve = (self.pass_s[0],) * 16
+        return CostModel(curve, self.token_s[0], together_s=flat, in_turns=in_turns)
 
 
 @dataclass(frozen=True, slots=True)
@@ -296,15 +301,25 @@ class Ride:
     unsent: Proposal | None = None
 
 
-@dataclass(slots=True)
-class Step:
-    """The draft worker evaluates; the outcome is known to the engine, and to nobody else yet."""
+class Part(NamedTuple):
+    """What a step brings for one of its riders."""
 
     ride: Ride
     begun: Begun
     drafted: Drafted
-    began: float
     waited_s: float
+
+
+@dataclass(slots=True)
+class Step:
+    """The draft worker evaluates; the outcome is known to the engines, and to nobody else yet."""
+
+    began: float
+    parts: list[Part]
+
+    def only(self, ride: Ride) -> Part | None:
+        """The part of `ride`, if it does not share the step."""
+        return self.parts[0] if [part.ride for part in self.parts] == [ride] else None
 
 
 class Draft:
@@ -367,10 +382,9 @@ class Draft:
         cut = stream.commit(order, self.sim.world.draft_context)
         if not had_work:
             ride.asked = self.sim.clock.now
-        is_running = self.step is not None and self.step.ride is ride
-        if cut and is_running and self.sim.world.cut_short:
-            assert self.step
-            read = self.step.begun.read - ride.skip
+        part = self.step.only(ride) if self.step else None
+        if cut and part and self.step and self.sim.world.cut_short:
+            read = part.begun.read - ride.skip
             ride.engine.rewind(0, min(read, ride.engine.length(0)))
             self.sim.drafting.append((self.step.began, self.sim.clock.now))
             self.step = None
@@ -380,44 +394,53 @@ class Draft:
     def close(self, run: Run) -> None:
         if ride := self.of(run):
             self.rides.remove(ride)
-            if self.step and self.step.ride is ride:
-                self.step = None
+            if self.step:
+                self.step.parts = [part for part in self.step.parts if part.ride is not ride]
+                self.step = self.step if self.step.parts else None
 
     def _work(self) -> None:
-        """Begin to evaluate what the next token needs, if there is one to draft."""
-        ride = next((ride for ride in self.rides if ride.stream.has_work), None)
-        if ride is None or self.step:
+        """Begin to evaluate what the next tokens need, if there are any to draft."""
+        riders = [ride for ride in self.rides if ride.stream.has_work]
+        if not riders or self.step:
             return
-        self.rides.remove(ride)
-        self.rides.append(ride)
-        stream, now = ride.stream, self.sim.clock.now
-        begun = stream.begin()
+        now = self.sim.clock.now
+        step = self.step = Step(now, [self._evaluated(ride, now) for ride in riders])
+        done = now + next(self.sim.token_s)
+        self.sim.clock.at(done, lambda: self.take(lambda: self._finish(step)))
+
+    def _evaluated(self, ride: Ride, now: float) -> Part:
+        begun = ride.stream.begin()
         text, start = begun.tokens, min(begun.read, len(begun.tokens) - 1)
         if ride.engine.length(0) > start - ride.skip:
             ride.engine.rewind(0, start - ride.skip)
         row = ride.engine.extend(0, text[start:], 1)[0]
         drafted = propose(row, ride.run.asked.sampling, text, len(text), n_vocab=SMALLEST)
-        step = self.step = Step(ride, begun, drafted, now, now - ride.asked)
-        done = now + next(self.sim.token_s)
-        self.sim.clock.at(done, lambda: self.take(lambda: self._finish(step)))
+        return Part(ride, begun, drafted, now - ride.asked)
 
     def _finish(self, step: Step) -> None:
         if self.step is not step:
             return
         self.step = None
-        ride, now = step.ride, self.sim.clock.now
+        now = self.sim.clock.now
         self.sim.drafting.append((step.began, now))
-        position = len(step.begun.tokens)
-        taken = ride.stream.took(step.begun, position, (step.drafted,))
-        ride.asked = now
-        if taken:
-            assert position < ride.run.allowed, "drafted beyond what was allowed"
-            elapsed_s, paused = now - step.began, ride.stream.is_paused
-            lineage, waited_s = step.begun.lineage, step.waited_s
-            new = Proposal(lineage, position, taken, elapsed_s, waited_s, paused)
-            ride.unsent = ride.unsent.joined(new) if ride.unsent else new
-        if not (ride.stream.has_work and ride.stream.floors and len(self.rides) == 1):
-            self._send(ride)
+        for ride, begun, drafted, waited_s in step.parts:
+            position, stream = len(begun.tokens), ride.stream
+            taken = stream.took(begun, position, (drafted,))
+            ride.asked = now
+            if taken:
+                assert position < ride.run.allowed, "drafted beyond what was allowed"
+                new = Proposal(
+                    lineage=begun.lineage,
+                    position=position,
+                    drafted=taken,
+                    elapsed_s=now - step.began,
+                    waited_s=waited_s,
+                    paused=stream.is_paused,
+                    requests=len(step.parts),
+                )
+                ride.unsent = ride.unsent.joined(new) if ride.unsent else new
+            if not (stream.has_work and stream.floors):
+                self._send(ride)
 
     def _send(self, ride: Ride) -> None:
         """Where draft and target take turns, what was drafted is sent together."""
@@ -470,6 +493,7 @@ class Run:
         self.alarm = alarm = object()
         if self.session.deadline is not None:
             self.sim.clock.at(self.session.deadline, lambda: self._on_timer(alarm))
+        self.sim.release()
         self.look()
 
     def _on_timer(self, alarm: object) -> None:
@@ -498,9 +522,10 @@ class Run:
                 self.emitted.append(command)
             case Settle():
                 assert self.verifying, "settling, although the target waits"
-                self.session.settle()
+                self.session.rule.settle()
             case Finish() | Fault():
                 self.ends.append(command)
+                self.sim._count()
 
     def _allow(self, until: int) -> None:
         """The last token of an answer is never drafted, nor what lies beyond the lead."""
@@ -514,7 +539,7 @@ class Run:
     def _ask_target(self, order: Verify) -> None:
         assert not self.verifying, "a second pass while one is under way"
         self.verifying.append(order.round)
-        self.sim.to_target.send(lambda: self.sim.queue(self, order))
+        self.sim.ask_target(self, order)
 
     def on_verdict(self, verdict: Verdict) -> None:
         self.verifying.remove(verdict.round)
@@ -623,6 +648,9 @@ class Simulation:
     from_draft: Link = field(init=False)
     _queue: deque[tuple[Run, Verify, float]] = field(init=False, default_factory=deque)
     _passing: bool = field(init=False, default=False)
+    _stragglers: Stragglers[int] = field(init=False, default_factory=Stragglers)
+    _gathered: Gathering[Run] = field(init=False, default_factory=Gathering)
+    _several: bool = field(init=False, default=False)  # sessions hear of a pass that they shared
 
     def __post_init__(self) -> None:
         world = self.world
@@ -685,7 +713,12 @@ class Simulation:
         session = self.make_session(task, made, Stats(rule.mode, asked.sampling.seed))
         run = Run(self, asked, session, self.make_target(asked))
         self.runs.append(run)
+        self._count()
         run.happens(Start(draft=self.member is not None))
+
+    def _count(self) -> None:
+        """Costs depend on how many requests run."""
+        self.experience.costs.crowd = max(1, sum(not run.ends for run in self.runs))
 
     def _priced(self, rule: Priced) -> PricedRule:
         return PricedRule(rule.mode, rule.n_max, self.experience)
@@ -775,27 +808,68 @@ class Simulation:
 
     # ---- the target worker ----------------------------------------------------------------------
 
-    def queue(self, run: Run, order: Verify) -> None:
-        self._queue.append((run, order, self.clock.now))
+    def ask_target(self, run: Run, order: Verify) -> None:
+        if order.round:
+            self._gathered.add(run, order)
+        else:
+            self.to_target.send(lambda: self._take([(run, order)]))
+
+    def release(self) -> None:
+        """After every event: what sessions ask for together is one message."""
+        if self._several:
+            return
+        orders = self._gathered.release(run.session for run in self.runs if not run.ends)
+        if orders:
+            self.to_target.send(lambda: self._take(orders))
+
+    def _take(self, orders: Sequence[tuple[Run, Verify]]) -> None:
+        now = self.clock.now
+        for run, order in orders:
+            self._queue.append((run, order, now))
+            self._stragglers.asked(id(run), now)
         self._next_pass()
 
     def _next_pass(self) -> None:
-        """One pass at a time, whoever asked first."""
-        while self._queue and not self._passing:
-            run, order, asked = self._queue.popleft()
-            if not run.ends:  # else closed before it began
-                self._begin_pass(run, order, asked)
-
-    def _begin_pass(self, run: Run, order: Verify, asked: float) -> None:
+        """One pass at a time, for all who have asked."""
+        if self._passing or not self._queue:
+            return
+        for run in self.runs:
+            if run.ends:
+                self._stragglers.gone(id(run))
+        if wait_s := self._stragglers.expected(self.clock.now):
+            self.clock.at(self.clock.now + wait_s, self._next_pass)
+            return
+        shares = [share for share in self._queue if not share[0].ends]  # else closed before
+        self._queue.clear()
+        if not shares:
+            return
         began, elapsed_s = self.clock.now, next(self.pass_s)
         self._passing = True
-        self.seen["waited for a pass"] += began > asked
-        verdict = run.target.verify(order).changed(elapsed_s=elapsed_s, waited_s=began - asked)
+        reads = any(order.round == 0 for _, order, _ in shares)
+        rows = 0 if reads else sum(len(order.drafted) + 1 for _, order, _ in shares)
+        verdicts: list[tuple[Run, Verdict]] = []
+        for run, order, asked in shares:
+            self.seen["waited for a pass"] += began > asked
+            verdict = run.target.verify(order).changed(
+                elapsed_s=elapsed_s, waited_s=began - asked, rows=rows, requests=len(shares)
+            )
+            verdicts.append((run, verdict))
+        self.seen["shared a pass"] += len(shares) > 1
 
         def end() -> None:
             self._passing = False
-            run.passes.append(Pass(order.round, len(order.drafted), began, self.clock.now))
-            self.from_target.send(lambda: run.on_verdict(verdict))
+            self._stragglers.passed(elapsed_s)
+            for run, order, _ in shares:
+                self._stragglers.answered(id(run), self.clock.now)
+                run.passes.append(Pass(order.round, len(order.drafted), began, self.clock.now))
+            self.from_target.send(lambda: self._deliver(verdicts))
             self._next_pass()
 
         self.clock.at(began + elapsed_s, end)
+
+    def _deliver(self, verdicts: Sequence[tuple[Run, Verdict]]) -> None:
+        self._several = True
+        for run, verdict in verdicts:
+            run.on_verdict(verdict)
+        self._several = False
+        self.release()

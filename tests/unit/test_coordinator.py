@@ -13,8 +13,8 @@ import pytest
 
 from outrider.core.engine import Vocabulary
 from outrider.core.events import Commit, OpenDraft, Prefill
+from outrider.core.rules import FixedRule
 from outrider.core.sampling import Sampling
-from outrider.core.session import Session
 from outrider.core.values import Drafted, Proposal, Role, Verdict, Verify
 from outrider.errors import BadRequest, ProtocolError
 from outrider.wire import messages as wire
@@ -302,7 +302,7 @@ async def test_settling_comes_when_all_messages_are_on_their_way(
     up: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sent_before: list[int] = []
-    monkeypatch.setattr(Session, "settle", lambda self: sent_before.append(len(up.sent)))
+    monkeypatch.setattr(FixedRule, "settle", lambda self: sent_before.append(len(up.sent)))
     request = await up.begin()
     await up.drafted(request, 3, 20, 21)
     assert sent_before == []

@@ -10,6 +10,7 @@ import asyncio
 import math
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 
@@ -21,6 +22,7 @@ from outrider.core.values import Drafted, Proposal, TokenId, ids_of
 from outrider.wire import messages as wire
 from outrider_services.pipeline import draft_worker, worker
 from outrider_services.pipeline.draft_worker import DraftWorker
+from outrider_services.pipeline.worker import Measured
 
 SONG = tuple(range(100, 200))
 SAMPLING = Sampling(temperature=0.0)
@@ -44,6 +46,7 @@ class ByHeart:
 
     token_s = 0.25
     read_s = 0.05
+    crowd_s: tuple[float, ...] = ()
     info = DrafterInfo("by-heart", None, 500, 2, "memory")
 
     def __init__(self, clock: Clock, many: int = 3) -> None:
@@ -51,16 +54,24 @@ class ByHeart:
         self.confidence = 0.9
         self.meanwhile: Callable[[], None] = lambda: None
         self.error: Exception | None = None
+        self.wrong: tuple[TokenId, ...] = ()  # the beginning of the texts that it fails on; (): all
         self.texts: dict[int, int] = {}  # by slot: how much it has read
         self.opened: list[tuple[int, int]] = []
-        self.forgotten: list[int] = []
         self.asked: list[tuple[int, tuple[TokenId, ...]]] = []
         self.cuts: list[tuple[int, int]] = []
         self.is_cut = False
 
-    def open(self, slot: int, sampling: Sampling, vocabulary: int, skip: int = 0) -> None:
+    def open(
+        self,
+        slot: int,
+        sampling: Sampling,
+        vocabulary: int,
+        skip: int = 0,
+        known: int = 0,
+        source: int = -1,
+    ) -> None:
         assert sampling is SAMPLING
-        self.texts[slot] = skip
+        self.texts[slot] = max(skip, min(known, self.texts.get(source, 0)))
         self.opened.append((slot, vocabulary))
 
     def cut(self, slot: int, length: int) -> None:
@@ -75,7 +86,7 @@ class ByHeart:
         self.clock.now += 1.0
         meanwhile, self.meanwhile = self.meanwhile, lambda: None
         meanwhile()
-        if self.error:
+        if self.error and self.wrong in ((), tuple(text[: len(self.wrong)])):
             raise self.error
         if self.is_cut:
             self.is_cut = False
@@ -86,9 +97,10 @@ class ByHeart:
         at = SONG.index(text[-1]) + 1
         return tuple(Drafted(token, self.confidence) for token in SONG[at : at + self.many])
 
-    def forget(self, slot: int) -> None:
-        del self.texts[slot]
-        self.forgotten.append(slot)
+    def propose_all(
+        self, texts: Sequence[tuple[int, Sequence[TokenId]]]
+    ) -> list[tuple[Drafted, ...]]:
+        return [self.propose(slot, text) for slot, text in texts]
 
     def cancel(self) -> None:
         self.is_cut = True
@@ -114,7 +126,7 @@ class Desk:
     def __init__(self, owner: ThreadPoolExecutor, clock: Clock) -> None:
         self.clock = clock
         self.drafter = ByHeart(clock)
-        self.worker = DraftWorker(self.drafter, owner, (0.25,))
+        self.worker = DraftWorker(self.drafter, owner, Measured((0.25,)))
         self.sent: list[wire.Message] = []
         self.worker.send = self.sent.append  # type: ignore
 
@@ -125,7 +137,7 @@ class Desk:
         until: int = 10,
         floors: tuple[float, ...] = (),
         base: int | None = None,
-        **more: int,
+        **more: Any,
     ) -> None:
         base = len(text) if base is None else base
         order = OpenDraft(1, base, text, SAMPLING, 200, (END,), until, floors, **more)
@@ -281,7 +293,6 @@ async def test_a_request_that_is_closed_meanwhile_is_heard_of_no_more(desk: Desk
     desk.open()
     desk.drafter.meanwhile = lambda: desk.worker.handle(wire.Close(1))
     assert await desk.work() == []
-    assert desk.drafter.forgotten == [0]
     desk.open(2, until=6)  # the slot is free for another
     assert tokens(await desk.proposals()) == [(4, SONG[4:6])]
     assert [vocabulary for _, vocabulary in desk.drafter.opened] == [200, 200]
@@ -356,29 +367,43 @@ async def test_no_idea_about_a_text_that_has_changed_is_not_said(desk: Desk) -> 
 # ---- several requests ---------------------------------------------------------------------------
 
 
-async def test_two_requests_take_turns_and_tell_how_long_they_waited(desk: Desk) -> None:
-    desk.open(1, until=10)
-    desk.open(2, text=SONG[20:24], until=10)
-    sent = await desk.work()
-    told = [
-        (one.request, one.done.position, one.done.elapsed_s, one.done.waited_s)
+def told(sent: Sequence[wire.Message]) -> list[tuple[int, int, float, float, int]]:
+    return [
+        (one.request, one.done.position, one.done.elapsed_s, one.done.waited_s, one.done.requests)
         for one in sent
         if isinstance(one, wire.Done) and isinstance(one.done, Proposal)
     ]
-    assert told == [
-        (1, 4, 1.0, 0.0),
-        (2, 4, 1.0, 1.0),  # while the other's were drafted
-        (1, 7, 1.0, 1.0),
-        (2, 7, 1.0, 1.0),
+
+
+async def test_requests_share_the_steps_of_the_draft(desk: Desk) -> None:
+    desk.open(1, until=10)
+    desk.open(2, text=SONG[20:24], until=10)
+    assert told(await desk.work()) == [
+        (1, 4, 2.0, 0.0, 2),
+        (2, 4, 2.0, 0.0, 2),
+        (1, 7, 2.0, 0.0, 2),
+        (2, 7, 2.0, 0.0, 2),
     ]
     assert desk.drafter.opened == [(0, 200), (1, 200)]
 
 
-async def test_having_waited_is_told_once(desk: Desk) -> None:
+async def test_who_has_a_text_to_read_has_a_step_alone_and_the_others_tell_that_they_waited(
+    desk: Desk,
+) -> None:
+    desk.open(1, text=SONG[:20], until=23)
+    desk.open(2, text=SONG[20:24], until=10)
+    assert told(await desk.work()) == [
+        (1, 20, 1.0, 0.0, 1),
+        (2, 4, 1.0, 1.0, 1),  # while the other's were drafted
+        (2, 7, 1.0, 0.0, 1),
+    ]
+
+
+async def test_one_that_left_meanwhile_takes_nobody_along(desk: Desk) -> None:
     desk.open(1, until=7)
     desk.open(2, text=SONG[20:24], until=10)
     desk.drafter.meanwhile = lambda: desk.worker.handle(wire.Close(1))
-    assert [one.waited_s for one in await desk.proposals()] == [1.0, 0.0]
+    assert [one[:2] for one in told(await desk.work())] == [(2, 4), (2, 7)]
 
 
 async def test_time_in_which_nothing_was_to_be_drafted_is_no_waiting(desk: Desk) -> None:
@@ -391,11 +416,11 @@ async def test_time_in_which_nothing_was_to_be_drafted_is_no_waiting(desk: Desk)
     assert first.waited_s == 0.0
 
 
-async def test_in_turns_nobody_keeps_the_drafter_from_the_others(desk: Desk) -> None:
+async def test_in_turns_each_is_sent_its_block_when_it_is_whole(desk: Desk) -> None:
     desk.open(1, until=10, floors=(0.1,))
     desk.open(2, text=SONG[20:24], until=7, floors=(0.1,))
     sent = [one for one in await desk.work() if isinstance(one, wire.Done)]
-    assert [one.request for one in sent] == [1, 2, 1]
+    assert [one.request for one in sent] == [2, 1]
 
 
 async def test_more_requests_than_it_has_slots_are_refused(desk: Desk) -> None:
@@ -435,7 +460,6 @@ async def test_welcomed_anew_it_holds_nothing(desk: Desk) -> None:
     desk.worker._on_message(wire.Welcome())
     desk.commit(4, SONG[4:5], 30)
     assert await desk.work() == []
-    assert sorted(desk.drafter.forgotten) == [0, 1]
 
 
 # ---- faults -------------------------------------------------------------------------------------
@@ -455,16 +479,14 @@ async def test_a_fault_fails_the_request_and_no_other(
 ) -> None:
     desk.open(1, until=10)
     desk.open(2, text=SONG[20:24], until=7)
-    desk.drafter.error = error
-    await desk.worker.compute()
-    desk.drafter.error = None
+    desk.drafter.error, desk.drafter.wrong = error, SONG[:4]
     sent = await desk.work()
     (failed,) = [one for one in desk.sent if isinstance(one, wire.Failed)]
     assert (failed.id, failed.code, failed.message) == (1, code, str(error))
     assert [one.request for one in sent if isinstance(one, wire.Done)] == [2]
-    assert desk.drafter.forgotten == [0]
     desk.commit(4, SONG[4:5], 30)
     assert await desk.work() == []
+    desk.drafter.error = None
     desk.open(3, until=7)  # the slot is as good as before
     assert tokens(await desk.proposals()) == [(4, SONG[4:7])]
 
@@ -487,7 +509,7 @@ async def test_every_evaluation_is_a_step_that_can_be_seen(desk: Desk) -> None:
 async def test_what_it_says_of_itself(desk: Desk) -> None:
     said = desk.worker._hello()
     assert (said.role, said.vocabulary, said.context, said.slots) == ("draft", None, 500, 2)
-    assert DraftWorker.measured(desk.drafter) == (0.25, 0.05)
+    assert DraftWorker.measure(desk.drafter).curve_s == (0.25, 0.05)
     assert said.curve_s == (0.25,)
     desk.worker._on_message(wire.Labels(3, 0, 10))
     assert desk.sent == [wire.LabelTexts(3, ())]
@@ -533,6 +555,5 @@ async def test_nothing_is_recalled_for_a_request_that_has_just_been_closed(desk:
     desk.open(text=SONG[:6], until=6, recall=3)
     (ride,) = desk.worker._turns
     desk.worker.handle(wire.Close(1))
-    posted: list[Proposal] = []
-    desk.worker._draft(ride, 0.0, posted.append)
-    assert (posted, desk.drafter.opened) == ([], [])
+    assert not ride.has_work
+    assert (await desk.work(), desk.drafter.opened) == ([], [])

@@ -35,13 +35,14 @@ TOKEN = Token(17, SECRET, 40, "bonus", 1.25, -0.5)
         pytest.param(Cancel(), "Cancel()", id="cancel"),
         pytest.param(
             Verdict(1, (7, 8), 3, 40, (SECRET, SECRET), (1.0, 2.0), elapsed_s=0.0123456),
-            "Verdict(accepted=1, tokens=[7, 8], round=3, base=40, elapsed_s=0.01235, waited_s=0)",
+            "Verdict(accepted=1, tokens=[7, 8], round=3, base=40, elapsed_s=0.01235, waited_s=0, "
+            "rows=0, requests=1, cached=0)",
             id="verdict",
         ),
         pytest.param(
             Proposal(2, 41, (Drafted(9, 0.87654321),), 0.001),
             "Proposal(lineage=2, position=41, drafted=[Drafted(token=9, confidence=0.8765)], "
-            "elapsed_s=0.001, waited_s=0, paused=False, recalled=[])",
+            "elapsed_s=0.001, waited_s=0, paused=False, recalled=[], requests=1)",
             id="proposal",
         ),
         pytest.param(

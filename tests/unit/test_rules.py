@@ -12,6 +12,7 @@ from tests.bench import bench_coordinator
 from outrider.core import price, stopping
 from outrider.core.estimates import CostModel
 from outrider.core.experience import Experience, Guard
+from outrider.core.reading import Reading
 from outrider.core.rules import IDLE, FixedRule, PricedRule
 from outrider.core.values import Mode, Verify
 from outrider.wire import messages as wire
@@ -249,21 +250,21 @@ def test_where_not_even_a_perfect_draft_would_pay_nothing_is_read() -> None:
 
 def test_a_draft_with_its_own_device_reads_everything_at_once() -> None:
     rule = PricedRule("pipelined", 64, cheap())
-    assert rule.reads(5000, 0, 16, busy=True) == (5000, 0)
+    assert rule.reads(5000, 0, 16, busy=True) == Reading(5000, 0)
     assert not rule.dismisses
 
 
 def test_a_draft_on_shared_cores_reads_nothing_while_the_target_does() -> None:
-    assert PricedRule("sync", 64, cheap()).reads(400, 0, 4000, busy=True) == (0, 0)
+    assert PricedRule("sync", 64, cheap()).reads(400, 0, 4000, busy=True) == Reading(0, 0)
 
 
 def test_a_draft_that_is_of_no_use_is_dismissed() -> None:
     rule = PricedRule("sync", 64, cheap())
     for _ in range(IDLE):
         assert not rule.dismisses
-        rule.verified(1, STEP_S, STEP_S)
+        assert rule.decide([], 90, None) == 0
     assert rule.dismisses
-    rule.verified(3, STEP_S, STEP_S)
+    assert rule.decide([0.999, 0.999], 90, None) == 2
     assert not rule.dismisses
 
 
@@ -388,7 +389,7 @@ def test_nobody_stands_still_for_long_while_a_draft_reads() -> None:
     asked = rule.reads(600, 0, 4000, busy=False).tokens
     assert 0 < asked * 0.017 <= 0.8
     for _ in range(IDLE + 1):
-        rule.verified(1, 0.5, 0.5)
+        rule.decide([], 90, None)
     assert not rule.dismisses, "it is still reading"
 
 
@@ -398,7 +399,7 @@ def test_a_draft_that_was_dismissed_must_show_that_it_agrees_on_this_text() -> N
     assert (first.tokens >= 100, first.recall) == (True, 0)
     rule.drafted(first.tokens * READ_S, [0.1], 0.002)
     for _ in range(IDLE):
-        rule.verified(1, STEP_S, STEP_S)
+        rule.decide([], 90, None)
     assert rule.dismisses
     again = rule.reads(430, 30, 970, busy=False)
     assert again.tokens == 0 or again.recall > 0
@@ -416,9 +417,9 @@ def test_where_nothing_can_be_recalled_the_draft_is_not_waited_for() -> None:
 
 def test_a_draft_with_its_own_device_reads_at_once_in_turns_too() -> None:
     rule = PricedRule("sync", 64, cheap(), shares=False)
-    assert rule.reads(5000, 0, 16, busy=True) == (5000, 0)
+    assert rule.reads(5000, 0, 16, busy=True) == Reading(5000, 0)
     for _ in range(2 * IDLE):
-        rule.verified(1, STEP_S, STEP_S)
+        rule.decide([], 90, None)
     assert not rule.dismisses
 
 
@@ -429,4 +430,4 @@ def test_what_was_read_in_vain_is_not_spent_again_in_the_same_answer() -> None:
     rule.recalled([(False, 0.1)] * first.recall, 3.0)  # it took far longer than expected
     experience.untried, experience.failures = 1e6, 0
     rule.verified(1, STEP_S, STEP_S)
-    assert rule.reads(420, 120, 2000, busy=False) == (0, 0)
+    assert rule.reads(420, 120, 2000, busy=False) == Reading(0, 0)

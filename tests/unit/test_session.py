@@ -30,7 +30,7 @@ from outrider.core.events import (
     Task,
     Timer,
 )
-from outrider.core.reading import NOTHING, Reading
+from outrider.core.reading import NOTHING, UNKNOWN, Held, Reading
 from outrider.core.rules import FixedRule, Rule
 from outrider.core.sampling import FAR
 from outrider.core.session import OFFENCES, UNTOLD, Phase, Session
@@ -93,6 +93,7 @@ class Ride:
             pieces=tuple(bytes((ord("a") + token % 26,)) if token else b"" for token in tokens),
             margins=(9.0,) * len(tokens),
             elapsed_s=STEP_S,
+            rows=session.block + 1,
         )
         return self.happens(verdict.changed(**changes))
 
@@ -989,13 +990,19 @@ class Noted(FixedRule):
         self.spent: list[float] = []
         self.turns: list[float | None] = []
 
-    def verified(self, rows: int, elapsed_s: float, round_trip_s: float) -> None:
+    def verified(self, rows: int, elapsed_s: float, round_trip_s: float, requests: int = 1) -> None:
         self.round_trips.append(round_trip_s)
 
     def committed(self, tokens: int, spent_s: float) -> None:
         self.spent.append(spent_s)
 
-    def drafted(self, each_s: float, confidences: Sequence[float], turn_s: float | None) -> None:
+    def drafted(
+        self,
+        each_s: float,
+        confidences: Sequence[float],
+        turn_s: float | None,
+        requests: int = 1,
+    ) -> None:
         self.turns.append(turn_s)
 
 
@@ -1101,7 +1108,9 @@ class Reads(FixedRule):
         self.heard: list[tuple[bool, float]] = []
         self.lengths: list[int] = []
 
-    def reads(self, text: int, written: int, room: int, busy: bool) -> Reading:
+    def reads(
+        self, text: int, written: int, room: int, busy: bool, held: Held = UNKNOWN
+    ) -> Reading:
         self.asked.append((text, written, room, busy))
         return NOTHING if busy else self.reading
 
@@ -1193,3 +1202,27 @@ def test_the_speed_up_of_an_answer_without_drafts_is_none() -> None:
         ride.verdict(5)
     report = ride.session.stats.report()
     assert report.speedup == pytest.approx(1.0, abs=0.2)
+
+
+def test_what_the_draft_knows_from_before_is_told_to_the_rule_and_not_read_again() -> None:
+    rule = Remembers(Reading(5, 0, 3))
+    ride = Ride(replace(TASK, held=Held(1, 4)), rule)
+    ride.verdict(1)
+    assert rule.held[-1] == Held(1, 4)
+    opened = ride.one(OpenDraft)
+    assert (len(opened.tokens), opened.skip) == (BASE + 1, BASE + 1 - 5)
+    assert ride.session.draft.held == Held(BASE + 1 - 5, BASE + 1 - 2)
+
+
+class Remembers(Reads):
+    """And remembers what was held."""
+
+    def __init__(self, reading: Reading) -> None:
+        super().__init__(reading)
+        self.held: list[Held] = []
+
+    def reads(
+        self, text: int, written: int, room: int, busy: bool, held: Held = UNKNOWN
+    ) -> Reading:
+        self.held.append(held)
+        return super().reads(text, written, room, busy, held)

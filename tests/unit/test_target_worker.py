@@ -10,12 +10,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from outrider.core.engine import EngineFault, Part
 from outrider.core.events import Prefill
 from outrider.core.sampling import Sampling, Scores
-from outrider.core.values import Verdict
+from outrider.core.values import Verdict, Verify
 from outrider.engines.toy import ToyEngine
 from outrider.wire import messages as wire
 from outrider_services.pipeline.target_worker import TargetWorker
+from outrider_services.pipeline.worker import Measured
 
 BOS, USER, ASSISTANT = 256, 258, 259
 BOS_LABEL = "<|end|>"  # of the toy's control tokens, the one taken for a begin-of-text token
@@ -42,7 +44,7 @@ class Beginning(ToyEngine):
 @pytest.fixture
 async def worker() -> AsyncIterator[TargetWorker]:
     with ThreadPoolExecutor(1) as owner:
-        yield TargetWorker(Beginning(), owner, (0.1,))
+        yield TargetWorker(Beginning(), owner, Measured((0.1,)))
 
 
 @pytest.mark.parametrize("template_begins", [False, True])
@@ -65,19 +67,20 @@ class Broken(ToyEngine):
         super().__init__()
         self.wrong, self.everywhere, self.times = wrong, everywhere, times
 
-    def extend(self, slot: int, tokens: Sequence[int], rows: int) -> Scores:
-        scores = super().extend(slot, tokens, rows)
+    def extend_all(self, parts: Sequence[Part]) -> list[Scores]:
+        found = super().extend_all(parts)
         if self.times:
             self.times -= 1
-            scores[:, slice(None) if self.everywhere else 99] = self.wrong
-        return scores
+            for scores in found:
+                scores[:, slice(None) if self.everywhere else 99] = self.wrong
+        return found
 
 
 async def answered(engine: ToyEngine, logprobs: bool) -> list[wire.Message]:
     """What a target worker with `engine` says to a prompt."""
     sent: list[wire.Message] = []
     with ThreadPoolExecutor(1) as owner:
-        worker = TargetWorker(engine, owner, (0.1,))
+        worker = TargetWorker(engine, owner, Measured((0.1,)))
         setattr(worker, "send", sent.append)  # noqa: B010
         worker.handle(wire.Do(5, Prefill((1, 2, 3), Sampling(), logprobs)))
         while await worker.compute():
@@ -112,3 +115,156 @@ async def test_after_a_pass_that_went_wrong_once_the_text_is_evaluated_again() -
         assert isinstance(said.done, Verdict)
     tokens = [said.done.tokens for (said,) in (usual, again)]  # type: ignore[union-attr]
     assert tokens[0] == tokens[1]
+
+
+# ---- several requests, and what earlier ones have left ------------------------------------------
+
+TEXT = tuple(b"the old river runs over the quiet meadow and under the silver moon ")
+GREEDY = Sampling(temperature=0)
+
+
+class Noted(ToyEngine):
+    """Remembers the parts of each pass: slots, tokens, rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.passes: list[list[tuple[int, int, int]]] = []
+
+    def extend_all(self, parts: Sequence[Part]) -> list[Scores]:
+        self.passes.append([(slot, len(tokens), rows) for slot, tokens, rows in parts])
+        return super().extend_all(parts)
+
+
+class Desk:
+    """A target worker, its engine, and what it has sent."""
+
+    def __init__(self, owner: ThreadPoolExecutor, engine: ToyEngine | None = None) -> None:
+        self.engine = engine or Noted()
+        self.worker = TargetWorker(self.engine, owner, Measured((0.1,)))
+        self.sent: list[wire.Message] = []
+        setattr(self.worker, "send", self.sent.append)  # noqa: B010
+
+    async def work(self) -> list[wire.Message]:
+        self.sent.clear()
+        while await self.worker.compute():
+            pass
+        return list(self.sent)
+
+    def open(self, request: int, text: tuple[int, ...] = TEXT, cache: str | None = "") -> None:
+        self.worker.handle(wire.Do(request, Prefill(text, GREEDY, False, cache)))
+
+
+@pytest.fixture
+async def desk() -> AsyncIterator[Desk]:
+    with ThreadPoolExecutor(1) as owner:
+        yield Desk(owner)
+
+
+def passes(desk: Desk) -> list[list[tuple[int, int, int]]]:
+    assert isinstance(desk.engine, Noted)
+    found, desk.engine.passes = desk.engine.passes, []
+    return found
+
+
+def verdicts(sent: Sequence[wire.Message]) -> dict[int, Verdict]:
+    found: dict[int, Verdict] = {}
+    for message in sent:
+        match message:
+            case wire.Done(request, Verdict() as done):
+                found[request] = done
+            case wire.Passed(several):
+                found.update(several)
+    return found
+
+
+async def test_blocks_of_several_requests_are_one_pass_and_one_message(desk: Desk) -> None:
+    desk.open(1)
+    desk.open(2, TEXT[::-1])
+    first = verdicts(await desk.work())
+    passes(desk)
+    base = len(TEXT) + 1
+    orders = (1, Verify(1, base, (65, 66))), (2, Verify(1, base, ()))
+    desk.worker.handle(wire.Pass(orders))
+    (passed,) = await desk.work()
+    assert isinstance(passed, wire.Passed)
+    assert passes(desk) == [[(0, 3, 3), (1, 1, 1)]]
+    said = verdicts([passed])
+    assert {(one.rows, one.requests) for one in said.values()} == {(4, 2)}
+    alone = ToyEngine()
+    alone.extend(0, TEXT[::-1], 0)
+    rows = alone.extend(0, first[2].tokens, 1)
+    assert said[2].tokens == (int(rows[0].argmax()),)
+
+
+async def test_a_conversation_is_read_on_from_where_it_was(desk: Desk) -> None:
+    desk.open(1)
+    (one,) = verdicts(await desk.work()).values()
+    desk.worker.handle(wire.Close(1))
+    passes(desk)
+    longer = (*TEXT, *one.tokens, *b"and then ")
+    desk.open(2, longer)
+    (again,) = verdicts(await desk.work()).values()
+    assert passes(desk) == [[(0, len(longer) - len(TEXT), 1)]]
+    assert again.cached == len(TEXT)
+    fresh = Desk(desk.worker._owner, ToyEngine())
+    fresh.open(3, longer, None)
+    assert verdicts(await fresh.work())[3].tokens == again.tokens
+
+
+async def test_what_another_name_has_read_is_not_used(desk: Desk) -> None:
+    desk.open(1, cache="a")
+    await desk.work()
+    desk.worker.handle(wire.Close(1))
+    desk.open(2, cache="b")
+    (other,) = verdicts(await desk.work()).values()
+    assert other.cached == 0
+    assert passes(desk)[-1][0][1] == len(TEXT)
+
+
+async def test_what_two_requests_begin_with_is_read_once(desk: Desk) -> None:
+    """Also where the second comes while the first is still reading."""
+    system = TEXT * 4
+    desk.open(1, (*system, 65))
+    desk.open(2, (*system, 66, 67))
+    said = verdicts(await desk.work())
+    read = sum(tokens for one in passes(desk) for _, tokens, _ in one)
+    assert read == len(system) + 1 + 2
+    assert said[2].cached == len(system)
+    alone = ToyEngine()
+    for start in range(0, len(system), 128):
+        alone.extend(0, system[start : start + 128], 0)
+    assert said[2].tokens == (int(alone.extend(0, (66, 67), 1)[0].argmax()),)
+
+
+async def test_a_long_prompt_leaves_the_others_their_turns(desk: Desk) -> None:
+    desk.open(1, TEXT[:20])
+    await desk.work()
+    desk.open(2, TEXT[1:] * 10)
+    desk.worker.handle(wire.Do(1, Verify(1, 21, ())))
+    passes(desk)
+    await desk.worker.compute()
+    (together,) = passes(desk)
+    assert (0, 1, 1) in together
+    assert sum(tokens for _, tokens, _ in together) <= 128
+    assert set(verdicts(desk.sent)) == {1}
+    assert verdicts(desk.sent)[1].rows == 0, "what such a pass takes says nothing of its rows"
+
+
+async def test_after_a_pass_that_failed_each_has_one_of_its_own(desk: Desk) -> None:
+    """So that one bad request takes no other with it."""
+
+    class Bad(Noted):
+        def extend_all(self, parts: Sequence[Part]) -> list[Scores]:
+            scores = super().extend_all(parts)
+            if any(200 in part.tokens for part in parts):
+                for part in parts:
+                    self.rewind(part.slot, 0)
+                raise EngineFault("it cannot")
+            return scores
+
+    bad = Desk(desk.worker._owner, Bad())
+    bad.open(1, TEXT[:9])
+    bad.open(2, (200, *TEXT[:9]))
+    sent = await bad.work()
+    assert set(verdicts(sent)) == {1}
+    assert [one.id for one in sent if isinstance(one, wire.Failed)] == [2]

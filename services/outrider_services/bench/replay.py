@@ -126,7 +126,7 @@ class Replay:
             case OpenDraft() | Commit():
                 self.at(now + link_s, "told", command)
             case Settle():
-                self.session.settle()
+                self.session.rule.settle()
             case Finish():
                 self.over = True
 

@@ -15,29 +15,13 @@ from functools import partial
 from typing import Any
 
 import outrider
-from outrider.core.estimates import CostModel
 from outrider.core.events import (
     Cancel,
-    CloseDraft,
-    Command,
-    Commit,
     DraftLost,
     DraftReady,
-    Event,
-    Failure,
-    Fault,
-    Finish,
-    OpenDraft,
-    Prefill,
-    Settle,
-    Start,
-    Timer,
 )
-from outrider.core.experience import Experience
-from outrider.core.rules import FixedRule, PricedRule, Rule
-from outrider.core.session import Session
 from outrider.core.stats import Stats
-from outrider.core.values import Fragment, Mode, Proposal, Role, Verdict, Verify
+from outrider.core.values import Proposal, Role, Verdict
 from outrider.errors import (
     BadRequest,
     InternalError,
@@ -49,11 +33,10 @@ from outrider.errors import (
 )
 from outrider.wire import messages as wire
 from outrider.wire.transport import PeerGone
-from outrider_services.pipeline import journal
-from outrider_services.pipeline.places import shared
 from outrider_services.pipeline.questions import Questions
 from outrider_services.pipeline.requests import Defaults, Lengths, Request, Requests
 from outrider_services.pipeline.roster import Roster
+from outrider_services.pipeline.sessions import Sessions
 
 __all__ = ["Coordinator", "Defaults"]
 
@@ -73,9 +56,11 @@ class Coordinator:
         self._send, self._defaults, self._clock = send, defaults, clock
         listeners = self._on_joined, self._on_lost, self._on_paused
         self._roster = Roster(self._tell, *listeners, clock, defaults.tokens)
-        self._experience: dict[Mode, Experience] = {}
         self._clients: set[bytes] = set()
         self._requests = Requests(defaults.queue)
+        self._sessions = Sessions(
+            self._roster, self._requests, defaults, clock, self._tell, self._end
+        )
         self._questions = Questions(self._roster, self._tell)
         self._tasks: set[asyncio.Task[None]] = set()
         self._began = clock()
@@ -89,7 +74,7 @@ class Coordinator:
         if self._closed:
             return
         match message:
-            case wire.Done() | wire.Beat() | wire.Failed():
+            case wire.Done() | wire.Passed() | wire.Beat() | wire.Failed():
                 self._on_worker(peer, message)
             case wire.Hello():
                 self._roster.on_hello(peer, message)
@@ -140,7 +125,7 @@ class Coordinator:
         for task in self._tasks:
             task.cancel()
         for request in self._requests:
-            self._fail(request, WorkerLost("the pipeline was stopped"))
+            self._sessions.fail(request, WorkerLost("the pipeline was stopped"))
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._questions.close()
         await self._roster.close()
@@ -159,7 +144,9 @@ class Coordinator:
             case (("target", wire.Done(number, Verdict() as done))
                   | ("draft", wire.Done(number, Proposal() as done))):  # fmt: skip
                 if request := self._requests.running.get(number):
-                    self._advance(request, done)
+                    self._sessions.advance(request, done)
+            case "target", wire.Passed(verdicts):
+                self._sessions.advance_all(verdicts)
             case _, wire.Failed(number, code, reason, param):
                 self._on_failed(role, number, from_code(code, reason, param))
             case _:
@@ -170,17 +157,13 @@ class Coordinator:
         if request is None:
             return
         if role == "target":
-            self._fail(request, error)
+            self._sessions.fail(request, error)
         else:
             log.warning("request %d goes on without its draft: %s", request.number, error)
-            self._advance(request, DraftLost())
+            self._sessions.advance(request, DraftLost())
 
     def _on_joined(self, role: Role) -> None:
-        target, draft = self._roster.get("target"), self._roster.get("draft")
-        if target and draft:
-            curves = target.hello.curve_s, draft.hello.curve_s
-            modes: tuple[Mode, ...] = ("sync", "pipelined")
-            self._experience = {mode: Experience(CostModel.measured(*curves)) for mode in modes}
+        self._sessions.measure()
         if role == "draft":
             self._on_paused(False)
 
@@ -188,17 +171,17 @@ class Coordinator:
         """Nobody must wait for the draft now; or it has come, perhaps back from a pause."""
         for request in list(self._requests.running.values()):
             if is_paused:  # should it come back, it will be told everything anew
-                self._tell_role("draft", wire.Close(request.id))
-            self._advance(request, DraftLost() if is_paused else DraftReady())
+                self._roster.tell("draft", wire.Close(request.id))
+            self._sessions.advance(request, DraftLost() if is_paused else DraftReady())
 
     def _on_lost(self, role: Role, why: str) -> None:
         for request in list(self._requests.running.values()):
             if role == "target":
-                self._fail(request, WorkerLost(f"{why}, and the request with it", role))
+                self._sessions.fail(request, WorkerLost(f"{why}, and the request with it", role))
             else:
-                self._advance(request, DraftLost())
+                self._sessions.advance(request, DraftLost())
         for request in list(self._requests.waiting) if role == "target" else ():
-            self._fail(request, WorkerLost(why, role))
+            self._sessions.fail(request, WorkerLost(why, role))
 
     # ---- clients --------------------------------------------------------------------------------
 
@@ -224,7 +207,7 @@ class Coordinator:
         return {
             "status": "ok" if "target" in workers else "loading",
             "version": outrider.__version__,
-            "mode": self._mode(None),
+            "mode": self._sessions.mode(None),
             "workers": workers,
             "refused": dict(self._roster.refusals),
             "requests": requests,
@@ -239,7 +222,7 @@ class Coordinator:
             self._requests.check_room()
             Lengths.of(request.submit, self._defaults)
         except OutriderError as exc:
-            self._fail(request, exc)
+            self._sessions.fail(request, exc)
         else:
             request.preparing = self._spawn(self._prepare(request))
 
@@ -250,10 +233,10 @@ class Coordinator:
             await request.prepare(self._roster.target().hello, ask)
             request.check(self._roster.target().hello)  # it may have died with its answer
         except OutriderError as exc:
-            self._fail(request, exc)
+            self._sessions.fail(request, exc)
         except Exception as exc:  # whatever it is, somebody waits
             log.exception("request %d failed", request.number)
-            self._fail(request, InternalError(f"it could not be prepared: {exc!r}"))
+            self._sessions.fail(request, InternalError(f"it could not be prepared: {exc!r}"))
         else:
             request.preparing = None
             self._requests.waiting.append(request)
@@ -265,104 +248,22 @@ class Coordinator:
             request = self._requests.next(target.hello.slots)
             if request is None:
                 return
-            self._start(request, target.hello)
-
-    def _start(self, request: Request, target: wire.Hello) -> None:
-        submit = request.submit
-        lengths = Lengths.of(submit, self._defaults)
-        mode = "plain" if lengths.n_max == 0 else self._mode(submit.mode)
-        task = request.task(target)
-        stats = Stats(mode, task.sampling.seed, request.submitted, step_s=target.curve_s[0])
-        request.session = Session(task, self._rule(mode, lengths), stats)
-        try:
-            started = wire.Started(submit.call, target.model, mode, request.tokens)
-            self._tell(request.client, started)
-            self._advance(request, Start(draft=self._roster.has_draft))
-        except BadRequest as exc:
-            self._fail(request, exc)
-
-    def _rule(self, mode: Mode, lengths: Lengths) -> Rule:
-        """Fixed numbers where somebody has set them, else what the measured costs say."""
-        if mode == "plain" or lengths.are_fixed or mode not in self._experience:
-            return FixedRule(mode, lengths.n_max, lengths.n_min, lengths.p_min)
-        return PricedRule(mode, lengths.n_max, self._experience[mode], self._share_device())
-
-    def _mode(self, mode: str | None) -> Mode:
-        """The mode to use. `auto` is pipelined if the workers share no device, else sync."""
-        match mode or self._defaults.mode:
-            case "plain" | "sync" | "pipelined" as chosen:
-                return chosen
-        return "sync" if self._share_device() else "pipelined"
-
-    def _share_device(self) -> bool:
-        """Whether both workers are there and share a device; a later draft is from elsewhere."""
-        both = [member.hello.cores for member in self._roster.members]
-        return len(both) == 2 and shared(*both)
+            self._sessions.start(request, target.hello)
 
     def _cancel(self, request: Request) -> None:
         if request.session:
-            self._advance(request, Cancel())
+            self._sessions.advance(request, Cancel())
         else:
             stats = Stats(seed=request.submit.sampling.seed).report()
             self._end(request, wire.Finished(request.submit.call, "cancelled", stats))
-
-    # ---- sessions -------------------------------------------------------------------------------
-
-    def _advance(self, request: Request, event: Event) -> None:
-        """Give the session an event and carry out its commands."""
-        session = request.session
-        if session is None:
-            return
-        commands = session.handle(event, self._clock())
-        if log.isEnabledFor(logging.DEBUG):
-            state = f"{session.phase.name}, draft {session.draft.state.name}"
-            log.debug("%s", journal.line(request.number, event, commands, state))
-        for command in commands:
-            try:
-                self._execute(request, session, command)
-            except BadRequest as exc:
-                self._fail(request, exc)
-                return
-        if request.timer:
-            request.timer.cancel()
-            request.timer = None
-        if session.deadline is not None:
-            delay = max(0.0, session.deadline - self._clock())
-            loop = asyncio.get_running_loop()
-            request.timer = loop.call_later(delay, self._advance, request, Timer())
-
-    def _execute(self, request: Request, session: Session, command: Command) -> None:
-        call = request.submit.call
-        match command:
-            case Prefill() | Verify():
-                self._tell_role("target", wire.Do(request.id, command))
-            case OpenDraft() | Commit():
-                self._tell_role("draft", wire.Do(request.id, command))
-            case CloseDraft():
-                self._tell_role("draft", wire.Close(request.id))
-            case Fragment():
-                report, spans = session.stats.report(), session.trace.take()
-                self._tell(request.client, wire.Progress(call, command, report, spans))
-            case Settle():
-                session.settle()
-            case Finish(reason):
-                report, spans = session.stats.report(), session.trace.take()
-                self._end(request, wire.Finished(call, reason, report, spans))
-            case Fault(error):
-                self._end(request, wire.failure(call, error))
-
-    def _fail(self, request: Request, error: OutriderError) -> None:
-        if request.session:
-            self._advance(request, Failure(error))
-        else:
-            self._end(request, wire.failure(request.submit.call, error))
 
     def _end(self, request: Request, last: wire.Message) -> None:
         """Give a request its one outcome; free whatever it held."""
         if not self._requests.end(request):
             return
         if self._requests.running.pop(request.id, None):
-            self._tell_role("target", wire.Close(request.id))
+            self._sessions.forget(request)
+            self._roster.tell("target", wire.Close(request.id))
         if request.client in self._clients:
             try:
                 self._tell(request.client, last)
@@ -383,10 +284,6 @@ class Coordinator:
         except PeerGone:
             # later: the caller may be in the middle of what this changes
             asyncio.get_running_loop().call_soon(self.on_gone, peer)
-
-    def _tell_role(self, role: Role, message: wire.Message) -> None:
-        if member := self._roster.get(role):
-            self._tell(member.peer, message)
 
     def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.ensure_future(coroutine)

@@ -19,11 +19,14 @@ from outrider.core.drafter import Drafter
 from outrider.core.engine import Cancelled, EngineFault
 from outrider.core.events import Commit, OpenDraft
 from outrider.core.sampling import Sampling
-from outrider.core.stream import Stream
-from outrider.core.values import Drafted, Proposal, Role, TokenId
+from outrider.core.stream import Begun, Stream
+from outrider.core.values import Drafted, Proposal, Role
 from outrider.errors import OutriderError
 from outrider.wire import messages as wire
-from outrider_services.pipeline.worker import Curve, Worker
+from outrider_services.pipeline.slots import Taken
+from outrider_services.pipeline.worker import Measured, Worker
+
+TOGETHER = 4  # most unread tokens of a text that shares a step with others
 
 
 @dataclass(slots=True)
@@ -35,30 +38,40 @@ class Ride:
     stream: Stream
     sampling: Sampling
     vocabulary: int  # ids from here on do not exist in the target
-    skip: int  # tokens at the beginning of its text that are not read
+    taken: Taken  # what it gets from other texts
     recall: int  # tokens at the end of its text for which it is to say what it would have drafted
     asked: float  # `computed_s` when it began to wait for its turn
+    waited_s: float = 0.0  # for others, since it sent something
+    began: float | None = None  # when it began to read for the token that comes next
+    unsent: Proposal | None = None
     is_new: bool = True  # the drafter does not know its text yet
+    is_alone: bool = False  # a step that it shared has failed
     is_open: bool = True
 
     @property
     def has_work(self) -> bool:
         return self.is_open and (self.recall > 0 or self.stream.has_work)
 
+    @property
+    def shares(self) -> bool:
+        """Whether its next step is short, and may be one with those of others."""
+        unread = len(self.stream.tokens) - self.stream.read
+        return not (self.recall or self.is_alone) and unread <= TOGETHER
+
 
 class DraftWorker(Worker[Drafter]):
     role: ClassVar[Role] = "draft"
 
-    def __init__(self, model: Drafter, owner: ThreadPoolExecutor, curve_s: Curve) -> None:
-        super().__init__(model, owner, curve_s)
+    def __init__(self, model: Drafter, owner: ThreadPoolExecutor, measured: Measured) -> None:
+        super().__init__(model, owner, measured)
         self._rides: dict[int, Ride] = {}  # by request
         self._turns: deque[Ride] = deque()  # the same; the first has the next turn
-        self._running: Ride | None = None
+        self._running: list[Ride] = []
         self._lock = threading.Lock()
 
     @staticmethod
-    def measured(model: Drafter) -> Curve:
-        return (model.token_s, model.read_s)
+    def measure(model: Drafter) -> Measured:
+        return Measured((model.token_s, model.read_s), model.crowd_s)
 
     # ---- what the coordinator says --------------------------------------------------------------
 
@@ -84,27 +97,31 @@ class DraftWorker(Worker[Drafter]):
             return
         had_work = stream.has_work
         cut = stream.commit(order, self.model.info.context)
-        if ride is not self._running and not had_work:
+        if ride not in self._running and not had_work:
             ride.asked = self.computed_s
-        if ride is self._running and (cut or stream.is_to_stop):
+        if self._running == [ride] and (cut or stream.is_to_stop):
             self.model.cancel()  # what it computes is not wanted, or not now
         self.wake()
 
     def _open(self, request: int, order: OpenDraft) -> None:
         self._close(request)  # a draft that was given up and is wanted again begins anew
         try:
-            slot = self.admit(order.tokens)
+            taken = self.admit(order.tokens, order.cache, order.skip)
         except OutriderError as exc:
             self.send(wire.failure(request, exc))
             return
         stream = Stream.opened(order, self.model.info.context)
+        if taken.source >= 0:
+            stream.read = taken.kept
+        else:
+            taken = taken._replace(skip=stream.read)
         ride = Ride(
             request=request,
-            slot=slot,
+            slot=taken.slot,
             stream=stream,
             sampling=order.sampling,
             vocabulary=order.vocabulary,
-            skip=stream.read,
+            taken=taken,
             recall=order.recall,
             asked=self.computed_s,
         )
@@ -117,93 +134,134 @@ class DraftWorker(Worker[Drafter]):
         if ride is None:
             return
         ride.is_open = False
-        if ride is self._running:
+        if ride in self._running and not any(one.is_open for one in self._running):
             self.model.cancel()
         self._turns.remove(ride)
-        self.slots.give_back(ride.slot)
+        self.slots.give_back(ride.slot, ride.stream.tokens[: ride.stream.read])
         self.wake()
 
     # ---- computing ------------------------------------------------------------------------------
 
     async def compute(self) -> bool:
-        if self.slots.dirty:
-            await self.owned(lambda: self.slots.clean(self.model.forget))
-        ride = next((ride for ride in self._turns if ride.has_work), None)
-        if ride is None:
+        if not any(ride.has_work for ride in self._turns):
             return False
-        self._turns.remove(ride)
-        self._turns.append(ride)
-        await self._ride(ride)
+        post = asyncio.get_running_loop().call_soon_threadsafe
+        await self.owned(lambda: self._draft(post))
         return True
 
-    async def _ride(self, ride: Ride) -> None:
-        loop = asyncio.get_running_loop()
-
-        def post(proposal: Proposal) -> None:
-            loop.call_soon_threadsafe(self.send, wire.Done(ride.request, proposal))
-
-        waited_s = self.computed_s - ride.asked
-        self._running = ride
-        try:
-            await self.owned(lambda: self._draft(ride, waited_s, post))
-        except (EngineFault, OutriderError, ValueError) as exc:
-            if ride.is_open:
-                self.send(wire.failure(ride.request, exc))
-                with self._lock:
-                    self._close(ride.request)
-        finally:
-            self._running, ride.asked = None, self.computed_s
-
-    def _draft(self, ride: Ride, waited_s: float, post: Callable[[Proposal], None]) -> None:
-        """On the owner thread: draft until the stream has to wait, or another ride may want a turn.
-
-        In sync mode nobody waits for single tokens, so they are sent together.
-        """
-        stream = ride.stream
-        if ride.recall and ride.is_open:
-            post(self._recalled(ride, waited_s))
-            waited_s = 0.0
-        unsent: Proposal | None = None
-        started, began = False, None  # when it began to read for the token that comes next
-        while True:
-            with self._lock:
-                going_on = ride.has_work and not (started and len(self._turns) > 1)
-                is_whole = not (going_on and stream.floors)
-                if unsent and (is_whole or stream.lineage != unsent.lineage):
-                    post(unsent)
-                    unsent = None
-                if not going_on:
-                    return
-                begun = stream.begin()
-            began, started = time.perf_counter() if began is None else began, True
+    def _draft(self, post: Callable[..., object]) -> None:
+        """On the owner thread: draft until every stream has to wait. `post` calls on the loop."""
+        while riders := self._next_step():
             self.steps += 1
             try:
-                drafted = self._propose(ride, begun.read, begun.tokens)
-            except Cancelled:
-                began = None
-                continue
+                if riders[0].recall:
+                    self._post(post, riders[0], self._recalled(riders[0]))
+                else:
+                    self._step(riders, post)
+            except (EngineFault, OutriderError, ValueError) as exc:
+                self._on_failure(riders, exc, post)
             with self._lock:
-                taken = stream.took(begun, self.model.read(ride.slot), drafted)
-                if not taken and not stream.is_silent:
-                    began = None if drafted else began
-                    continue  # there is more text to read, or the target has said what comes here
-                proposal = Proposal(
-                    lineage=begun.lineage,
-                    position=len(begun.tokens),
-                    drafted=taken,
-                    elapsed_s=time.perf_counter() - began,
-                    waited_s=waited_s,
-                    paused=stream.is_paused or stream.is_silent,
-                )
-                unsent, waited_s = unsent.joined(proposal) if unsent else proposal, 0.0
-                began = None
+                self._running = []
+                for ride in riders:
+                    ride.asked = self.computed_s
 
-    def _recalled(self, ride: Ride, waited_s: float) -> Proposal:
+    def _next_step(self) -> list[Ride]:
+        """Those who have the next step, in turn; none if there is nothing to draft for now."""
+        with self._lock:
+            with_work = [ride for ride in self._turns if ride.has_work]
+            riders = [ride for ride in with_work if ride.shares]
+            if with_work and not with_work[0].shares:
+                riders = with_work[:1]
+            for ride in riders:
+                self._turns.remove(ride)
+                self._turns.append(ride)
+                ride.waited_s += self.computed_s - ride.asked
+            self._running = riders
+        return riders
+
+    def _step(self, riders: list[Ride], post: Callable[..., object]) -> None:
+        """Draft one token more for each of the riders, or read on."""
+        now = time.perf_counter()
+        for ride in riders:
+            ride.began = now if ride.began is None else ride.began
+            self._know(ride)
+        with self._lock:
+            all_begun = [ride.stream.begin() for ride in riders]
+        for ride, begun in zip(riders, all_begun, strict=True):
+            self.model.cut(ride.slot, begun.read)
+        texts = [(ride.slot, begun.tokens) for ride, begun in zip(riders, all_begun, strict=True)]
+        try:
+            found = self.model.propose_all(texts)
+        except Cancelled:
+            for ride in riders:
+                ride.began = None
+            found = []
+        with self._lock:
+            for ride, begun, drafted in zip(riders, all_begun, found, strict=False):
+                if not ride.is_open:
+                    continue
+                self._took(ride, begun, drafted, len(riders), post)
+            for ride in riders:
+                self._send_whole(ride, post)
+
+    def _took(
+        self,
+        ride: Ride,
+        begun: Begun,
+        drafted: tuple[Drafted, ...],
+        riders: int,
+        post: Callable[..., object],
+    ) -> None:
+        """What a step has brought for one of the `riders` becomes a proposal, or a part of one."""
+        stream = ride.stream
+        taken = stream.took(begun, self.model.read(ride.slot), drafted)
+        if not taken and not stream.is_silent:
+            ride.began = None if drafted else ride.began
+            return  # there is more text to read, or the target has said what comes here
+        proposal = Proposal(
+            lineage=begun.lineage,
+            position=len(begun.tokens),
+            drafted=taken,
+            elapsed_s=time.perf_counter() - (ride.began or 0.0),
+            waited_s=ride.waited_s,
+            paused=stream.is_paused or stream.is_silent,
+            requests=riders,
+        )
+        if ride.unsent and ride.unsent.lineage != proposal.lineage:
+            self._post(post, ride, ride.unsent)
+            ride.unsent = None
+        ride.unsent = ride.unsent.joined(proposal) if ride.unsent else proposal
+        ride.began, ride.waited_s = None, 0.0
+
+    def _send_whole(self, ride: Ride, post: Callable[..., object]) -> None:
+        """Send what was drafted, unless more follows that nobody waits for singly (sync mode)."""
+        unsent, stream = ride.unsent, ride.stream
+        follows = ride.has_work and stream.floors and unsent and unsent.lineage == stream.lineage
+        if unsent and not follows:
+            self._post(post, ride, unsent)
+            ride.unsent = None
+
+    def _post(self, post: Callable[..., object], ride: Ride, proposal: Proposal) -> None:
+        post(self.send, wire.Done(ride.request, proposal))
+
+    def _on_failure(self, riders: list[Ride], exc: Exception, post: Callable[..., object]) -> None:
+        """One alone is given up; of several each is tried alone, from the beginning of its text."""
+        with self._lock:
+            for ride in riders:
+                if len(riders) > 1:
+                    ride.is_alone, ride.is_new, ride.began = True, True, None
+                    ride.taken = Taken(ride.slot, skip=ride.taken.skip)
+                    ride.stream.read = ride.taken.skip
+                elif ride.is_open:
+                    post(self.send, wire.failure(ride.request, exc))
+                    self._close(ride.request)
+
+    def _recalled(self, ride: Ride) -> Proposal:
         """What the drafter would have drafted in place of the last tokens of the text."""
         began = time.perf_counter()
+        self._know(ride)
         with self._lock:
             begun, count, ride.recall = ride.stream.begin(), ride.recall, 0
-        self._know(ride)
         try:
             recalled = self.model.recall(ride.slot, begun.tokens, count)
         except Cancelled:
@@ -211,6 +269,7 @@ class DraftWorker(Worker[Drafter]):
         with self._lock:
             ride.stream.took(begun, self.model.read(ride.slot), ())
             ride.stream.is_silent = False
+            waited_s, ride.waited_s = ride.waited_s, 0.0
         return Proposal(
             lineage=begun.lineage,
             position=len(begun.tokens),
@@ -223,12 +282,12 @@ class DraftWorker(Worker[Drafter]):
 
     def _know(self, ride: Ride) -> None:
         """Tell the drafter of the text, if it does not know it yet."""
-        if ride.is_new:
-            self.model.open(ride.slot, ride.sampling, ride.vocabulary, ride.skip)
+        if not ride.is_new:
+            return
+        slot, kept, source, skip, _ = taken = ride.taken
+        with self._lock:
+            known = kept if self.slots.still_holds(taken) else 0
+        self.model.open(slot, ride.sampling, ride.vocabulary, skip, known, source)
+        with self._lock:
             ride.is_new = False
-
-    def _propose(self, ride: Ride, read: int, text: tuple[TokenId, ...]) -> tuple[Drafted, ...]:
-        """What the drafter proposes behind `text`, of which it knows the first `read` tokens."""
-        self._know(ride)
-        self.model.cut(ride.slot, read)
-        return self.model.propose(ride.slot, text)
+            ride.stream.read = min(ride.stream.read, self.model.read(slot))

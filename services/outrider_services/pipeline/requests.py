@@ -129,6 +129,7 @@ class Request:
             sampling=sampling,
             logprobs=submit.logprobs,
             trace=submit.trace,
+            cache=submit.cache,
         )
 
 

@@ -94,6 +94,11 @@ class Roster:
     def get(self, role: Role) -> Member | None:
         return self._members.get(role)
 
+    def tell(self, role: Role, message: wire.Message) -> None:
+        """Send it to the worker of this role, if there is one."""
+        if member := self.get(role):
+            self._tell(member.peer, message)
+
     @property
     def members(self) -> list[Member]:
         return list(self._members.values())

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import ClassVar, TypeAlias
+from typing import ClassVar, NamedTuple, TypeAlias
 
 from outrider.core import decoding
-from outrider.core.engine import Cancelled, Engine, EngineFault
+from outrider.core.engine import Cancelled, Engine, EngineFault, Part
 from outrider.core.events import Prefill
 from outrider.core.sampling import Sampling, Scores, decide, logprob
+from outrider.core.stragglers import Stragglers
 from outrider.core.values import MOST_TOKENS, Role, TokenId, Verdict, Verify
-from outrider.engines.calibration import calibrate
+from outrider.engines.calibration import calibrate, calibrate_crowd
 from outrider.errors import BadRequest, OutriderError, ProtocolError
 from outrider.wire import messages as wire
 from outrider.wire.codec import check
 from outrider_services.pipeline import conversation
-from outrider_services.pipeline.worker import Curve, Worker
+from outrider_services.pipeline.slots import Taken
+from outrider_services.pipeline.worker import Measured, Worker
 
 CHUNK = 128  # most tokens of one prefill pass: a cancellation may have to wait for it
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16)  # rows of the passes that are measured at load
@@ -32,11 +35,14 @@ Question: TypeAlias = wire.Tokenize | wire.Detokenize | wire.Render | wire.Chat
 class Sequence:
     """A request's committed text, and the block behind it that waits to be verified."""
 
+    request: int
     slot: int
     tokens: list[TokenId]
     sampling: Sampling
     logprobs: bool
     asked: float  # `computed_s` when it was queued last
+    taken: Taken | None  # what it gets from other texts; None: nothing, or it has it
+    cached: int = 0  # how many tokens it got
     round: int = 0
     drafted: tuple[TokenId, ...] | None = ()  # None: nothing to do
     elapsed_s: float = 0.0
@@ -45,26 +51,41 @@ class Sequence:
     is_open: bool = True
 
 
+class Share(NamedTuple):
+    """What a sequence gets of the next pass: without `rows` it only comes nearer to its block."""
+
+    sequence: Sequence
+    tokens: list[TokenId]
+    rows: int
+
+
+Outcome: TypeAlias = Verdict | Exception | None  # None: there is more to evaluate
+
+
 class TargetWorker(Worker[Engine]):
     role: ClassVar[Role] = "target"
 
-    def __init__(self, model: Engine, owner: ThreadPoolExecutor, curve_s: Curve) -> None:
-        super().__init__(model, owner, curve_s)
+    def __init__(self, model: Engine, owner: ThreadPoolExecutor, measured: Measured) -> None:
+        super().__init__(model, owner, measured)
         self.chunk = min(CHUNK, model.info.chunk)
         self._sequences: dict[int, Sequence] = {}
-        self._turns: deque[int] = deque()  # requests with something to compute; the first is next
-        self._running: int | None = None
+        self._turns: deque[Sequence] = deque()  # those with something to compute; the first is next
+        self._running: list[Sequence] = []
+        self._stragglers = Stragglers[int]()
         self._questions: set[asyncio.Task[None]] = set()
         self._reading = asyncio.Lock()  # many threads that read would leave little to the model's
 
     @staticmethod
-    def measured(model: Engine) -> Curve:
-        return calibrate(model, ROWS)
+    def measure(model: Engine) -> Measured:
+        return Measured(calibrate(model, ROWS), calibrate_crowd(model))
 
     def handle(self, message: wire.Message) -> None:
         match message:
             case wire.Do(request, Verify() as order):
                 self._verify(request, order)
+            case wire.Pass(orders):
+                for request, order in orders:
+                    self._verify(request, order)
             case wire.Do(request, Prefill() as order):
                 self._open(request, order)
             case wire.Close(request):
@@ -83,18 +104,20 @@ class TargetWorker(Worker[Engine]):
     def _open(self, request: int, order: Prefill) -> None:
         self._close(request)  # nobody asks twice for the same, but a slot must not be lost
         try:
-            slot = self.admit(order.tokens)
+            taken = self.admit(order.tokens, order.cache)
         except OutriderError as exc:
             self.send(wire.failure(request, exc))
             return
-        self._sequences[request] = Sequence(
-            slot=slot,
+        self._sequences[request] = sequence = Sequence(
+            request=request,
+            slot=taken.slot,
             tokens=list(order.tokens),
             sampling=order.sampling,
             logprobs=order.logprobs,
             asked=self.computed_s,
+            taken=taken,
         )
-        self._turns.append(request)
+        self._turns.append(sequence)
         self.wake()
 
     def _verify(self, request: int, order: Verify) -> None:
@@ -113,9 +136,10 @@ class TargetWorker(Worker[Engine]):
             reason = f"round {order.round} does not follow from round {sequence.round}"
             self.send(wire.failure(request, ProtocolError(reason)))
             return
+        self._stragglers.asked(request, time.perf_counter())
         sequence.round, sequence.drafted = order.round, order.drafted
         sequence.asked = self.computed_s
-        self._turns.append(request)
+        self._turns.append(sequence)
         self.wake()
 
     def _close(self, request: int) -> None:
@@ -123,91 +147,175 @@ class TargetWorker(Worker[Engine]):
         if sequence is None:
             return
         sequence.is_open = False
-        if request == self._running:
-            self.model.cancel()
-        self.slots.give_back(sequence.slot)
+        self._stragglers.gone(request)
+        if sequence in self._turns:
+            self._turns.remove(sequence)
+        if sequence in self._running and not any(one.is_open for one in self._running):
+            self.model.cancel()  # nobody waits for the pass any more
+        self.slots.give_back(sequence.slot, sequence.tokens)
         self.wake()
 
     # ---- computing ------------------------------------------------------------------------------
 
     async def compute(self) -> bool:
-        if self.slots.dirty:
-            await self.owned(lambda: self.slots.clean(lambda slot: self.model.rewind(slot, 0)))
-        if not self._turns:
+        if beginning := [one for one in self._turns if one.taken and self._can_begin(one.taken)]:
+            await self.owned(lambda: self._begin(beginning))
+        await self._gather()
+        shares = self._next_pass()
+        if not shares:
             return False
-        request = self._turns.popleft()
-        sequence = self._sequences.get(request)
-        if sequence is None or sequence.drafted is None:
-            return True
-        sequence.waited_s += self.computed_s - sequence.asked
-        verdict = await self._pass(request, sequence, sequence.drafted)
-        if not sequence.is_open:
-            return True
-        if verdict is None:
-            sequence.asked = self.computed_s
-            self._turns.append(request)  # the rest of the text, after the turns of the others
-            return True
-        sequence.tokens.extend(verdict.tokens)
-        sequence.drafted, sequence.elapsed_s, sequence.waited_s = None, 0.0, 0.0
-        self.send(wire.Done(request, verdict))
+        self._running = [share.sequence for share in shares]
+        try:
+            outcomes = await self.owned(lambda: self._evaluate(shares))
+        finally:
+            self._running = []
+        verdicts: list[tuple[int, Verdict]] = []
+        for (sequence, _, _), outcome in zip(shares, outcomes, strict=True):
+            if not sequence.is_open:
+                continue
+            if isinstance(outcome, Verdict):
+                sequence.tokens.extend(outcome.tokens)
+                sequence.drafted, sequence.elapsed_s, sequence.waited_s = None, 0.0, 0.0
+                self._stragglers.answered(sequence.request, time.perf_counter())
+                verdicts.append((sequence.request, outcome))
+            else:
+                self._again(sequence, outcome)
+        # together, so that the requests can share their next pass, too
+        if len(verdicts) == 1:
+            self.send(wire.Done(*verdicts[0]))
+        elif verdicts:
+            self.send(wire.Passed(tuple(verdicts)))
         return True
 
-    async def _pass(
-        self, request: int, sequence: Sequence, drafted: tuple[TokenId, ...]
-    ) -> Verdict | None:
-        """One pass; None if there is more to evaluate, or the request was closed."""
-        self._running = request
-        try:
-            return await self.owned(lambda: self._attempt(sequence, drafted))
-        except Cancelled:
-            return None  # the request was closed; the next turn finds out
-        except (EngineFault, OutriderError, ValueError) as exc:
-            # the slot is empty now: its text is evaluated again, but only once
-            sequence.faults += 1
+    async def _gather(self) -> None:
+        """Wait a moment for requests that would otherwise just miss the pass."""
+        while self._turns and (wait_s := self._stragglers.expected(time.perf_counter())) > 0:
+            self._work.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._work.wait(), wait_s)
+
+    def _can_begin(self, taken: Taken) -> bool:
+        """Whether what it is to copy is there; one who is just reading it is waited for."""
+        source = next((one for one in self._turns if one.slot == taken.source), None)
+        is_reading = source is not None and self.model.length(taken.source) < taken.kept
+        return taken.source == taken.slot or not is_reading
+
+    def _begin(self, sequences: list[Sequence]) -> None:
+        """On the owner thread: each gets what other texts have left of its own."""
+        for sequence in sequences:
+            taken, sequence.taken = sequence.taken, None
+            if taken is None:
+                continue
+            slot, kept, source, _, _ = taken
+            held = self.model.length(source) if self.slots.still_holds(taken) else 0
+            if source == slot:
+                self.model.rewind(slot, min(kept, held))
+            else:
+                self.model.rewind(slot, 0)
+                if held:
+                    self.model.copy(source, slot, min(kept, held))
+            sequence.cached = self.model.length(slot)
+
+    def _next_pass(self) -> list[Share]:
+        """The shares of those who are in turn, as far as a pass has room for their tokens.
+
+        Blocks come first, and leave a quarter of the room to a text that is being read. One whose
+        last pass failed has one of its own, so that it cannot harm the others again.
+        """
+        in_turn = [one for one in self._turns if not one.taken]
+        if in_turn and in_turn[0].faults:
+            in_turn = in_turn[:1]
+        else:
+            in_turn = [one for one in in_turn if not one.faults]
+        blocks = [one for one in in_turn if self._needed(one) <= self.chunk]
+        readers = [one for one in in_turn if one not in blocks]
+        shares: list[Share] = []
+        room = self.chunk
+        for sequence in (*blocks, *readers):
+            spare = self.chunk // 4 if readers and shares and sequence not in readers else 0
+            if share := self._share(sequence, room - spare):
+                self._turns.remove(sequence)
+                sequence.waited_s += self.computed_s - sequence.asked
+                shares.append(share)
+                room -= len(share.tokens)
+        return shares
+
+    def _needed(self, sequence: Sequence) -> int:
+        """How many tokens are to be evaluated, its block included."""
+        drafted = sequence.drafted or ()
+        return len(sequence.tokens) + len(drafted) - self.model.length(sequence.slot)
+
+    def _share(self, sequence: Sequence, room: int) -> Share | None:
+        """What it can do with `room` for so many tokens; None: it has to wait for more room."""
+        base, drafted = len(sequence.tokens), sequence.drafted or ()
+        known, needed = self.model.length(sequence.slot), self._needed(sequence)
+        if needed <= room:
+            return Share(sequence, [*sequence.tokens[known:], *drafted], len(drafted) + 1)
+        ahead = sequence.tokens[known : min(known + room, base - 1)]
+        return Share(sequence, ahead, 0) if needed > self.chunk and ahead else None
+
+    def _again(self, sequence: Sequence, failure: Exception | None) -> None:
+        """It has its next turn after the others; after a second `failure` it has none."""
+        if failure is not None and not isinstance(failure, Cancelled):
+            sequence.faults += 1  # its slot is empty: its text is evaluated again, but once
             if sequence.faults > 1:
-                self.send(wire.failure(request, exc))
-                self._close(request)
-            return None
-        finally:
-            self._running = None
+                self.send(wire.failure(sequence.request, failure))
+                self._close(sequence.request)
+                return
+        sequence.asked = self.computed_s
+        self._turns.append(sequence)
 
-    def _attempt(self, sequence: Sequence, drafted: tuple[TokenId, ...]) -> Verdict | None:
-        """On the owner thread: `_evaluate`; where it fails, the slot is empty afterwards."""
-        try:
-            return self._evaluate(sequence, drafted)
-        except (OutriderError, ValueError):
-            self.model.rewind(sequence.slot, 0)
-            raise
-
-    def _evaluate(self, sequence: Sequence, drafted: tuple[TokenId, ...]) -> Verdict | None:
-        """On the owner thread: one pass; None if it only brought the text nearer to the block."""
+    def _evaluate(self, shares: list[Share]) -> list[Outcome]:
+        """On the owner thread: one pass. Where it fails for a sequence, its slot is empty."""
         began = time.perf_counter()
-        base, slot = len(sequence.tokens), sequence.slot
-        known = self.model.length(slot)
-        if base + len(drafted) - known > self.chunk:
-            ahead = sequence.tokens[known : min(known + self.chunk, base - 1)]
-            self.model.extend(slot, ahead, 0)
-            sequence.elapsed_s += time.perf_counter() - began
+        parts = [Part(sequence.slot, tokens, rows) for sequence, tokens, rows in shares]
+        try:
+            scores = self.model.extend_all(parts)
+        except Cancelled as exc:
+            return [exc] * len(shares)
+        except (EngineFault, OutriderError, ValueError) as exc:
+            for part in parts:
+                self.model.rewind(part.slot, 0)
+            return [exc] * len(shares)
+        found = [self._judged(share, rows) for share, rows in zip(shares, scores, strict=True)]
+        elapsed_s = time.perf_counter() - began
+        self._stragglers.passed(elapsed_s)
+        reads = any(not share.rows for share in shares)
+        rows = 0 if reads else sum(share.rows for share in shares)
+        for at, (share, one) in enumerate(zip(shares, found, strict=True)):
+            share.sequence.elapsed_s += elapsed_s
+            if isinstance(one, Verdict):
+                spent_s, requests = share.sequence.elapsed_s, len(shares)
+                found[at] = one.changed(elapsed_s=spent_s, rows=rows, requests=requests)
+        return found
+
+    def _judged(self, share: Share, rows: Scores) -> Outcome:
+        """The verdict on the block of a sequence, if it had one."""
+        sequence = share.sequence
+        if not share.rows:
             return None
-        block = [*sequence.tokens[known:], *drafted]
-        rows = self.model.extend(slot, block, len(drafted) + 1)
+        base, drafted = len(sequence.tokens), sequence.drafted or ()
         margins: list[float] = []
-        choices = self._choices(sequence, drafted, rows, margins)
-        verdict = decoding.verify(drafted, choices, self.model.info.vocabulary.ends)
-        logprobs = None
-        if sequence.logprobs:
-            pairs = zip(rows, verdict.tokens, strict=False)
-            logprobs = tuple(logprob(row, token) for row, token in pairs)
-        if verdict.accepted < len(drafted):
-            self.model.rewind(slot, base + verdict.accepted)
+        try:
+            choices = self._choices(sequence, drafted, rows, margins)
+            verdict = decoding.verify(drafted, choices, self.model.info.vocabulary.ends)
+            logprobs = None
+            if sequence.logprobs:
+                pairs = zip(rows, verdict.tokens, strict=False)
+                logprobs = tuple(logprob(row, token) for row, token in pairs)
+            if verdict.accepted < len(drafted):
+                self.model.rewind(sequence.slot, base + verdict.accepted)
+        except (EngineFault, OutriderError, ValueError) as exc:
+            self.model.rewind(sequence.slot, 0)
+            return exc
         return verdict.changed(
             round=sequence.round,
             base=base,
             pieces=tuple(map(self.model.piece, verdict.tokens)),
             margins=tuple(margins),
             logprobs=logprobs,
-            elapsed_s=sequence.elapsed_s + time.perf_counter() - began,
             waited_s=sequence.waited_s,
+            cached=0 if sequence.round else sequence.cached,
         )
 
     @staticmethod

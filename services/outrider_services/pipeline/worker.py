@@ -14,16 +14,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import ClassVar, Generic, Protocol, TypeVar
+from typing import ClassVar, Generic, NamedTuple, Protocol, TypeVar
 
 import outrider
 from outrider.core.drafter import DrafterInfo
 from outrider.core.engine import ModelInfo
 from outrider.core.values import Role, TokenId
-from outrider.errors import BadRequest, ConnectionFailed, Overloaded, from_code
+from outrider.errors import BadRequest, ConnectionFailed, from_code
 from outrider.wire import messages as wire
 from outrider.wire.transport import Link, PeerGone
 from outrider_services.pipeline.places import place
+from outrider_services.pipeline.slots import Slots, Taken
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +32,15 @@ BEAT_S = 0.25
 RETRY_S = 0.05
 SILENCE_S = 60.0  # a worker ends if its coordinator is silent for so long, its own pauses apart
 Curve = tuple[float, ...]
+
+
+class Measured(NamedTuple):
+    """What the model's passes cost, in seconds: see `wire.Hello`."""
+
+    curve_s: Curve
+    crowd_s: Curve = ()
+
+
 Status = Callable[[str, float | str], None]
 T = TypeVar("T")
 
@@ -64,7 +74,7 @@ class Worker(ABC, Generic[M]):
 
     role: ClassVar[Role]
 
-    def __init__(self, model: M, owner: ThreadPoolExecutor, curve_s: Curve) -> None:
+    def __init__(self, model: M, owner: ThreadPoolExecutor, measured: Measured) -> None:
         self.model = model
         self.steps = 0
         self.slots = Slots(model.info.slots)
@@ -72,7 +82,7 @@ class Worker(ABC, Generic[M]):
         self._since: float | None = None  # when the running computation began; None: there is none
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._owner = owner
-        self._curve_s = curve_s
+        self._measured = measured
         self._link: Link | None = None
         self._delay_s, self._token = 0.0, ""
         self._incarnation = secrets.randbits(62)
@@ -96,17 +106,17 @@ class Worker(ABC, Generic[M]):
 
     @staticmethod
     @abstractmethod
-    def measured(model: M) -> Curve:
-        """The seconds for `Hello.curve_s`, measured on the owner thread."""
+    def measure(model: M) -> Measured:
+        """On the owner thread: the seconds for `Hello`."""
 
-    def admit(self, tokens: Sequence[TokenId]) -> int:
-        """A slot for a new request with this text. Raises BadRequest or Overloaded."""
+    def admit(self, tokens: Sequence[TokenId], cache: str | None, skip: int = 0) -> Taken:
+        """A sequence for a new request with this text. Raises BadRequest or Overloaded."""
         info = self.model.info
         if not 0 < len(tokens) < info.context:
             raise BadRequest(f"{len(tokens)} tokens do not fit the context of {info.context}")
         if info.vocabulary and max(tokens) >= info.vocabulary.size:
             raise BadRequest(f"token {max(tokens)} is not in the vocabulary", "prompt")
-        return self.slots.take()
+        return self.slots.take(tokens, cache, skip)
 
     def send(self, message: wire.Message) -> None:
         """Send if possible: a coordinator that is gone has forgotten the request, too."""
@@ -123,8 +133,11 @@ class Worker(ABC, Generic[M]):
         except PeerGone as exc:
             log.debug("not sent: %s (%s)", type(message).__name__, exc)
         except BadRequest as exc:  # it is too long
-            log.warning("not sent: %s", exc)
+            log.warning("not sent as it is: %s", exc)
             match message:
+                case wire.Passed(verdicts):
+                    for number, verdict in verdicts:
+                        self._send_now(wire.Done(number, verdict))
                 case wire.Done(number) | wire.LabelTexts(number):
                     self._send_now(wire.failure(number, exc))
 
@@ -246,7 +259,8 @@ class Worker(ABC, Generic[M]):
             slots=info.slots,
             device=info.device[:256],
             cores=place(info.device)[:256],
-            curve_s=self._curve_s,
+            curve_s=self._measured.curve_s,
+            crowd_s=self._measured.crowd_s,
             token=self._token,
         )
 
@@ -267,36 +281,9 @@ async def serve(
 
         model: M = await loop.run_in_executor(owner, load, report)
         try:
-            curve_s = await loop.run_in_executor(owner, make.measured, model)
-            await make(model, owner, curve_s).run(connection, status)
+            measured = await loop.run_in_executor(owner, make.measure, model)
+            await make(model, owner, measured).run(connection, status)
         finally:
             await loop.run_in_executor(owner, model.close)
     finally:
         owner.shutdown()
-
-
-class Slots:
-    """The model's sequences; those given back are cleaned, on the owner thread, before reuse."""
-
-    def __init__(self, count: int) -> None:
-        self._free = list(range(count))
-        self._used: set[int] = set()
-
-    @property
-    def dirty(self) -> bool:
-        return bool(self._used)
-
-    def take(self) -> int:
-        """A free slot. Raises Overloaded."""
-        if not self._free:
-            raise Overloaded("every sequence of the worker is taken")
-        return self._free.pop(0)
-
-    def give_back(self, slot: int) -> None:
-        self._free.append(slot)
-        self._used.add(slot)
-
-    def clean(self, forget: Callable[[int], None]) -> None:
-        """On the owner thread: `forget` what the slots given back still hold."""
-        while self._used:
-            forget(self._used.pop())

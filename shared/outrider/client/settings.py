@@ -90,6 +90,10 @@ class CompletionSettings(TypedDict, total=False):
     p_min: Number | None
     """A block ends before a token whose confidence is below this. Default: as the pipeline is
     set."""
+    cache_prompt: bool | None
+    """Whether what is read of the text may be used again by later ones. Default: true."""
+    cache_key: str | None
+    """What was read is only used again by requests with the same key. Default: an empty one."""
     trace: bool | None
     """Whether the answer has a `trace`: when which worker computed."""
 
@@ -283,6 +287,8 @@ CHECKS: dict[str, Callable[[str, object], Any]] = {
     "n_draft": whole,
     "n_min": whole,
     "p_min": number,
+    "cache_prompt": flag,
+    "cache_key": text,
     "trace": flag,
 }
 
@@ -316,4 +322,5 @@ def submit(
         trace=given.get("trace", False),
         n_min=given.get("n_min"),
         p_min=given.get("p_min"),
+        cache=given.get("cache_key", "") if given.get("cache_prompt", True) else None,
     )

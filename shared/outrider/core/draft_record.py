@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from enum import Enum, auto
+from typing import Self
 
+from outrider.core.reading import Held
 from outrider.core.values import Proposal
 
 PATIENCE_S = (0.02, 0.5)  # least and most wait for one drafted token
@@ -25,6 +27,7 @@ class DraftRecord:
     told: int = 0  # it knows the committed text up to here
     told_at: float = 0.0  # when the target last fell idle and the draft was told
     read: int = 0  # it has certainly taken in the text up to here
+    skip: int = 0  # … from here on
     until: int = 0  # its leave
     granted: int = 0  # the farthest that its leave ever was: such a token may be on its way
     floors: tuple[float, ...] = ()
@@ -36,6 +39,16 @@ class DraftRecord:
     def rides(self) -> bool:
         """Whether it drafts for this request, be it paused or late."""
         return self.state not in (DraftState.ABSENT, DraftState.IDLE)
+
+    @classmethod
+    def of(cls, held: Held) -> Self:
+        """Before anything has happened: what the draft knows of the prompt."""
+        return cls(told=held.end, read=held.end, skip=held.skip)
+
+    @property
+    def held(self) -> Held:
+        """What it still knows of the committed text when it has left."""
+        return Held(self.skip, min(self.read, self.told))
 
     def may_send(self, proposal: Proposal, vocabulary: int) -> bool:
         """Whether a draft worker that keeps the rules could have sent this."""

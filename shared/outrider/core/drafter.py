@@ -37,11 +37,21 @@ class Drafter(Protocol):
     info: DrafterInfo
     token_s: float  # what one drafted token takes, measured when the drafter was made
     read_s: float  # and what each token of a long text takes that is only read
+    crowd_s: tuple[float, ...]  # what one token each for 1, 2 … texts takes; (): it does not share
 
-    def open(self, slot: int, sampling: Sampling, vocabulary: int, skip: int = 0) -> None:
+    def open(
+        self,
+        slot: int,
+        sampling: Sampling,
+        vocabulary: int,
+        skip: int = 0,
+        known: int = 0,
+        source: int = -1,
+    ) -> None:
         """A text begins in `slot`, of which the first `skip` tokens are not to be read.
 
-        Ids from `vocabulary` on do not exist in the target.
+        Ids from `vocabulary` on do not exist in the target. The text in slot `source`, perhaps the
+        former one of this slot, began with the same `known` tokens, as far as they were read.
         """
 
     def cut(self, slot: int, length: int) -> None:
@@ -58,15 +68,18 @@ class Drafter(Protocol):
         `EngineFault` where it failed, ValueError for a text that it cannot follow.
         """
 
+    def propose_all(
+        self, texts: Sequence[tuple[int, Sequence[TokenId]]]
+    ) -> list[tuple[Drafted, ...]]:
+        """`propose` for several slots and their texts, in one pass if it can; in the same order."""
+        return [self.propose(slot, text) for slot, text in texts]
+
     def recall(self, slot: int, text: Sequence[TokenId], count: int) -> tuple[Drafted, ...]:
         """What it would have proposed for each of the last `count` tokens of `text`, in order.
 
         It takes in all of the text but the last token, at once; none if that cannot be. Reading
         costs a fraction of drafting, so this is the cheapest way to see whether a draft agrees.
         """
-
-    def forget(self, slot: int) -> None:
-        """The text in `slot` is over; the slot is free."""
 
     def cancel(self) -> None:
         """Cut short the `propose` that is running, if one is."""

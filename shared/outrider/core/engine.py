@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Protocol, TypeAlias
+from typing import Annotated, NamedTuple, Protocol, TypeAlias
 
 from outrider.core.sampling import Scores
 from outrider.core.values import Count, Meta, TokenId, Value, Word
@@ -41,15 +41,23 @@ class ModelInfo:
     vocabulary: Vocabulary
     context: int  # tokens that one sequence can hold
     slots: int  # sequences held at once, ids 0 … slots - 1
-    chunk: int  # most tokens that one `extend` takes
+    chunk: int  # most tokens that one pass takes
     device: str  # "cpu, 1 thread on core 0"
+
+
+class Part(NamedTuple):
+    """What one sequence gets of a pass; see `Engine.extend`."""
+
+    slot: int
+    tokens: Sequence[TokenId]
+    rows: int
 
 
 class Engine(Protocol):
     """One model and its KV cache.
 
-    `extend`, `rewind` and `close` belong to one owner thread; everything else may be called
-    from any thread.
+    `extend`, `extend_all`, `rewind`, `copy` and `close` belong to one owner thread; everything else
+    may be called from any thread.
     """
 
     info: ModelInfo
@@ -63,10 +71,23 @@ class Engine(Protocol):
         anything is touched).
         """
 
+    def extend_all(self, parts: Sequence[Part]) -> list[Scores]:
+        """The same for several sequences in one pass; the results are in the order of `parts`.
+
+        Each part has a slot of its own, and all their tokens together are at most `info.chunk`.
+        Where it raises `Cancelled` all have their former lengths; an `EngineFault` empties all.
+        """
+
     def rewind(self, slot: int, length: int) -> None:
         """Keep only the first `length` tokens of the sequence in `slot`; 0 frees it.
 
         Raises ValueError where it holds fewer, `EngineFault` where the cache cannot be cut.
+        """
+
+    def copy(self, source: int, slot: int, length: int) -> None:
+        """The sequence in `slot` becomes the first `length` tokens of the one in `source`.
+
+        Raises ValueError where that holds fewer, or is the same one.
         """
 
     def length(self, slot: int) -> int:

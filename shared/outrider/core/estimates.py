@@ -42,6 +42,10 @@ class CostModel:
     load, perhaps while the target is loading too, so its first tokens count for more. `costs` only
     change when one is off by more than 5 % and more than 0.5 % of a plain step: until then all
     that was solved for them is kept.
+
+    Of `crowd` requests that share the passes of the workers, each sees other costs. A further row
+    delays all of them, so it costs each that many times its seconds; the pass itself they pay
+    together. With these costs the rule for one request finds what is best for all.
     """
 
     OWN, SHARED, OFF, NEGLIGIBLE = 0.2, 0.05, 0.05, 0.005
@@ -52,35 +56,79 @@ class CostModel:
         draft_s: float,
         link_s: float = 5e-4,
         read_s: float | None = None,
+        crowd_s: Sequence[float] = (),
+        together_s: Sequence[float] = (),
+        in_turns: bool = False,
     ) -> None:
-        self.read_s = draft_s / 3 if read_s is None else read_s  # a token that the draft only reads
+        """`crowd_s`: passes over one row each of 1, 2, 3 … requests; `together_s`: the same of the
+        draft. `in_turns`: while the draft reads for one request, all the others wait."""
+        self.crowd = 1
+        self._in_turns = in_turns
+        self._together_s = tuple(together_s)
+        self._read_s = draft_s / 3 if read_s is None else read_s
         self._verify = [math.log(max(seconds, 1e-6)) for seconds in verify_s]
+        self._crowd = [math.log(max(seconds, 1e-6)) for seconds in crowd_s]
         self._draft = math.log(max(draft_s, 1e-6))
         self._link = math.log(link_s)
         self._turn = self._draft + math.log(0.3)
         self._tokens = 4  # drafted so far; the measurement at load counts as the first four
         self._changed = False
-        self._hold(np.exp([*self._verify, self._draft, self._link, self._turn]))
+        self._hold(self._seconds())
 
     @classmethod
-    def measured(cls, target_s: Sequence[float], draft_s: Sequence[float]) -> CostModel:
-        """From what the workers have measured at load: see `wire.Hello.curve_s`."""
+    def measured(
+        cls,
+        target_s: Sequence[float],
+        draft_s: Sequence[float],
+        crowd_s: Sequence[float] = (),
+        together_s: Sequence[float] = (),
+        in_turns: bool = False,
+    ) -> CostModel:
+        """From what the workers have measured at load: see `wire.Hello`."""
         token_s, *read_s = draft_s
-        return cls(target_s, token_s, read_s=read_s[0] if read_s else None)
+        return cls(
+            verify_s=target_s,
+            draft_s=token_s,
+            read_s=read_s[0] if read_s else None,
+            crowd_s=crowd_s,
+            together_s=together_s,
+            in_turns=in_turns,
+        )
 
-    def verified(self, rows: int, elapsed_s: float, round_trip_s: float) -> None:
-        """A pass over `rows` rows took `elapsed_s`, and `round_trip_s` with its messages."""
-        if not 1 <= rows <= len(self._verify):
+    def verified(self, rows: int, elapsed_s: float, round_trip_s: float, requests: int = 1) -> None:
+        """A pass over `rows` rows of so many requests took `elapsed_s`; see `Rule.verified`."""
+        if not 1 <= requests <= rows or (requests == 1 and rows > len(self._verify)):
             return
-        error = _bounded(math.log(max(elapsed_s, 1e-6)) - self._verify[rows - 1])
+        expected_s = self._pass_s(np.exp(self._verify), np.exp(self._crowd), requests, rows)
+        error = _bounded(math.log(max(elapsed_s, 1e-6) / expected_s))
         self._verify = [cost + self.SHARED * error for cost in self._verify]
-        self._verify[rows - 1] += (self.OWN - self.SHARED) * error
-        link_s = min(max(round_trip_s - elapsed_s, 1e-5), 1.0)
-        self._link += self.OWN * _bounded(math.log(link_s) - self._link)
+        self._crowd = [cost + self.SHARED * error for cost in self._crowd]
+        own = self._verify if requests == 1 else self._crowd
+        at = (rows if requests == 1 else requests) - 1
+        if at < len(own):
+            own[at] += (self.OWN - self.SHARED) * error
+        if requests == 1:  # of several some may have been held back for the others
+            link_s = min(max(round_trip_s - elapsed_s, 1e-5), 1.0)
+            self._link += self.OWN * _bounded(math.log(link_s) - self._link)
         self._changed = True
 
-    def drafted(self, each_s: float, count: int = 1, turn_s: float | None = None) -> None:
-        """`count` tokens took `each_s` each; beginning a turn, if they did, took `turn_s`."""
+    @staticmethod
+    def _pass_s(verify_s: Values, crowd_s: Values, requests: int, rows: int) -> float:
+        """Seconds of a pass over `rows` rows of so many requests."""
+        one = Costs(tuple(verify_s), 0.0, 0.0).passes(max(rows, requests))
+        alone = float(one[rows - 1])
+        if requests > len(crowd_s):
+            return alone
+        return float(crowd_s[requests - 1]) + alone - float(one[requests - 1])
+
+    def drafted(
+        self, each_s: float, count: int = 1, turn_s: float | None = None, requests: int = 1
+    ) -> None:
+        """`count` tokens took `each_s` each; beginning a turn, if they did, took `turn_s`.
+
+        So many `requests` shared the draft's passes.
+        """
+        each_s /= self.together(requests)
         self._tokens += count
         weight = max(1 - (1 - self.SHARED) ** count, count / self._tokens)
         # disturbances only make it slower, so only that side is bounded
@@ -91,24 +139,61 @@ class CostModel:
 
     def read(self, each_s: float) -> None:
         """Tokens that the draft only read took `each_s` each."""
-        self.read_s += 0.3 * (min(each_s, 2 * self.read_s) - self.read_s)
+        self._read_s += 0.3 * (min(each_s, 2 * self._read_s) - self._read_s)
+
+    @property
+    def read_s(self) -> float:
+        """What a token costs that the draft only reads."""
+        return self._read_s * (self.crowd if self._in_turns else 1)
+
+    def together(self, requests: int) -> float:
+        """How many times as long as for one request the draft's pass for so many takes."""
+        known = self._together_s
+        if len(known) < 2:
+            return float(requests)
+        slope = max(0.0, known[-1] - known[-2])
+        beyond = max(0, requests - len(known)) * slope
+        return max(1.0, (known[min(requests, len(known)) - 1] + beyond) / known[0])
+
+    def growth(self, requests: int) -> float:
+        """How many times as long as for one request a plain step of so many takes."""
+        return self.shared_by(requests).verify_s[0] / self.shared_by(1).verify_s[0]
 
     @property
     def costs(self) -> Costs:
-        if not self._changed:
-            return self._costs
-        self._changed = False
-        seconds = np.exp([*self._verify, self._draft, self._link, self._turn])
-        allowed = np.maximum(self.OFF * self._held, self.NEGLIGIBLE * self._held[0])
-        if (np.abs(seconds - self._held) > allowed).any():
-            self._hold(seconds)
-        return self._costs
+        if self._changed:
+            self._changed = False
+            seconds = self._seconds()
+            allowed = np.maximum(self.OFF * self._held, self.NEGLIGIBLE * self._held[0])
+            if (np.abs(seconds - self._held) > allowed).any():
+                self._hold(seconds)
+        return self.shared_by(self.crowd)
+
+    def shared_by(self, crowd: int) -> Costs:
+        """What each of so many requests sees."""
+        if crowd not in self._costs:
+            self._costs[crowd] = self._seen_by(crowd)
+        return self._costs[crowd]
+
+    def _seconds(self) -> Values:
+        found: Values = np.exp([*self._verify, *self._crowd, self._draft, self._link, self._turn])
+        return found
 
     def _hold(self, seconds: Values) -> None:
         self._held = seconds
-        *verify_s, draft_s, link_s, turn_s = map(float, seconds)
-        verify_s = np.maximum.accumulate(verify_s).tolist()
-        self._costs = Costs(tuple(verify_s), draft_s, link_s, turn_s)
+        self._costs: dict[int, Costs] = {}  # by the size of the crowd
+
+    def _seen_by(self, crowd: int) -> Costs:
+        verify, more = len(self._verify), len(self._crowd)
+        verify_s = np.maximum.accumulate(self._held[:verify])
+        crowd_s = np.maximum.accumulate(self._held[verify : verify + more])
+        draft_s, link_s, turn_s = map(float, self._held[verify + more :])
+        if crowd > 1:
+            base_s = self._pass_s(verify_s, crowd_s, crowd, crowd)
+            alone = Costs(tuple(verify_s), 0.0, 0.0).passes(crowd + LONGEST)[crowd - 1 :]
+            verify_s = base_s + crowd * (alone - alone[0])
+            draft_s *= self.together(crowd)
+        return Costs(tuple(map(float, verify_s)), draft_s, link_s, turn_s)
 
 
 def _bounded(error: float) -> float:

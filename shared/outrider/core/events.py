@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, TypeAlias
 
+from outrider.core.reading import UNKNOWN, Held
 from outrider.core.sampling import Sampling
 from outrider.core.values import (
     Count,
@@ -21,6 +22,7 @@ from outrider.core.values import (
     TokenIds,
     Verdict,
     Verify,
+    Word,
 )
 from outrider.errors import OutriderError
 
@@ -40,6 +42,8 @@ class Task:
     sampling: Sampling = DEFAULT_SAMPLING
     logprobs: bool = False
     trace: bool = False
+    cache: str | None = None  # see `Prefill`
+    held: Held = UNKNOWN  # what the draft knows of the prompt from an earlier request
 
 
 # ---- events -------------------------------------------------------------------------------------
@@ -91,6 +95,7 @@ class Prefill(Order, frozen=True):
     tokens: TokenIds
     sampling: Sampling
     logprobs: bool
+    cache: Word | None = None  # texts of the same name may use what was read of it; None: no other
 
 
 class OpenDraft(Order, frozen=True):
@@ -109,6 +114,7 @@ class OpenDraft(Order, frozen=True):
     floors: Floors = ()
     skip: Count = 0  # tokens at the beginning that the draft is not to read
     recall: Count = 0  # it tells first what it would have drafted for so many tokens at the end
+    cache: Word | None = None  # see `Prefill`
 
 
 class Commit(Order, frozen=True):
@@ -145,7 +151,7 @@ class Fault:
 
 @dataclass(frozen=True, slots=True)
 class Settle:
-    """Call `Session.settle` now: the target is busy, and nobody waits."""
+    """Call `Rule.settle` now: the target is busy, and nobody waits."""
 
 
 Command: TypeAlias = (

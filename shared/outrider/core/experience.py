@@ -29,7 +29,7 @@ class Experience:
         self.failures = 0  # vain attempts, one after the other
         self.judged = 0  # drafted or recalled tokens that were compared with the target's
         # the guard's unit: only plain steps move it; in the cost model every pass moves every cost
-        self.step_s = costs.costs.verify_s[0] + costs.costs.link_s
+        self._alone_s = costs.costs.verify_s[0] + costs.costs.link_s
         self.plain_steps, self.patience = PROBES[0], PROBES[0]  # the first probe is at once
         self.prompt_steps = 0.0  # what the last prompt took the draft, in plain steps
 
@@ -39,9 +39,16 @@ class Experience:
         if self.patience < PROBES[-1]:
             self.plain_steps = self.patience
 
-    def stepped(self, elapsed_s: float) -> None:
-        """A plain step was seen; a disturbed one counts for no more than twice the usual."""
-        self.step_s += 0.2 * (min(elapsed_s, 2 * self.step_s) - self.step_s)
+    @property
+    def step_s(self) -> float:
+        """A plain step now."""
+        return self._alone_s * self.costs.growth(self.costs.crowd)
+
+    def stepped(self, elapsed_s: float, requests: int = 1) -> None:
+        """A plain step of so many was seen; a disturbed one counts for no more than twice the
+        usual."""
+        alone_s = elapsed_s / self.costs.growth(requests)
+        self._alone_s += 0.2 * (min(alone_s, 2 * self._alone_s) - self._alone_s)
 
     @property
     def is_hopeless(self) -> bool:

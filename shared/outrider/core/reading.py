@@ -27,11 +27,29 @@ USUAL = 192.0  # tokens that an answer is expected to have as long as none is kn
 WEIGHT = 2.0  # how many known answers that expectation counts for
 
 
+class Held(NamedTuple):
+    """What the draft still knows of a text from before: its tokens from `skip` to `end`."""
+
+    skip: int
+    end: int
+
+
+UNKNOWN = Held(0, 0)
+
+
 class Reading(NamedTuple):
-    """So many tokens at the end of the text, and for how many of them the draft is to recall."""
+    """So many tokens at the end of the text, and for how many of them the draft is to recall.
+
+    So many of them are `known` to the draft already.
+    """
 
     tokens: int
     recall: int = 0
+    known: int = 0
+
+    @property
+    def unread(self) -> int:
+        return self.tokens - self.known
 
 
 NOTHING = Reading(0)
@@ -68,16 +86,24 @@ def budget(left: float, saved: float, untried: float, failures: int) -> float:
     return max(SHARE * saved * left, trial)
 
 
-def chosen(text: int, written: int, budget_s: float, read_s: float, knows: bool) -> Reading:
+def chosen(
+    text: int, written: int, budget_s: float, read_s: float, knows: bool, held: Held = UNKNOWN
+) -> Reading:
     """What to read of `text` tokens, `written` of them the answer's, where each takes `read_s`.
 
     `knows`: a gain is expected without any recall. Else some of the answer must be there to recall.
+    What is `held` is gone on with if that can be paid for.
     """
     count = min(text, int(budget_s / max(read_s, 1e-9)))
+    least, most = RECALLED
+    unread = text - held.end
+    if held.end > held.skip and unread <= count:
+        recall = 0 if knows else min(written, unread, most)
+        if knows or recall >= least:
+            return Reading(text - held.skip, recall, held.end - held.skip)
     if count < min(LEAST, text):
         return NOTHING
     if knows:
         return Reading(count)
-    least, most = RECALLED
     recall = min(written, count - CONTEXT, most)
     return Reading(recall + CONTEXT, recall) if recall >= least else NOTHING

@@ -16,7 +16,7 @@ import numpy as np
 from outrider.core import price, reading, stopping
 from outrider.core.estimates import LONGEST, Acceptance, Spread
 from outrider.core.experience import Experience
-from outrider.core.reading import Reading
+from outrider.core.reading import UNKNOWN, Held, Reading
 from outrider.core.values import Mode
 
 PRIOR = 6.0  # drafted tokens that the spread on other texts counts for
@@ -38,10 +38,13 @@ class Rule(Protocol):
     def drafts(self) -> bool:
         """Whether drafts are wanted at all; if not, the draft need not even read the prompt."""
 
-    def reads(self, text: int, written: int, room: int, busy: bool) -> Reading:
+    def reads(
+        self, text: int, written: int, room: int, busy: bool, held: Held = UNKNOWN
+    ) -> Reading:
         """What the draft is to read now of the `text` tokens so far, if anything.
 
-        `written` of them are the answer's, and there is `room` for so many more.
+        `written` of them are the answer's, and there is `room` for so many more. What is `held`
+        need not be read.
         """
         return Reading(text)
 
@@ -92,16 +95,28 @@ class Rule(Protocol):
         """The target chose a drafted token of this confidence itself (`good`), or another."""
         return None
 
-    def verified(self, rows: int, elapsed_s: float, round_trip_s: float) -> None:
-        """A pass over `rows` rows took `elapsed_s`, and `round_trip_s` with its messages."""
+    def verified(self, rows: int, elapsed_s: float, round_trip_s: float, requests: int = 1) -> None:
+        """A pass over `rows` rows took `elapsed_s`, and `round_trip_s` with its messages.
+
+        So many `requests` had at least one of them each.
+        """
         return None
 
     def committed(self, tokens: int, spent_s: float) -> None:
         """`tokens` more tokens were committed, `spent_s` after the commit before."""
         return None
 
-    def drafted(self, each_s: float, confidences: Sequence[float], turn_s: float | None) -> None:
-        """Each token took `each_s`; beginning a turn of the draft, if they did, took `turn_s`."""
+    def drafted(
+        self,
+        each_s: float,
+        confidences: Sequence[float],
+        turn_s: float | None,
+        requests: int = 1,
+    ) -> None:
+        """Each token took `each_s`; beginning a turn of the draft, if they did, took `turn_s`.
+
+        So many `requests` shared the draft's passes.
+        """
         return None
 
 
@@ -176,7 +191,9 @@ class PricedRule(Rule):
     def drafts(self) -> bool:
         return not self._guard.resting
 
-    def reads(self, text: int, written: int, room: int, busy: bool) -> Reading:
+    def reads(
+        self, text: int, written: int, room: int, busy: bool, held: Held = UNKNOWN
+    ) -> Reading:
         """Everything where that costs the target nothing, else what can be paid for: `reading`."""
         found, experience = Reading(text), self._experience
         if self._pays:
@@ -189,11 +206,11 @@ class PricedRule(Rule):
             saved = self._saved if knows else 0.0
             budget = reading.budget(left, saved, experience.untried, experience.failures)
             budget_s = min((budget - self._spent) * step_s, reading.LONGEST_S)
-            found = reading.chosen(text, written, budget_s, self._costs.read_s, knows)
+            found = reading.chosen(text, written, budget_s, self._costs.read_s, knows, held)
             if not found.tokens or (found.recall and experience.is_hopeless):
                 return reading.NOTHING
             self._guard.expect(left)
-        self._unseen, self._tried = found.tokens, True
+        self._unseen, self._tried = found.unread, True
         self._awaits, self._idle = found.recall > 0, 0
         return found
 
@@ -258,6 +275,12 @@ class PricedRule(Rule):
         return LONGEST * self._costs.costs.draft_s + 2 * behind * self._costs.read_s
 
     def decide(self, confidences: Sequence[float], limit: int, next_s: float | None) -> int | None:
+        block = self._block(confidences, limit, next_s)
+        if block is not None:
+            self._idle = 0 if block or self._unseen else self._idle + 1
+        return block
+
+    def _block(self, confidences: Sequence[float], limit: int, next_s: float | None) -> int | None:
         if self._guard.resting:
             return 0
         if self._awaits and next_s is not None:
@@ -265,6 +288,9 @@ class PricedRule(Rule):
         limit = max(0, min(limit, self._n_max))
         likely, costs = self._experience.acceptance.of(confidences), self._settled
         if self.mode == "pipelined":
+            if next_s is not None and self._costs.crowd > 1:
+                # the others' pass begins without it: who waits for a token waits for the next pass
+                next_s = max(next_s, costs.verify_s[0])
             return price.plan(costs, self._average, likely, limit, next_s)
         block = stopping.plan(costs, self._turn, likely, limit)
         could = next_s is not None and limit and not len(confidences)
@@ -286,21 +312,27 @@ class PricedRule(Rule):
         self._experience.acceptance.observe(good, confidence)
         self._experience.judged += 1
 
-    def verified(self, rows: int, elapsed_s: float, round_trip_s: float) -> None:
-        self._costs.verified(rows, elapsed_s, round_trip_s)
-        self._idle = self._idle + 1 if rows == 1 and not self._unseen else 0
-        if rows == 1:
-            self._experience.stepped(round_trip_s)
+    def verified(self, rows: int, elapsed_s: float, round_trip_s: float, requests: int = 1) -> None:
+        self._costs.verified(rows, elapsed_s, round_trip_s, requests)
+        if rows == requests:
+            self._experience.stepped(round_trip_s, requests)
 
     def committed(self, tokens: int, spent_s: float) -> None:
         self._guard.committed(tokens, spent_s, self._experience.step_s)
         self._experience.untried += tokens if self.dismisses or not self._tried else 0
 
-    def drafted(self, each_s: float, confidences: Sequence[float], turn_s: float | None) -> None:
+    def drafted(
+        self,
+        each_s: float,
+        confidences: Sequence[float],
+        turn_s: float | None,
+        requests: int = 1,
+    ) -> None:
         costs = self._costs.costs
         if not self._unseen:
             in_turns = self.mode == "sync"
-            self._costs.drafted(each_s, len(confidences), turn_s if in_turns else None)
+            turn_s = turn_s if in_turns else None
+            self._costs.drafted(each_s, len(confidences), turn_s, requests)
         else:  # the first proposal includes reading the text
             self._has_read(max(0.0, each_s - costs.draft_s) * len(confidences))
         likely = self._experience.acceptance.of(confidences)

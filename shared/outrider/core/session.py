@@ -98,7 +98,7 @@ class Session:
         self.task, self.rule, self.stats = task, rule, stats
         self.tokens: list[TokenId] = list(task.prompt)
         self.stock = Stock()
-        self.draft = DraftRecord()
+        self.draft = DraftRecord.of(task.held)
         self.phase = Phase.NEW
         self.round = 0
         self.block = 0  # drafted tokens in the latest pass that the target was asked for
@@ -131,16 +131,12 @@ class Session:
             case Failure(error):
                 return self._end(Fault(error))
 
-    def settle(self) -> None:
-        """Have the next decision use what was observed; see `Rule.settle`."""
-        self.rule.settle()
-
     # ---- events ---------------------------------------------------------------------------------
 
     def _start(self, draft: bool, now: float) -> list[Command]:
         self.phase, self.stats.started = Phase.VERIFYING, now
-        prefill = Prefill(self.task.prompt, self.task.sampling, self.task.logprobs)
-        return [prefill, *(self._on_draft_ready() if draft else [])]
+        task, drafts = self.task, self._on_draft_ready() if draft else []
+        return [Prefill(task.prompt, task.sampling, task.logprobs, task.cache), *drafts]
 
     def _on_draft_ready(self) -> list[Command]:
         """If the rule wants drafts, let the draft read the text; else it stays idle."""
@@ -151,11 +147,12 @@ class Session:
         if not self.rule.drafts or draft.offences >= OFFENCES:
             return []
         text, busy = len(self.tokens), self.phase is Phase.VERIFYING
-        reading = self.rule.reads(text, text - len(task.prompt), self._room(), busy)
+        reading = self.rule.reads(text, text - len(task.prompt), self._room(), busy, draft.held)
         if not reading.tokens:
             return []
         draft.state = DraftState.DRAFTING
-        draft.told, draft.read = text, text - reading.tokens
+        draft.told, draft.skip = text, text - reading.tokens
+        draft.read = draft.skip + reading.known
         stream = self.stock.open(self.tokens)
         self._grant()
         order = OpenDraft(
@@ -167,8 +164,9 @@ class Session:
             ends=tuple(sorted(task.ends)),
             until=draft.until,
             floors=draft.floors,
-            skip=draft.read,
+            skip=draft.skip,
             recall=reading.recall,
+            cache=task.cache,
         )
         return [order]
 
@@ -319,10 +317,10 @@ class Session:
         each_s = elapsed_s / len(proposal.drafted)
         draft.gap_s += 0.2 * (each_s - draft.gap_s)
         draft.next_at = now + each_s
-        begins_turn = proposal.position == len(self.tokens)
         turn_s = max(0.0, now - draft.told_at - elapsed_s - proposal.waited_s)
+        begin_s = turn_s if proposal.position == len(self.tokens) else None
         confidences = [one.confidence for one in proposal.drafted]
-        self.rule.drafted(each_s, confidences, turn_s if begins_turn else None)
+        self.rule.drafted(each_s, confidences, begin_s, proposal.requests)
 
     def _measure(self, verdict: Verdict, now: float) -> None:
         """Record how long the round took, and how much of that the target computed."""
@@ -332,9 +330,11 @@ class Session:
         if last_commit is not None:
             round_trip_s = max(0.0, now - self._sent - verdict.waited_s)
             spent_s = max(0.0, now - last_commit - self._waited_s - verdict.waited_s)
-            self.rule.verified(block + 1, verdict.elapsed_s, round_trip_s)
+            rows, requests = verdict.rows, verdict.requests
+            if rows:  # else it also read a prompt
+                self.rule.verified(rows, verdict.elapsed_s, round_trip_s, requests)
             self.rule.committed(len(verdict.tokens), spent_s)
-            if not block:  # only such a round shows what a pass over one row takes
+            if rows == requests:  # else it shows no plain step
                 stats.stepped(now - self._sent)
         self._waited_s = 0.0
         stats.count(block, verdict.accepted, now)

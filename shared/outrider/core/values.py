@@ -84,6 +84,7 @@ class Proposal(Order, frozen=True):
     waited_s: Seconds = 0.0  # before that, the drafter worked for other requests
     paused: bool = False  # nothing follows before the next commit; see `events.Commit`
     recalled: Stretch = ()  # what it would have drafted in place of the text's last tokens
+    requests: Count = 1  # that shared the last pass of the draft
 
     def hindsight(self, text: Sequence[TokenId]) -> list[tuple[bool, float]]:
         """Whether each recalled token is the one in `text`, and how sure the draft was."""
@@ -97,6 +98,7 @@ class Proposal(Order, frozen=True):
             drafted=(*self.drafted, *later.drafted),
             elapsed_s=self.elapsed_s + later.elapsed_s,
             paused=later.paused,
+            requests=later.requests,
         )
 
 
@@ -125,6 +127,9 @@ class Verdict(Order, frozen=True):
     logprobs: Floats | None = None
     elapsed_s: Seconds = 0.0  # the pass took this long
     waited_s: Seconds = 0.0  # before that, the target worked for other requests
+    rows: Count = 0  # of the pass, for all the requests that shared it; 0: it also read a prompt
+    requests: Count = 1  # that shared the pass
+    cached: Count = 0  # in round 0: tokens of the prompt that need not be read
 
 
 class Token(Value, frozen=True):

@@ -7,7 +7,7 @@ import time
 
 import numpy as np
 
-from outrider.core.engine import Engine
+from outrider.core.engine import Engine, Part
 from outrider.core.values import TokenId
 
 STEPS, STEPS_S = 15, 0.1  # most passes over one row to measure; only 3 if these take so long
@@ -37,6 +37,33 @@ def calibrate(engine: Engine, rows: tuple[int, ...]) -> tuple[float, ...]:
         measured.append(statistics.median(seconds) if n == 1 else min(seconds))
     engine.rewind(0, 0)
     return tuple(map(float, np.interp(range(1, rows[-1] + 1), rows, measured)))
+
+
+def calibrate_crowd(engine: Engine) -> tuple[float, ...]:
+    """Seconds of a pass over one row each of 1, 2, 3 … sequences, as many as there are slots.
+
+    Powers of two are measured, and the last; those between are interpolated. All slots are used,
+    and freed.
+    """
+    info = engine.info
+    most = min(info.slots, info.chunk)
+    sizes = sorted({2**n for n in range(most.bit_length())} | {most})
+    token: TokenId = min(5, info.vocabulary.size - 1)
+    for slot in range(most):
+        engine.extend(slot, [token], 0)
+    measured = []
+    for size in sizes:
+        seconds: list[float] = []
+        while len(seconds) < 3 and sum(seconds) < STEPS_S:
+            began = time.perf_counter()
+            engine.extend_all([Part(slot, [token], 1) for slot in range(size)])
+            seconds.append(time.perf_counter() - began)
+            for slot in range(size):
+                engine.rewind(slot, 1)
+        measured.append(min(seconds))
+    for slot in range(most):
+        engine.rewind(slot, 0)
+    return tuple(map(float, np.interp(range(1, most + 1), sizes, measured)))
 
 
 def calibrate_reading(engine: Engine, count: int, rows: int) -> float:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from outrider.core.drafter import DrafterInfo
-from outrider.core.engine import Engine
-from outrider.core.sampling import Sampling, propose
+from outrider.core.engine import Engine, Part
+from outrider.core.sampling import Sampling, Scores, propose
 from outrider.core.stream import AT_ONCE
 from outrider.core.values import Drafted, TokenId
-from outrider.engines.calibration import calibrate, calibrate_reading
+from outrider.engines.calibration import calibrate, calibrate_crowd, calibrate_reading
 
 READ = 24, 12  # tokens read and recalled to see what reading costs: about as in a first trial
 
@@ -28,13 +28,29 @@ class ModelDrafter:
         )
         self.token_s = calibrate(engine, (1,))[0]
         self.read_s = min(calibrate_reading(engine, *READ), self.token_s)
+        self.crowd_s = calibrate_crowd(engine)
         self._engine = engine
         self._chunk = min(AT_ONCE, info.chunk)  # a cancellation may have to wait for so many tokens
         self._asked: dict[int, tuple[Sampling, int]] = {}  # by slot: settings, number of ids
         self._skipped: dict[int, int] = {}  # by slot: the engine's position 0 is this one
 
-    def open(self, slot: int, sampling: Sampling, vocabulary: int, skip: int = 0) -> None:
-        self._engine.rewind(slot, 0)
+    def open(
+        self,
+        slot: int,
+        sampling: Sampling,
+        vocabulary: int,
+        skip: int = 0,
+        known: int = 0,
+        source: int = -1,
+    ) -> None:
+        engine = self._engine
+        held = min(known - skip, engine.length(source)) if known > skip else 0
+        if source == slot:
+            engine.rewind(slot, held)
+        else:
+            engine.rewind(slot, 0)
+            if held:
+                engine.copy(source, slot, held)
         self._skipped[slot] = skip
         self._asked[slot] = sampling, min(vocabulary, self._engine.info.vocabulary.size)
 
@@ -47,15 +63,30 @@ class ModelDrafter:
         return self._skipped[slot] + self._engine.length(slot)
 
     def propose(self, slot: int, text: Sequence[TokenId]) -> tuple[Drafted, ...]:
+        return self.propose_all([(slot, text)])[0]
+
+    def propose_all(
+        self, texts: Sequence[tuple[int, Sequence[TokenId]]]
+    ) -> list[tuple[Drafted, ...]]:
+        parts: list[Part] = []
+        room = self._chunk
+        for slot, text in texts:
+            self.cut(slot, len(text) - 1)  # its last token's logits are needed
+            known = self.read(slot)
+            ahead = text[known : known + room]
+            room -= len(ahead)
+            if ahead:
+                parts.append(Part(slot, ahead, 1 if known + len(ahead) == len(text) else 0))
+        found = zip(parts, self._engine.extend_all(parts), strict=True)
+        scores = {part.slot: rows[0] for part, rows in found if part.rows}
+        return [
+            (self._chosen(slot, text, scores[slot]),) if slot in scores else ()
+            for slot, text in texts
+        ]
+
+    def _chosen(self, slot: int, text: Sequence[TokenId], row: Scores) -> Drafted:
         sampling, vocabulary = self._asked[slot]
-        self.cut(slot, len(text) - 1)  # its last token's logits are needed
-        known = self.read(slot)
-        ahead = text[known : known + self._chunk]
-        is_last = known + len(ahead) == len(text)
-        rows = self._engine.extend(slot, ahead, 1 if is_last else 0)
-        if not is_last:
-            return ()
-        return (propose(rows[0], sampling, text, len(text), n_vocab=vocabulary),)
+        return propose(row, sampling, text, len(text), n_vocab=vocabulary)
 
     def recall(self, slot: int, text: Sequence[TokenId], count: int) -> tuple[Drafted, ...]:
         sampling, vocabulary = self._asked[slot]
@@ -69,9 +100,6 @@ class ModelDrafter:
             propose(row, sampling, text[:end], end, n_vocab=vocabulary)
             for end, row in zip(ends, rows, strict=True)
         )
-
-    def forget(self, slot: int) -> None:
-        self._engine.rewind(slot, 0)
 
     def cancel(self) -> None:
         self._engine.cancel()

@@ -20,7 +20,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from outrider.core.engine import Cancelled, ModelInfo, Vocabulary
+from outrider.core.engine import Cancelled, ModelInfo, Part, Vocabulary
 from outrider.core.sampling import Scores
 from outrider.core.values import TokenId
 from outrider.errors import BadRequest
@@ -137,27 +137,36 @@ class ToyEngine:
         )
 
     def extend(self, slot: int, tokens: Sequence[TokenId], rows: int) -> Scores:
+        return self.extend_all([Part(slot, tokens, rows)])[0]
+
+    def extend_all(self, parts: Sequence[Part]) -> list[Scores]:
         begin = time.monotonic()
-        states = self._slot(slot)
-        self._check(tokens, rows, len(states) - 1)
+        before = self._checked(parts)
         with self._lock:
             self._busy = True
             self._cut.clear()
         try:
             self._scores.fill(np.nan)  # so that a view kept too long is noticed
-            before = len(states)
-            for token in tokens:
-                states.append(_advance(states[-1], token))
-            for row, state in enumerate(states[len(states) - rows :]):
-                self._score(state, self._scores[row])
-            self._wait(begin + self.settings.costs.of(len(tokens), rows))
+            found: list[Scores] = []
+            row = 0
+            for slot, tokens, rows in parts:
+                states = self._states[slot]
+                for token in tokens:
+                    states.append(_advance(states[-1], token))
+                for state in states[len(states) - rows :]:
+                    self._score(state, self._scores[row])
+                    row += 1
+                found.append(self._scores[row - rows : row])
+            tokens_in_all = sum(len(part.tokens) for part in parts)
+            self._wait(begin + self.settings.costs.of(tokens_in_all, row))
         finally:
             with self._lock:
                 self._busy = False
         if self._cut.is_set():
-            del states[before:]
+            for slot, length in before.items():
+                del self._states[slot][length:]
             raise Cancelled
-        return self._scores[:rows]
+        return found
 
     def _wait(self, until: float) -> None:
         """Wait until this time or a `cancel`. Waits end late, so it learns by how much."""
@@ -171,13 +180,23 @@ class ToyEngine:
         _require(0 <= slot < self.settings.slots, f"no slot {slot}")
         return self._states[slot]
 
-    def _check(self, tokens: Sequence[TokenId], rows: int, held: int) -> None:
-        count, settings = len(tokens), self.settings
-        _require(1 <= count <= settings.chunk, f"{count} tokens, not 1 to {settings.chunk}")
-        _require(0 <= rows <= count, f"{rows} rows of {count} tokens")
-        _require(held + count <= settings.context, f"{held} + {count} tokens overflow the context")
-        for token in tokens:
-            _require(0 <= token < settings.vocabulary_size, f"no token {token}")
+    def _checked(self, parts: Sequence[Part]) -> dict[int, int]:
+        """How many states the slots of `parts` have. Raises ValueError if it cannot be one pass."""
+        settings = self.settings
+        total = sum(len(part.tokens) for part in parts)
+        _require(1 <= total <= settings.chunk, f"{total} tokens, not 1 to {settings.chunk}")
+        before = {part.slot: len(self._slot(part.slot)) for part in parts}
+        _require(len(before) == len(parts), "two parts have the same slot")
+        for slot, tokens, rows in parts:
+            count, held = len(tokens), before[slot] - 1
+            _require(count > 0, "no tokens")
+            _require(0 <= rows <= count, f"{rows} rows of {count} tokens")
+            _require(
+                held + count <= settings.context, f"{held} + {count} tokens overflow the context"
+            )
+            for token in tokens:
+                _require(0 <= token < settings.vocabulary_size, f"no token {token}")
+        return before
 
     def _score(self, state: _State, row: Scores) -> None:
         """Write the logits that follow `state`."""
@@ -209,6 +228,11 @@ class ToyEngine:
         states = self._slot(slot)
         _require(0 <= length < len(states), f"cannot keep {length} of {len(states) - 1} tokens")
         del states[length + 1 :]
+
+    def copy(self, source: int, slot: int, length: int) -> None:
+        states = self._slot(source)
+        _require(0 <= length < len(states), f"cannot copy {length} of {len(states) - 1} tokens")
+        self._slot(slot)[:] = states[: length + 1]
 
     def length(self, slot: int) -> int:
         return len(self._slot(slot)) - 1

@@ -32,7 +32,7 @@ from outrider.core.values import (
 )
 from outrider.errors import BadRequest, InternalError, OutriderError
 
-PROTOCOL = 4
+PROTOCOL = 5
 FRAME_LIMIT = 1 << 20  # bytes; a prompt of 200,000 tokens fits
 
 Line: TypeAlias = Annotated[str, Meta(max_length=4096)]
@@ -71,6 +71,8 @@ class Hello(Tagged, frozen=True):
     # of a target, a pass over 1, 2 … rows; of a draft, one token, and one that it only reads
     curve_s: Curve
     token: Word = ""  # what the launcher gave to the workers that it started
+    # a pass over one row each of 1, 2 … requests
+    crowd_s: Annotated[tuple[Seconds, ...], Meta(max_length=256)] = ()
 
 
 class Welcome(Tagged, frozen=True):
@@ -114,6 +116,18 @@ class Done(Tagged, frozen=True):
 
     request: Id
     done: values.Verdict | values.Proposal
+
+
+class Pass(Tagged, frozen=True):
+    """The target is to verify a block of each of these requests, in one pass if it can."""
+
+    orders: Annotated[tuple[tuple[Id, values.Verify], ...], Meta(max_length=256)]
+
+
+class Passed(Tagged, frozen=True):
+    """What one pass of the target has brought for several requests."""
+
+    verdicts: Annotated[tuple[tuple[Id, values.Verdict], ...], Meta(max_length=256)]
 
 
 class Close(Tagged, frozen=True):
@@ -219,6 +233,7 @@ class Submit(Tagged, frozen=True):
     trace: bool
     n_min: Count | None = None
     p_min: Probability | None = None
+    cache: Word | None = ""  # texts of the same name may share what was read; None: with no other
 
 
 class Cancel(Tagged, frozen=True):
@@ -267,7 +282,7 @@ class HealthReport(Tagged, frozen=True):
 
 Message: TypeAlias = (
     Hello | Welcome | Refused | Who | Beat | Ping
-    | Do | Done | Close | Failed
+    | Do | Done | Pass | Passed | Close | Failed
     | Tokenize | Detokenize | Render | Chat | Labels | Tokens | Rendered | LabelTexts
     | Submit | Cancel | Health | Stop | Started | Progress | Finished | HealthReport
 )  # fmt: skip

@@ -5,7 +5,7 @@ kills the process inside the C library, so everything is checked here first. One
 engine: it calls `load`, `extend`, `rewind`, `close`. Until `close` any thread may call the rest.
 
 Each slot is a stream of its own in the KV cache, so not one bit of what a request computes depends
-on the others.
+on what the others have in theirs.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from outrider.core.engine import Cancelled, EngineFault, ModelInfo
+from outrider.core.engine import Cancelled, EngineFault, ModelInfo, Part
 from outrider.core.sampling import Scores
 from outrider.core.values import TokenId
 from outrider.engines.llama.setup import (
@@ -52,16 +52,17 @@ DONE, ABORTED = 0, 2  # what llama_decode returns; everything else is a fault
 class Batch:
     """The arrays of one call of llama_decode; C reads them where they are, so they never move."""
 
-    def __init__(self, lib: Any, capacity: int) -> None:
+    def __init__(self, lib: Any, capacity: int, slots: int) -> None:
         def pointer(array: NDArray[Any], to: Any) -> Any:
             return array.ctypes.data_as(ctypes.POINTER(to))
 
         self.tokens = np.zeros(capacity, np.int32)
         self.positions = np.zeros(capacity, np.int32)
         self.wanted = np.zeros(capacity, np.int8)
-        self.slot = np.zeros(1, np.int32)  # all rows belong to it
         self._one = np.ones(capacity, np.int32)
-        self._slots = np.full(capacity, self.slot.ctypes.data, np.uint64)
+        self._ids = np.arange(slots, dtype=np.int32)
+        # each row has the address of its slot's number
+        self._slots = np.zeros(capacity, np.uint64)
         self.c = lib.llama_batch(
             0,
             pointer(self.tokens, ctypes.c_int32),
@@ -72,15 +73,19 @@ class Batch:
             pointer(self.wanted, ctypes.c_int8),
         )
 
-    def fill(self, slot: int, start: int, tokens: NDArray[Any], rows: int) -> Any:
-        """The C struct for `tokens` from position `start` on; the last `rows` want logits."""
-        n = len(tokens)
-        self.tokens[:n] = tokens
-        self.positions[:n] = np.arange(start, start + n)
-        self.wanted[: n - rows] = 0
-        self.wanted[n - rows : n] = 1
-        self.slot[0] = slot
-        self.c.n_tokens = n
+    def fill(
+        self, parts: Sequence[Part], ids: Sequence[NDArray[Any]], lengths: Sequence[int]
+    ) -> Any:
+        """The C struct for `parts`, their tokens as `ids`; the slots have these `lengths` now."""
+        end = 0
+        for (slot, _, rows), tokens in zip(parts, ids, strict=True):
+            start, end = end, end + len(tokens)
+            self.tokens[start:end] = tokens
+            self.positions[start:end] = np.arange(lengths[slot], lengths[slot] + len(tokens))
+            self.wanted[start : end - rows] = 0
+            self.wanted[end - rows : end] = 1
+            self._slots[start:end] = self._ids.ctypes.data + slot * self._ids.itemsize
+        self.c.n_tokens = end
         return self.c
 
 
@@ -93,7 +98,7 @@ class LlamaEngine:
         self.info = info
         self._lib, self._model, self._context, self._text = lib, model, context, text
         self._memory = lib.llama_get_memory(context)
-        self._batch = Batch(lib, info.chunk)
+        self._batch = Batch(lib, info.chunk, info.slots)
         self._lengths = [0] * info.slots
         # llama.cpp asks after every graph node whether to stop. A Python callback would wait for
         # the interpreter each time; libc's strlen of this buffer is 0 or 1 and waits for nothing.
@@ -148,23 +153,29 @@ class LlamaEngine:
 
         The result lies in llama.cpp's own buffer: do not even read it after the next call.
         """
-        ids = self._checked(slot, tokens, rows)
-        before = self._lengths[slot]
+        return self.extend_all([Part(slot, tokens, rows)])[0]
+
+    def extend_all(self, parts: Sequence[Part]) -> list[Scores]:
+        ids = [self._checked(*part) for part in parts]
+        total, rows = sum(map(len, ids)), [part.rows for part in parts]
+        if total > self.info.chunk or len({part.slot for part in parts}) < len(parts):
+            raise ValueError(f"{len(parts)} parts with {total} tokens do not make one pass")
         self._stop[0] = b"\0"
-        code = self._lib.llama_decode(self._context, self._batch.fill(slot, before, ids, rows))
-        if code == ABORTED and self._cut(slot, before):
+        batch = self._batch.fill(parts, ids, self._lengths)
+        code = self._lib.llama_decode(self._context, batch)
+        if code == ABORTED and all(self._cut(slot, self._lengths[slot]) for slot, _, _ in parts):
             raise Cancelled
         if code != DONE:
-            self._clear(slot)
-            raise EngineFault(f"llama.cpp could not evaluate {len(ids)} tokens (code {code})")
-        self._lengths[slot] = before + len(ids)
-        shape = (rows, self.info.vocabulary.size)
-        if rows == 0:
-            return np.empty(shape, np.float32)
-        scores: Scores = np.ctypeslib.as_array(
-            self._lib.llama_get_logits(self._context), shape=shape
-        )
-        return scores
+            for slot, _, _ in parts:
+                self._clear(slot)
+            raise EngineFault(f"llama.cpp could not evaluate {total} tokens (code {code})")
+        for slot, tokens, _ in parts:
+            self._lengths[slot] += len(tokens)
+        shape = (sum(rows), self.info.vocabulary.size)
+        if not sum(rows):
+            return [np.empty((0, shape[1]), np.float32)] * len(parts)
+        scores = np.ctypeslib.as_array(self._lib.llama_get_logits(self._context), shape=shape)
+        return np.split(scores, np.cumsum(rows)[:-1])
 
     def rewind(self, slot: int, length: int) -> None:
         self._check_slot(slot)
@@ -177,6 +188,21 @@ class LlamaEngine:
                 self._clear(slot)
                 raise EngineFault(f"llama.cpp could not rewind slot {slot} to {length} tokens")
             self._lengths[slot] = length
+
+    def copy(self, source: int, slot: int, length: int) -> None:
+        self._check_slot(source)
+        self._check_slot(slot)
+        if not 0 <= length <= self._lengths[source] or source == slot:
+            raise ValueError(f"cannot copy {length} of {self._lengths[source]} tokens")
+        self._clear(slot)
+        if not length:
+            return
+        # of a stream only the whole can be copied: with a range llama.cpp ends the process
+        self._lib.llama_memory_seq_cp(self._memory, source, slot, -1, -1)
+        if not self._cut(slot, length):
+            self._clear(slot)
+            raise EngineFault(f"llama.cpp could not copy slot {source} to {slot}")
+        self._lengths[slot] = length
 
     def length(self, slot: int) -> int:
         self._check_slot(slot)
