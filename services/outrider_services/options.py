@@ -105,6 +105,7 @@ class ToyOptions:
 @dataclass(frozen=True, slots=True)
 class LogOptions:
     level: Literal["error", "warning", "info", "debug"] = opt("warning", "-lv --log-level", "what the services tell on stderr")
+    format: Literal["auto", "text", "json"] = opt("auto", "--log-format", "lines of stderr: for people, or a JSON object each; auto: json where serve or worker does not write to a terminal")
 
 
 @dataclass(frozen=True, slots=True)
@@ -310,6 +311,15 @@ def _add(group: Any, option: Option) -> None:
         help=f"{option.help}{several}{shown} [{option.variable}]".replace("%", "%%"),
         **more,
     )
+
+
+def given_flags(parsed: argparse.Namespace) -> dict[str, Any]:
+    """The settings that the command line gave, by their keys."""
+    return {
+        key: tuple(value) if isinstance(value, list) else value
+        for key, value in vars(parsed).items()
+        if key in OPTIONS and value is not None
+    }
 
 
 def to_flags(settings: Settings, sections: Sequence[str]) -> list[str]:

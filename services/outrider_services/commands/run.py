@@ -199,7 +199,7 @@ async def _answer(
 async def _start(stack: AsyncExitStack, settings: Settings, name: str) -> None:
     """A private pipeline, for as long as `stack` lives; its caches hold one answer."""
     settings = replace(settings, pipeline=replace(settings.pipeline, parallel=1))
-    news = News()
+    news = News(as_json=settings.log.format == "json")
     with news:
         launcher = Launcher(settings, name, news.report, news.log, draft=has_draft(settings))
         await stack.enter_async_context(launcher)

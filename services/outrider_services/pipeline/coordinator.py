@@ -172,7 +172,8 @@ class Coordinator:
         if role == "target":
             self._fail(request, error)
         else:
-            log.warning("request %d goes on without its draft: %s", request.number, error)
+            told = "request %d goes on without its draft: %s"
+            log.warning(told, request.number, error, extra=request.marks())
             self._advance(request, DraftLost())
 
     def _on_joined(self, role: Role) -> None:
@@ -252,7 +253,7 @@ class Coordinator:
         except OutriderError as exc:
             self._fail(request, exc)
         except Exception as exc:  # whatever it is, somebody waits
-            log.exception("request %d failed", request.number)
+            log.exception("request %d failed", request.number, extra=request.marks())
             self._fail(request, InternalError(f"it could not be prepared: {exc!r}"))
         else:
             request.preparing = None
@@ -316,7 +317,8 @@ class Coordinator:
         commands = session.handle(event, self._clock())
         if log.isEnabledFor(logging.DEBUG):
             state = f"{session.phase.name}, draft {session.draft.state.name}"
-            log.debug("%s", journal.line(request.number, event, commands, state))
+            line = journal.line(request.number, event, commands, state)
+            log.debug("%s", line, extra=request.marks())
         for command in commands:
             try:
                 self._execute(request, session, command)
@@ -361,6 +363,7 @@ class Coordinator:
         """Give a request its one outcome; free whatever it held."""
         if not self._requests.end(request):
             return
+        log.info("request %d: %s", request.number, journal.outcome(last), extra=request.marks())
         if self._requests.running.pop(request.id, None):
             self._tell_role("target", wire.Close(request.id))
         if request.client in self._clients:
