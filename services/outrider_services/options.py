@@ -137,6 +137,16 @@ class Option:
         return "OUTRIDER_" + self.key.replace(".", "__").upper()
 
     @property
+    def flag(self) -> str:
+        """The spelling that names it: the first with two dashes."""
+        return next(flag for flag in self.flags if flag.startswith("--"))
+
+    def of(self, settings: Settings) -> Any:
+        """Its value."""
+        section, name = self.key.split(".")
+        return getattr(getattr(settings, section), name)
+
+    @property
     def repeats(self) -> bool:
         """Whether it may be given more than once."""
         return get_origin(self.kind) is tuple
@@ -326,11 +336,10 @@ def to_flags(settings: Settings, sections: Sequence[str]) -> list[str]:
     """The flags by which a process of ours gets the same settings; defaults are left out."""
     flags = []
     for option in OPTIONS.values():
-        section, name = option.key.split(".")
-        value = getattr(getattr(settings, section), name)
+        value = option.of(settings)
+        section = option.key.partition(".")[0]
         if section not in sections or value == option.default or value is None:
             continue
-        flag = next(f for f in option.flags if f.startswith("--"))
         for one in value if option.repeats else [value]:
-            flags.append(f"{flag}={as_text(one)}")
+            flags.append(f"{option.flag}={as_text(one)}")
     return flags

@@ -24,6 +24,7 @@ from outrider_services.commands import (
     pipelines,
     run,
     serve,
+    show,
     tune,
 )
 from outrider_services.options import Parser, Settings, add_options, given_flags
@@ -86,6 +87,14 @@ VERBS = (
         pipelines.stop,
         (),
         pipelines.stop_flags,
+    ),
+    Verb(
+        "show",
+        "show every setting, and where it came from",
+        show.show,
+        show.SECTIONS,
+        show.flags,
+        connects=False,
     ),
     Verb(
         "coordinator",
