@@ -62,7 +62,7 @@ class DraftOptions:
 
 @dataclass(frozen=True, slots=True)
 class SamplingOptions:
-    n_predict: int | None = opt(None, "-n --predict --n-predict -n-predict", "tokens to generate, exactly (run: 100)", "N")
+    n_predict: int | None = opt(None, "-n --predict --n-predict -n-predict", "tokens to generate, exactly (run with a prompt: 100)", "N")
     temperature: float = opt(0.1, "--temp --temperature -temperature", "0: always the likeliest token", "T")
     top_k: int = opt(0, "--top-k", "sample among the K likeliest; 0: off", "K")
     top_p: float = opt(1.0, "--top-p", "sample among the likeliest that together have probability P; 1: off", "P")
@@ -109,6 +109,12 @@ class LogOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class TerminalOptions:
+    color_tokens: bool = opt(False, "--color-tokens --colour-tokens", "on a terminal, show in colour and form which tokens were drafted, corrected, bonus and plain")
+    history: bool = opt(True, "--history", "keep what is said in conversations, for the arrow keys of later ones; --history=false: keep nothing")
+
+
+@dataclass(frozen=True, slots=True)
 class Settings:
     target: TargetOptions = TargetOptions()
     draft: DraftOptions = DraftOptions()
@@ -117,6 +123,7 @@ class Settings:
     coordinator: CoordinatorOptions = CoordinatorOptions()
     toy: ToyOptions = ToyOptions()
     log: LogOptions = LogOptions()
+    terminal: TerminalOptions = TerminalOptions()
 
 
 # fmt: on
@@ -302,7 +309,9 @@ def _add(group: Any, option: Option) -> None:
         except ValueError as exc:
             raise argparse.ArgumentTypeError(f"must be {exc}, not {text!r}") from None
 
-    shown = "" if option.default in (None, (), "", False) else f" (default {option.default})"
+    shown = (
+        "" if option.default in (None, (), "", False) else f" (default {as_text(option.default)})"
+    )
     several = "; as a variable a,b or a JSON array" if option.repeats else ""
     more: dict[str, Any] = {"metavar": option.metavar}
     if option.repeats:

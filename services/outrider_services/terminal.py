@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from outrider_services import logs, outlet
 
@@ -18,6 +19,12 @@ Progress = Callable[[int, int, str], None]
 def tell(line: str) -> None:
     """One line for the user, on stderr."""
     sys.stderr.write(line + "\n")
+    outlet.settle()
+
+
+def note(text: Text) -> None:
+    """The same with colours, where stderr is a terminal that has any."""
+    Console(stderr=True).print(text, soft_wrap=True)
     outlet.settle()
 
 

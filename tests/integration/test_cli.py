@@ -35,7 +35,7 @@ PROMPT = "The river runs"
 QUICK = ("--backend=toy", "--toy-step-ms=2", "--toy-draft-ms=0.2", "--toy-row-ms=0.02")
 GREEDY = ("--temperature", "0")
 HELP = {
-    "run": ("target", "draft", "sampling", "pipeline", "toy", "log"),
+    "run": ("target", "draft", "sampling", "pipeline", "toy", "log", "terminal"),
     "serve": ("target", "draft", "pipeline", "coordinator", "toy", "log"),
     "worker draft": ("target", "pipeline", "toy", "log"),
     "worker target": ("target", "pipeline", "toy", "log"),

@@ -52,7 +52,13 @@ class Verb:
 
 
 VERBS = (
-    Verb("run", "generate text", run.run, (*PAIR, "sampling"), run.flags),
+    Verb(
+        "run",
+        "generate text, or converse",
+        run.run,
+        (*PAIR, "sampling", "terminal"),
+        run.flags,
+    ),
     Verb(
         "serve",
         "start a pipeline and keep it up",
