@@ -110,7 +110,7 @@ class LogOptions:
 
 @dataclass(frozen=True, slots=True)
 class TerminalOptions:
-    color_tokens: bool = opt(False, "--color-tokens --colour-tokens", "on a terminal, show in colour and form which tokens were drafted, corrected, bonus and plain")
+    color_tokens: bool = opt(False, "--color-tokens", "on a terminal, show in colour and form which tokens were drafted, corrected, bonus and plain")
     history: bool = opt(True, "--history", "keep what is said in conversations, for the arrow keys of later ones; --history=false: keep nothing")
 
 
