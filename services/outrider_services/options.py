@@ -62,7 +62,7 @@ class DraftOptions:
 
 @dataclass(frozen=True, slots=True)
 class SamplingOptions:
-    n_predict: int | None = opt(None, "-n --predict --n-predict -n-predict", "tokens to generate, exactly (run: 100)", "N")
+    n_predict: int | None = opt(None, "-n --predict --n-predict -n-predict", "tokens to generate, exactly (run with a prompt: 100)", "N")
     temperature: float = opt(0.1, "--temp --temperature -temperature", "0: always the likeliest token", "T")
     top_k: int = opt(0, "--top-k", "sample among the K likeliest; 0: off", "K")
     top_p: float = opt(1.0, "--top-p", "sample among the likeliest that together have probability P; 1: off", "P")
@@ -105,6 +105,13 @@ class ToyOptions:
 @dataclass(frozen=True, slots=True)
 class LogOptions:
     level: Literal["error", "warning", "info", "debug"] = opt("warning", "-lv --log-level", "what the services tell on stderr")
+    format: Literal["auto", "text", "json"] = opt("auto", "--log-format", "lines of stderr: for people, or a JSON object each; auto: json where serve or worker does not write to a terminal")
+
+
+@dataclass(frozen=True, slots=True)
+class TerminalOptions:
+    color_tokens: bool = opt(False, "--color-tokens", "on a terminal, show in colour and form which tokens were drafted, corrected, bonus and plain")
+    history: bool = opt(True, "--history", "keep what is said in conversations, for the arrow keys of later ones; --history=false: keep nothing")
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +123,7 @@ class Settings:
     coordinator: CoordinatorOptions = CoordinatorOptions()
     toy: ToyOptions = ToyOptions()
     log: LogOptions = LogOptions()
+    terminal: TerminalOptions = TerminalOptions()
 
 
 # fmt: on
@@ -134,6 +142,16 @@ class Option:
     def variable(self) -> str:
         """Its name in the environment."""
         return "OUTRIDER_" + self.key.replace(".", "__").upper()
+
+    @property
+    def flag(self) -> str:
+        """The spelling that names it: the first with two dashes."""
+        return next(flag for flag in self.flags if flag.startswith("--"))
+
+    def of(self, settings: Settings) -> Any:
+        """Its value."""
+        section, name = self.key.split(".")
+        return getattr(getattr(settings, section), name)
 
     @property
     def repeats(self) -> bool:
@@ -291,7 +309,9 @@ def _add(group: Any, option: Option) -> None:
         except ValueError as exc:
             raise argparse.ArgumentTypeError(f"must be {exc}, not {text!r}") from None
 
-    shown = "" if option.default in (None, (), "", False) else f" (default {option.default})"
+    shown = (
+        "" if option.default in (None, (), "", False) else f" (default {as_text(option.default)})"
+    )
     several = "; as a variable a,b or a JSON array" if option.repeats else ""
     more: dict[str, Any] = {"metavar": option.metavar}
     if option.repeats:
@@ -312,15 +332,23 @@ def _add(group: Any, option: Option) -> None:
     )
 
 
+def given_flags(parsed: argparse.Namespace) -> dict[str, Any]:
+    """The settings that the command line gave, by their keys."""
+    return {
+        key: tuple(value) if isinstance(value, list) else value
+        for key, value in vars(parsed).items()
+        if key in OPTIONS and value is not None
+    }
+
+
 def to_flags(settings: Settings, sections: Sequence[str]) -> list[str]:
     """The flags by which a process of ours gets the same settings; defaults are left out."""
     flags = []
     for option in OPTIONS.values():
-        section, name = option.key.split(".")
-        value = getattr(getattr(settings, section), name)
+        value = option.of(settings)
+        section = option.key.partition(".")[0]
         if section not in sections or value == option.default or value is None:
             continue
-        flag = next(f for f in option.flags if f.startswith("--"))
         for one in value if option.repeats else [value]:
-            flags.append(f"{flag}={as_text(one)}")
+            flags.append(f"{option.flag}={as_text(one)}")
     return flags

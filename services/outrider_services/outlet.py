@@ -128,8 +128,8 @@ def install() -> None:
 
 def settle() -> None:
     """Let what was written to stderr be there before what stdout is given next."""
-    if isinstance(sys.stderr, Outlet):
-        sys.stderr.settle()
+    if settled := getattr(sys.stderr, "settle", None):  # an `Outlet`, or what stands before one
+        settled()
 
 
 class Few(logging.Filter):

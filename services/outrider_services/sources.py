@@ -8,6 +8,7 @@ import os
 import re
 import tomllib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -109,20 +110,37 @@ def config_path(given: str | None) -> Path | None:
     return next((path for path in usual if path.is_file()), None)
 
 
-def settings(flags: Mapping[str, Any], config: str | None = None) -> Settings:
-    """The settings in force: flags go before the environment, that before the file, and that before
-    the defaults. Raises ConfigError.
+@dataclass(frozen=True, slots=True)
+class Given:
+    """A value that somebody gave to a setting, and where."""
+
+    value: Any
+    source: str  # "flag", "environment", "file"
+    name: str  # of the flag, the variable or the file
+
+
+def given(flags: Mapping[str, Any], config: str | None = None) -> dict[str, Given]:
+    """What is in force of what was given: flags go before the environment, that before the file.
+
+    Raises ConfigError.
     """
-    path = config_path(config)
-    values = {
-        **(from_file(path) if path else {}),
-        **from_environment(os.environ),
-        **{key: value for key, value in flags.items() if value is not None},
-    }
+    found = {}
+    if path := config_path(config):
+        found.update({k: Given(v, "file", str(path)) for k, v in from_file(path).items()})
+    for key, value in from_environment(os.environ).items():
+        found[key] = Given(value, "environment", OPTIONS[key].variable)
+    for key, value in flags.items():
+        if value is not None:
+            found[key] = Given(value, "flag", OPTIONS[key].flag)
+    return found
+
+
+def settings(flags: Mapping[str, Any], config: str | None = None) -> Settings:
+    """The settings in force: what was given, else the defaults. Raises ConfigError."""
     sections: dict[str, dict[str, Any]] = {}
-    for key, value in values.items():
+    for key, one in given(flags, config).items():
         section, name = key.split(".")
-        sections.setdefault(section, {})[name] = value
+        sections.setdefault(section, {})[name] = one.value
     defaults = Settings()
     changed = {s: dataclasses.replace(getattr(defaults, s), **v) for s, v in sections.items()}
     return checked(dataclasses.replace(defaults, **changed))

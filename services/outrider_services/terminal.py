@@ -8,8 +8,9 @@ from contextlib import contextmanager
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from outrider_services import outlet
+from outrider_services import logs, outlet
 
 # called with: bytes done, bytes in all, what is being fetched
 Progress = Callable[[int, int, str], None]
@@ -21,6 +22,12 @@ def tell(line: str) -> None:
     outlet.settle()
 
 
+def note(text: Text) -> None:
+    """The same with colours, where stderr is a terminal that has any."""
+    Console(stderr=True).print(text, soft_wrap=True)
+    outlet.settle()
+
+
 def show(table: Table | str) -> None:
     """Print on stdout; where a program reads it, in whole lines, however long."""
     Console(width=None if sys.stdout.isatty() else 10_000).print(table)
@@ -29,11 +36,12 @@ def show(table: Table | str) -> None:
 class News:
     """How far the processes are: on a terminal one line that changes, elsewhere nothing.
 
-    What a process says itself is shown line by line on both.
+    What a process says itself is shown line by line on both; with `as_json` each is a record.
     """
 
-    def __init__(self, console: Console | None = None) -> None:
+    def __init__(self, console: Console | None = None, *, as_json: bool = False) -> None:
         self._console = console or Console(stderr=True)
+        self._shown = logs.for_programs if as_json else logs.for_people
         self._states: dict[str, str] = {}  # by role
         self._status = self._console.status("") if self._console.is_terminal else None
 
@@ -53,7 +61,7 @@ class News:
             self._status.update(", ".join(self._states.values()))
 
     def log(self, role: str, line: str) -> None:
-        sys.stderr.write(f"[{role}] {line}\n")
+        sys.stderr.write(self._shown(role, line) + "\n")
 
 
 # ---- downloads ----------------------------------------------------------------------------------

@@ -174,6 +174,8 @@ class Cli:
             "XDG_RUNTIME_DIR": str(self.runtime),
             "XDG_CONFIG_HOME": str(self.directory / "config"),
             "XDG_CACHE_HOME": str(self.directory / "cache"),
+            "XDG_STATE_HOME": str(self.directory / "state"),
+            "OUTRIDER_LOG__FORMAT": "text",  # else it were JSON, for nobody sits at these pipes
         }
         for name in ("LLAMA_CACHE", "HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
             kept.pop(name, None)

@@ -35,7 +35,7 @@ PROMPT = "The river runs"
 QUICK = ("--backend=toy", "--toy-step-ms=2", "--toy-draft-ms=0.2", "--toy-row-ms=0.02")
 GREEDY = ("--temperature", "0")
 HELP = {
-    "run": ("target", "draft", "sampling", "pipeline", "toy", "log"),
+    "run": ("target", "draft", "sampling", "pipeline", "toy", "log", "terminal"),
     "serve": ("target", "draft", "pipeline", "coordinator", "toy", "log"),
     "worker draft": ("target", "pipeline", "toy", "log"),
     "worker target": ("target", "pipeline", "toy", "log"),
@@ -44,6 +44,7 @@ HELP = {
     "ls": (),
     "ps": (),
     "stop": (),
+    "show": tuple(dict.fromkeys(key.split(".")[0] for key in OPTIONS)),
 }
 
 
@@ -453,7 +454,7 @@ def test_help_names_every_verb_but_the_launchers_own(cli: Cli) -> None:
     done = cli("--help")
     assert done.returncode == 0
     names = re.findall(r"^    (\w+) ", done.stdout, re.MULTILINE)
-    assert names == ["run", "serve", "bench", "worker", "pull", "tune", "ls", "ps", "stop"]
+    assert names == ["run", "serve", "bench", "worker", "pull", "tune", "ls", "ps", "stop", "show"]
 
 
 # ---- mistakes -----------------------------------------------------------------------------------

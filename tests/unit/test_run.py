@@ -68,6 +68,30 @@ def test_a_prompt_from_a_file_or_a_pipe_is_taken_byte_for_byte(
     assert run.read_prompt(flags(), io.TextIOWrapper(io.BytesIO(data))) == expected
 
 
+@pytest.mark.parametrize(
+    ("given", "stdin", "stdout", "expected"),
+    [
+        ({}, Terminal(), Terminal(), True),
+        ({"prompt": ""}, Terminal(), Terminal(), False),
+        ({"prompt_flag": ""}, Terminal(), Terminal(), False),
+        ({"file": "f"}, Terminal(), Terminal(), False),
+        ({"output": "json"}, Terminal(), Terminal(), False),
+        ({"baseline": True}, Terminal(), Terminal(), False),
+        ({"trace": "t"}, Terminal(), Terminal(), False),
+        ({}, io.StringIO(), Terminal(), False),
+        ({}, Terminal(), io.StringIO(), False),
+        ({}, None, Terminal(), False),
+    ],
+)
+def test_without_a_prompt_a_terminal_opens_a_conversation(
+    given: dict[str, Any], stdin: Any, stdout: Any, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", stdin)
+    monkeypatch.setattr("sys.stdout", stdout)
+    one = {"output": "text", "baseline": False, "trace": None, **given}
+    assert run.is_conversation(flags(**one)) is expected
+
+
 def test_an_empty_standard_input_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     assert run.read_prompt(flags(), io.TextIOWrapper(io.BytesIO())) == run.DEFAULT_PROMPT
     assert f"Standard input is empty, so the prompt is {run.DEFAULT_PROMPT!r}." in (

@@ -10,12 +10,12 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import outrider
 from outrider.errors import OutriderError
-from outrider_services import options, outlet, sources
+from outrider_services import logs, outlet, sources
 from outrider_services.commands import (
     bench,
     children,
@@ -24,9 +24,10 @@ from outrider_services.commands import (
     pipelines,
     run,
     serve,
+    show,
     tune,
 )
-from outrider_services.options import Parser, Settings, add_options
+from outrider_services.options import Parser, Settings, add_options, given_flags
 
 INTERRUPTED = 128 + signal.SIGINT
 TERMINATED = 128 + signal.SIGTERM
@@ -45,17 +46,27 @@ class Verb:
     flags: Callable[[Parser], None] | None = None  # adds those that are its own
     without: tuple[str, ...] = ()  # settings of the sections that it decides itself
     hidden: bool = False  # for other processes of ours alone
+    role: str = ""  # of the process in its log; "": the verb itself
+    serves: bool = False  # for hours, and perhaps nobody but a program reads its log
     connects: bool = True  # opens sockets, or has others open them
 
 
 VERBS = (
-    Verb("run", "generate text", run.run, (*PAIR, "sampling"), run.flags),
+    Verb(
+        "run",
+        "generate text, or converse",
+        run.run,
+        (*PAIR, "sampling", "terminal"),
+        run.flags,
+    ),
     Verb(
         "serve",
         "start a pipeline and keep it up",
         serve.serve,
         (*PAIR, "coordinator"),
         serve.flags,
+        role="launcher",
+        serves=True,
     ),
     Verb("bench", "measure the speed-up", bench.bench, PAIR, bench.flags, bench.DECIDED),
     Verb("worker", "run one worker here, for a coordinator elsewhere", children.worker),
@@ -82,6 +93,14 @@ VERBS = (
         pipelines.stop,
         (),
         pipelines.stop_flags,
+    ),
+    Verb(
+        "show",
+        "show every setting, and where it came from",
+        show.show,
+        show.SECTIONS,
+        show.flags,
+        connects=False,
     ),
     Verb(
         "coordinator",
@@ -133,23 +152,29 @@ def dispatch(arguments: Sequence[str]) -> int:
         chosen = parsers.get(f"worker {arguments[1]}", chosen)
     (chosen or parser).check_flags(arguments)
     parsed = parser.parse_args((chosen or parser).with_values(arguments))
-    settings = sources.settings(
-        {
-            key: tuple(value) if isinstance(value, list) else value
-            for key, value in vars(parsed).items()
-            if key in options.OPTIONS
-        },
-        parsed.config,
-    )
-    shown = logging.StreamHandler(sys.stderr)
-    shown.addFilter(outlet.Few())
-    logging.basicConfig(
-        level=settings.log.level.upper(), format="%(levelname)s %(message)s", handlers=[shown]
-    )
+    settings = sources.settings(given_flags(parsed), parsed.config)
+    settings = start_log(settings, parsed)
     if parsed.connects:
         descriptors.raise_limit()
     status: int = parsed.call(settings, parsed)
     return status
+
+
+def start_log(settings: Settings, parsed: Any) -> Settings:
+    """Send log records to stderr; the settings with the format that `auto` stands for."""
+    log = settings.log
+    if log.format == "auto":
+        is_read = sys.stderr.isatty() or not parsed.serves
+        log = replace(log, format="text" if is_read else "json")
+    formatter = logging.Formatter("%(levelname)s %(message)s")
+    if log.format == "json":
+        logs.record_stderr(parsed.role)
+        formatter = logs.JsonFormatter(parsed.role)
+    shown = logging.StreamHandler(sys.stderr)
+    shown.addFilter(outlet.Few())
+    shown.setFormatter(formatter)
+    logging.basicConfig(level=log.level.upper(), handlers=[shown])
+    return replace(settings, log=log)
 
 
 def build_parser() -> tuple[Parser, dict[str, Parser]]:
@@ -163,9 +188,8 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     roles = parsers["worker"].add_subparsers(metavar="ROLE", required=True)
     for role in ("draft", "target"):
         help = f"the {role} worker; its flags mean its own model"
-        verb = Verb(role, help, children.worker, WORKER, children.worker_flags)
+        verb = Verb(role, help, children.worker, WORKER, children.worker_flags, serves=True)
         parsers[f"worker {role}"] = _add(roles, verb)
-        parsers[f"worker {role}"].set_defaults(role=role)
     hidden = {verb.name for verb in VERBS if verb.hidden}
     commands._choices_actions = [a for a in commands._choices_actions if a.dest not in hidden]
     return parser, parsers
@@ -180,7 +204,8 @@ def _add(commands: Any, verb: Verb) -> Parser:
         "--config", metavar="FILE", help="configuration file (TOML) [OUTRIDER_CONFIG]"
     )
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
-    parser.set_defaults(call=verb.call, connects=verb.connects)
+    parser.set_defaults(call=verb.call, connects=verb.connects, serves=verb.serves)
+    parser.set_defaults(role=verb.role or verb.name)
     if verb.flags:
         verb.flags(parser)
     return parser

@@ -8,23 +8,33 @@ from collections.abc import Awaitable
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from outrider.client import AsyncClient, Completion
 from outrider.core.sampling import NEAR
 from outrider.core.stats import Report
 from outrider.core.values import Fragment, Span
 from outrider.errors import ConfigError
+from outrider_services.commands.tokens import Colours, Fates, legend
+from outrider_services.options import TerminalOptions
 from outrider_services.outlet import in_thread, put
-from outrider_services.terminal import tell
+from outrider_services.terminal import note, tell
 
 
 class Printer:
     """Generated text, or one JSON object, to stdout; everything else to stderr."""
 
-    def __init__(self, client: AsyncClient, parsed: Any) -> None:
-        self._client, self._verbose = client, parsed.verbose == "true"
+    def __init__(self, client: AsyncClient, parsed: Any, terminal: TerminalOptions) -> None:
         self._json, self._stats = parsed.output == "json", not parsed.no_stats
-        self._texts: dict[int, str] = {}
+        self._fates = Fates(client) if parsed.verbose == "true" else None
+        is_coloured = terminal.color_tokens and not self._json
+        self._colours = Colours(Console()) if is_coloured else None
         self._waits_since: float | None = None
+
+    def legend(self) -> None:
+        """Tell what the colours mean, if there will be any."""
+        if self._colours and self._colours.shown:
+            note(legend())
 
     @property
     def waited_s(self) -> float:
@@ -38,37 +48,11 @@ class Printer:
 
     async def fragment(self, fragment: Fragment) -> None:
         if not self._json:
-            await self._patiently(put(fragment.text))
-        if self._verbose:
-            for line in await self._fates(fragment):
+            text = self._colours(fragment) if self._colours else fragment.text
+            await self._patiently(put(text))
+        if self._fates:
+            for line in await self._fates.lines(fragment):
                 tell(line)
-
-    async def _fates(self, fragment: Fragment) -> list[str]:
-        """Each drafted token of the round and what became of it."""
-        lines, tokens, number = [], fragment.tokens, fragment.round
-        drafted = [(d.token, await self._text(d.token), d.confidence) for d in fragment.drafted]
-        lines += [f"[DRAFT] {number}.{i} {d} {t} p={p:.2f}" for i, (d, t, p) in enumerate(drafted)]
-        for i, (id_, text, _) in enumerate(drafted):
-            if i >= len(tokens):
-                break  # behind the end of the answer, or of what was read
-            own = tokens[i]
-            shown = await self._text(own.id)
-            lines.append(f"[VERIFY] {number}.{i} {id_} {text} target={own.id} {shown}")
-            if own.kind == "corrected":
-                lines.append(f"[REJECT] {number}.{i} target={own.id} {shown}")
-                break
-            lines.append(f"[ACCEPT] {number}.{i}")
-        if tokens and tokens[-1].kind in ("bonus", "plain"):
-            last = tokens[-1]
-            lines.append(f"[{last.kind.upper()}] {number} {last.id} {await self._text(last.id)}")
-        return lines
-
-    async def _text(self, token: int) -> str:
-        if token not in self._texts:
-            self._texts[token] = json.dumps(
-                await self._client.detokenize([token]), ensure_ascii=False
-            )
-        return self._texts[token]
 
     async def trace(self, path: str, lanes: tuple[Span, ...]) -> None:
         await self._patiently(in_thread(lambda: write_trace(path, lanes)))  # it may be a pipe
@@ -99,12 +83,13 @@ def measured(report: Report, plain: Report) -> Report:
     return report.changed(speedup=speedup, speedup_kind="measured")
 
 
+def show(value: float | None, form: str) -> str:
+    """A figure, if it is defined."""
+    return "n/a" if value is None else format(value, form)
+
+
 def statistics(r: Report) -> str:
     """The block that ends a run."""
-
-    def show(value: float | None, form: str) -> str:
-        return "n/a" if value is None else format(value, form)
-
     sign = "~" if r.speedup_kind == "estimate" else ""
     kind = f" ({r.speedup_kind})" if r.speedup_kind else ""
     accepted = r.accepted_tokens - r.truncated_tokens
@@ -128,6 +113,18 @@ def statistics(r: Report) -> str:
             f"Speed-up vs target alone: {sign}{show(r.speedup, '.2f')}x{kind}",
         )
     )
+
+
+def figures(r: Report) -> str:
+    """The line behind an answer of a conversation."""
+    found = [f"{r.generated_tokens} token{'s' * (r.generated_tokens != 1)}"]
+    if r.tokens_per_s is not None:
+        found.append(f"{r.tokens_per_s:.1f}/s")
+    if r.speedup is not None and r.verified_tokens:
+        found.append(f"~{r.speedup:.2f}x the target alone")
+    if r.acceptance_rate is not None:
+        found.append(f"{r.acceptance_rate:.0%} accepted")
+    return ", ".join(found)
 
 
 def near_ties(r: Report) -> str:

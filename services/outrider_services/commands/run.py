@@ -1,4 +1,4 @@
-"""`outrider run`: one prompt through a pipeline of its own, or one that is already up."""
+"""`outrider run`: a prompt, or a conversation, on a pipeline of its own or one that is up."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import os
 import re
 import secrets
 import shutil
-import signal
 import sys
 from contextlib import AsyncExitStack
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -21,6 +21,7 @@ from outrider.client.settings import submit
 from outrider.core.stats import Report
 from outrider.errors import BadRequest, ConfigError
 from outrider.wire.codec import check
+from outrider_services.commands.interrupts import Interrupts
 from outrider_services.commands.prepared import has_draft, with_files, with_some_draft
 from outrider_services.commands.printing import Printer, measured
 from outrider_services.options import Parser, Settings
@@ -31,12 +32,15 @@ from outrider_services.tuning.decisions import Decision
 
 DEFAULT_PROMPT = "The future of AI is"
 DEFAULT_LENGTH = 100
-UNREAD_S = 1.0  # most that an interrupted answer waits for somebody who reads it
 
 
 def flags(parser: Parser) -> None:
     add = parser.add_argument
-    add("prompt", nargs="?", help="the prompt; else -p, --file, or stdin")
+    add(
+        "prompt",
+        nargs="?",
+        help="the prompt; else -p, --file, or stdin; without any, a conversation on a terminal",
+    )
     add("-p", "--prompt", "-prompt", dest="prompt_flag", metavar="TEXT", help="the prompt")
     add("-f", "--file", metavar="FILE", help="read the prompt from a file")
     add("--chat", action="store_true", help="apply the model's chat template to the prompt")
@@ -62,8 +66,9 @@ def flags(parser: Parser) -> None:
 
 def run(settings: Settings, parsed: Any) -> int:
     """Generate, print, and leave nothing behind."""
-    request, prompt = arguments(settings, parsed), read_prompt(parsed, sys.stdin)
-    check(submit(0, prompt, None, request))  # what is wrong is told before anything is started
+    request = arguments(settings, parsed)
+    prompt = None if is_conversation(parsed) else read_prompt(parsed, sys.stdin)
+    check(submit(0, prompt or "", None, request))  # told before anything is started
     if parsed.connect is not None:
         status, _ = uvloop.run(_run(settings, parsed, prompt, request))
         return status
@@ -74,6 +79,18 @@ def run(settings: Settings, parsed: Any) -> int:
     if report and not status and parsed.output == "text" and not parsed.no_stats:
         advise(search.kept(files), report, parsed.chat and prompt == advice.QUESTION, not known)
     return status
+
+
+def is_conversation(parsed: Any) -> bool:
+    """Whether somebody sits at a terminal and has asked nothing yet, nor for what one answer has.
+
+    Standard output must be the terminal, too: whoever sends it elsewhere wants one answer there.
+    """
+    is_asked = not (parsed.prompt is parsed.prompt_flag is parsed.file is None)
+    for_one = parsed.output != "text" or parsed.baseline or parsed.trace is not None
+    return not (is_asked or for_one) and all(
+        stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout)
+    )
 
 
 def advise(decision: Decision | None, report: Report, is_example: bool, explained: bool) -> None:
@@ -156,50 +173,82 @@ def read_bias(text: str) -> tuple[int, float]:
 
 
 async def _run(
-    settings: Settings, parsed: Any, prompt: str, request: dict[str, Any]
+    settings: Settings, parsed: Any, prompt: str | None, request: dict[str, Any]
 ) -> tuple[int, Report | None]:
-    """The exit status, and the statistics of the answer if it was printed."""
+    """The exit status, and the statistics of the answer if one was printed.
+
+    Without a prompt it is a conversation.
+    """
     interrupts = Interrupts()
     report = None
     try:
-        report = await _answer(settings, parsed, prompt, request, interrupts)
+        async with AsyncExitStack() as stack:
+            client = await _client(stack, settings, parsed, request)
+            if prompt is None:
+                await _converse(client, settings, parsed, request, interrupts)
+            else:
+                printer = Printer(client, parsed, settings.terminal)
+                report = await _answer(client, parsed, prompt, request, printer, interrupts)
     except asyncio.CancelledError:
         if not interrupts.status:
             raise
     return interrupts.status, report
 
 
-async def _answer(
+async def _client(
+    stack: AsyncExitStack, settings: Settings, parsed: Any, request: dict[str, Any]
+) -> AsyncClient:
+    """A client of the pipeline that is named, else of one that lives as long as `stack`."""
+    name = parsed.connect
+    if name is None:
+        name = f"run-{secrets.token_hex(4)}"
+        request["mode"] = settings.pipeline.mode
+        await _start(stack, settings, name)
+    return await stack.enter_async_context(connect(name))
+
+
+async def _converse(
+    client: AsyncClient,
     settings: Settings,
+    parsed: Any,
+    request: dict[str, Any],
+    interrupts: Interrupts,
+) -> None:
+    from outrider_services.commands import chat, editor  # they take a tenth of a second to load
+
+    sampling = settings.sampling  # by default an answer is as long as it is, with a seed of its own
+    seed = None if sampling.seed < 0 else sampling.seed
+    request = {**request, "max_tokens": sampling.n_predict, "seed": seed}
+    new_printer = partial(Printer, client, parsed, settings.terminal)
+    talk = chat.Chat(client, request, new_printer, interrupts, stats=not parsed.no_stats)
+    known = editor.history(keeps=settings.terminal.history)
+    await talk.run(editor.reader(known, talk.commands))
+
+
+async def _answer(
+    client: AsyncClient,
     parsed: Any,
     prompt: str,
     request: dict[str, Any],
+    printer: Printer,
     interrupts: Interrupts,
 ) -> Report:
-    async with AsyncExitStack() as stack:
-        name = parsed.connect
-        if name is None:
-            name = f"run-{secrets.token_hex(4)}"
-            request["mode"] = settings.pipeline.mode
-            await _start(stack, settings, name)
-        client = await stack.enter_async_context(connect(name))
-        interrupts.client = client
-        printer = interrupts.printer = Printer(client, parsed)
-        result = await _generate(client, prompt, request, parsed.chat, printer, interrupts)
-        report = result.stats
-        if parsed.baseline and result.choices[0].finish_reason != "cancelled":
-            alone = await _ask(client, prompt, {**request, "mode": "plain"}, parsed.chat)
-            report = measured(report, (await alone.result()).stats)
-        if parsed.trace:
-            await printer.trace(parsed.trace, result.trace or ())
-        await printer.result(result, report)
-        return report
+    printer.legend()
+    result = await _generate(client, prompt, request, parsed.chat, printer, interrupts)
+    report = result.stats
+    if parsed.baseline and result.choices[0].finish_reason != "cancelled":
+        alone = await _ask(client, prompt, {**request, "mode": "plain"}, parsed.chat)
+        report = measured(report, (await alone.result()).stats)
+    if parsed.trace:
+        await printer.trace(parsed.trace, result.trace or ())
+    await printer.result(result, report)
+    return report
 
 
 async def _start(stack: AsyncExitStack, settings: Settings, name: str) -> None:
     """A private pipeline, for as long as `stack` lives; its caches hold one answer."""
     settings = replace(settings, pipeline=replace(settings.pipeline, parallel=1))
-    news = News()
+    news = News(as_json=settings.log.format == "json")
     with news:
         launcher = Launcher(settings, name, news.report, news.log, draft=has_draft(settings))
         await stack.enter_async_context(launcher)
@@ -224,35 +273,7 @@ async def _generate(
     interrupts: Interrupts,
 ) -> Completion:
     stream = await _ask(client, prompt, request, chat)
-    interrupts.stream = stream
+    interrupts.begin(stream, printer)
     async for fragment in stream:
         await printer.fragment(fragment)
     return await stream.result()
-
-
-class Interrupts:
-    """The first Ctrl-C ends the answer and shows what there is; the second, and SIGTERM, quit."""
-
-    def __init__(self) -> None:
-        self.status = 0
-        self.printer: Printer | None = None
-        self.client: AsyncClient | None = None
-        self.stream: Stream | None = None
-        self._task = asyncio.current_task()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            asyncio.get_running_loop().add_signal_handler(number, self._on, number)
-
-    def _on(self, number: int) -> None:
-        first, self.status = self.status == 0, 128 + number
-        if first and number == signal.SIGINT and self.stream is not None:
-            self._cancelling = asyncio.ensure_future(self.stream.cancel())
-            self._show()
-        elif self._task:
-            self._task.cancel()
-
-    def _show(self) -> None:
-        """Quit if nobody takes what there is to show."""
-        if self.printer and self.printer.waited_s > UNREAD_S and self._task:
-            self._task.cancel()
-        else:
-            asyncio.get_running_loop().call_later(0.1, self._show)

@@ -30,7 +30,7 @@ def serve(settings: Settings, parsed: Any) -> int:
 async def _serve(settings: Settings, name: str) -> int:
     stop = signalled()
     draft = has_draft(settings)
-    news = News()
+    news = News(as_json=settings.log.format == "json")
     launcher = Launcher(settings, name, news.report, news.log, draft=draft)
     with news:
         entered = asyncio.ensure_future(launcher.__aenter__())

@@ -33,6 +33,7 @@ from outrider.errors import (
 )
 from outrider.wire import messages as wire
 from outrider.wire.transport import PeerGone
+from outrider_services.pipeline import journal
 from outrider_services.pipeline.questions import Questions
 from outrider_services.pipeline.requests import Defaults, Lengths, Request, Requests
 from outrider_services.pipeline.roster import Roster
@@ -159,7 +160,8 @@ class Coordinator:
         if role == "target":
             self._sessions.fail(request, error)
         else:
-            log.warning("request %d goes on without its draft: %s", request.number, error)
+            told = "request %d goes on without its draft: %s"
+            log.warning(told, request.number, error, extra=request.marks())
             self._sessions.advance(request, DraftLost())
 
     def _on_joined(self, role: Role) -> None:
@@ -235,7 +237,7 @@ class Coordinator:
         except OutriderError as exc:
             self._sessions.fail(request, exc)
         except Exception as exc:  # whatever it is, somebody waits
-            log.exception("request %d failed", request.number)
+            log.exception("request %d failed", request.number, extra=request.marks())
             self._sessions.fail(request, InternalError(f"it could not be prepared: {exc!r}"))
         else:
             request.preparing = None
@@ -261,6 +263,7 @@ class Coordinator:
         """Give a request its one outcome; free whatever it held."""
         if not self._requests.end(request):
             return
+        log.info("request %d: %s", request.number, journal.outcome(last), extra=request.marks())
         if self._requests.running.pop(request.id, None):
             self._sessions.forget(request)
             self._roster.tell("target", wire.Close(request.id))

@@ -8,6 +8,7 @@ from typing import Any
 
 from outrider.core.events import OpenDraft, Prefill
 from outrider.core.values import Value
+from outrider.wire.messages import Failed
 
 SHOWN = 16  # most items of a tuple to write out; of a longer one only their number is written
 HIDDEN = {"piece", "pieces", "text", "sampling", "logprobs", "margins", "floors", "ends"}
@@ -17,6 +18,13 @@ def line(number: int, event: Any, commands: Iterable[Any], state: str) -> str:
     """A line such as `request 3: Verdict(…) -> Verify(…), Commit(…); VERIFYING, draft DRAFTING`."""
     led_to = ", ".join(map(brief, commands)) or "nothing"
     return f"request {number}: {brief(event)} -> {led_to}; {state}"
+
+
+def outcome(last: Any) -> str:
+    """How a request ended, in the words for the log; a message might quote somebody's text."""
+    if isinstance(last, Failed):
+        return f"failed ({last.code})"
+    return f"{last.reason}, {last.stats.generated_tokens} tokens"
 
 
 def brief(value: Any) -> str:

@@ -2,7 +2,7 @@
 
 However the launcher ends, its children end too: each watches a pipe whose writing end only the
 launcher has. A child tells its state in lines of JSON on stdout, such as `["ready", 1.0]`. What it
-writes to stderr is shown line by line, with its role in front.
+writes to stderr is handed on line by line: log records as JSON, and whatever a library says.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from outrider.errors import (
     from_code,
 )
 from outrider.wire.addresses import socket_path
+from outrider_services import logs
 from outrider_services.options import Settings, TargetOptions, to_flags
 from outrider_services.pipeline.claim import TOKEN, Claim
 from outrider_services.pipeline.places import share_cores
@@ -80,7 +81,8 @@ class Launcher:
         self._children = self._plan(draft)
 
     def _plan(self, draft: bool) -> list[Child]:
-        settings, address = self.settings, f"ipc://{self._socket}"
+        address = f"ipc://{self._socket}"
+        settings = replace(self.settings, log=replace(self.settings.log, format="json"))
         sections = ("draft", "pipeline", "coordinator", "log")
         places = {"target": settings.target.place}
         if draft:
@@ -252,16 +254,19 @@ class Launcher:
         while child.starts and time.monotonic() - child.starts[0] > within_s:
             child.starts.popleft()
         if len(child.starts) > most:
-            self._log(child.role, f"restarted {most} times in {within_s:.0f} s; it stays down")
+            self._warn(child.role, f"restarted {most} times in {within_s:.0f} s; it stays down")
             if child.role == "target":
                 self._fail(error)
             return
         first_s, most_s = BACKOFF_S
         delay = most_s if is_early else min(first_s * 4 ** (len(child.starts) - 1), most_s)
-        self._log(child.role, f"{error}; starting it again in {delay:.1f} s")
+        self._warn(child.role, f"{error}; starting it again in {delay:.1f} s")
         await asyncio.sleep(delay)
         if not self._stopping:
             await self._start(child)
+
+    def _warn(self, role: str, message: str) -> None:
+        self._log(role, logs.as_json("warning", role, message))
 
     def _fail(self, error: OutriderError | None) -> None:
         if not self.failed.done():

@@ -80,6 +80,12 @@ class Request:
     def key(self) -> tuple[bytes, int]:
         return self.client, self.submit.call
 
+    def marks(self) -> dict[str, int]:
+        """What marks a log record as one about this request, and about what of it."""
+        session = self.session
+        of_session = {"round": session.round, "lineage": session.stock.lineage} if session else {}
+        return {"request_id": self.number, **of_session}
+
     async def prepare(self, target: wire.Hello, ask: Ask) -> None:
         """Have `target` turn the prompt into tokens, and its stop strings if they are tokens."""
         prompt, messages = self.submit.prompt, self.submit.messages

@@ -155,7 +155,8 @@ class Sessions:
     def _log(request: Request, session: Session, event: Event, commands: list[Command]) -> None:
         if log.isEnabledFor(logging.DEBUG):
             state = f"{session.phase.name}, draft {session.draft.state.name}"
-            log.debug("%s", journal.line(request.number, event, commands, state))
+            line = journal.line(request.number, event, commands, state)
+            log.debug("%s", line, extra=request.marks())
 
     def _carry_out(self, request: Request, session: Session, commands: Sequence[Command]) -> None:
         for command in commands:

@@ -72,7 +72,17 @@ def _automatic(settings: Settings, tell: Tell, ask: Ask) -> Settings:
         tell(advice.described(decision))
     if decision is None:
         return settings
-    settings = with_draft(settings, decision.quant, ask)
+    with_draft(settings, decision.quant, ask)  # so that the file is there
+    return decided(settings, decision)
+
+
+def decided(settings: Settings, decision: Decision) -> Settings:
+    """The settings as the decision changes them; its draft may still have to be made.
+
+    Raises OSError.
+    """
+    path = decisions.variant_path(str(settings.draft.model), decision.quant)
+    settings = replace(settings, draft=replace(settings.draft, model=str(path)))
     settings = on_cores(settings, decision.target_cores, decision.draft_cores)
     return with_kernels(settings, decision.without, decision.threads)
 
