@@ -43,6 +43,7 @@ HELP = {
     "tune": ("target", "draft", "pipeline", "log"),
     "ls": (),
     "ps": (),
+    "top": (),
     "stop": (),
 }
 

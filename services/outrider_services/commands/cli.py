@@ -24,6 +24,7 @@ from outrider_services.commands import (
     pipelines,
     run,
     serve,
+    top,
     tune,
 )
 from outrider_services.options import Parser, Settings, add_options
@@ -76,6 +77,7 @@ VERBS = (
     ),
     Verb("ls", "list the models in the caches", models.ls, connects=False),
     Verb("ps", "list the pipelines that are up", pipelines.ps, (), pipelines.ps_flags),
+    Verb("top", "watch a pipeline at work", top.top, (), top.flags),
     Verb(
         "stop",
         "end a pipeline, once its requests are finished",

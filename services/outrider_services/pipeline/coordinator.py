@@ -14,7 +14,6 @@ from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Any
 
-import outrider
 from outrider.core.estimates import CostModel
 from outrider.core.events import (
     Cancel,
@@ -49,7 +48,8 @@ from outrider.errors import (
 )
 from outrider.wire import messages as wire
 from outrider.wire.transport import PeerGone
-from outrider_services.pipeline import journal
+from outrider_services.pipeline import health, journal
+from outrider_services.pipeline.metrics import Metrics
 from outrider_services.pipeline.places import shared
 from outrider_services.pipeline.questions import Questions
 from outrider_services.pipeline.requests import Defaults, Lengths, Request, Requests
@@ -77,6 +77,7 @@ class Coordinator:
         self._clients: set[bytes] = set()
         self._requests = Requests(defaults.queue)
         self._questions = Questions(self._roster, self._tell)
+        self._metrics = Metrics(self._requests, self._roster, clock)
         self._tasks: set[asyncio.Task[None]] = set()
         self._began = clock()
         self._stopping = self._closed = False
@@ -93,7 +94,7 @@ class Coordinator:
                 self._on_worker(peer, message)
             case wire.Hello():
                 self._roster.on_hello(peer, message)
-            case wire.Submit() | wire.Cancel() | wire.Health() | wire.Stop():
+            case wire.Submit() | wire.Cancel() | wire.Health() | wire.Metrics() | wire.Stop():
                 self._on_client(peer, message)
             case wire.Tokenize() | wire.Detokenize() | wire.Render():
                 self._clients.add(peer)
@@ -116,8 +117,9 @@ class Coordinator:
 
     def ping(self) -> None:
         """Show everybody that the coordinator lives; find out who is gone."""
+        ping = self._metrics.ping()
         for peer in [*self._roster.peers, *self._clients]:
-            self._tell(peer, wire.Ping())
+            self._tell(peer, ping)
 
     async def run(self) -> None:
         """Watch over workers and clients until stopped."""
@@ -156,8 +158,10 @@ class Coordinator:
                 pass
             case _, wire.Beat():
                 self._roster.on_beat(role, message)
+                self._metrics.beat(role, message)
             case (("target", wire.Done(number, Verdict() as done))
                   | ("draft", wire.Done(number, Proposal() as done))):  # fmt: skip
+                self._metrics.done(done)
                 if request := self._requests.running.get(number):
                     self._advance(request, done)
             case _, wire.Failed(number, code, reason, param):
@@ -176,6 +180,7 @@ class Coordinator:
             self._advance(request, DraftLost())
 
     def _on_joined(self, role: Role) -> None:
+        self._metrics.joined(role)
         target, draft = self._roster.get("target"), self._roster.get("draft")
         if target and draft:
             curves = target.hello.curve_s, draft.hello.curve_s
@@ -212,6 +217,8 @@ class Coordinator:
                     self._cancel(request)
             case wire.Health(call):
                 self._tell(peer, wire.HealthReport(call, self.health()))
+            case wire.Metrics(call):
+                self._tell(peer, wire.MetricsReport(call, self._metrics.snapshot()))
             case wire.Stop(call):
                 self._tell(peer, wire.HealthReport(call, self.health()))
                 self._stopping = True
@@ -219,17 +226,9 @@ class Coordinator:
 
     def health(self) -> dict[str, Any]:
         """What `outrider ps` shows; its "status" is "ok" while requests can be served."""
-        workers = self._roster.report()
-        requests = {"running": len(self._requests.running), "waiting": len(self._requests.waiting)}
-        return {
-            "status": "ok" if "target" in workers else "loading",
-            "version": outrider.__version__,
-            "mode": self._mode(None),
-            "workers": workers,
-            "refused": dict(self._roster.refusals),
-            "requests": requests,
-            "uptime_s": self._clock() - self._began,
-        }
+        uptime_s, mode = self._clock() - self._began, self._mode(None)
+        told = self._roster, self._requests, self._metrics
+        return health.report(*told, stopping=self._stopping, mode=mode, uptime_s=uptime_s)
 
     def _submit(self, request: Request) -> None:
         """Take it or say why not, without waiting: in a burst, others are right behind it."""
@@ -274,6 +273,7 @@ class Coordinator:
         task = request.task(target)
         stats = Stats(mode, task.sampling.seed, request.submitted, step_s=target.curve_s[0])
         request.session = Session(task, self._rule(mode, lengths), stats)
+        self._metrics.started()
         try:
             started = wire.Started(submit.call, target.model, mode, request.tokens)
             self._tell(request.client, started)
@@ -341,6 +341,7 @@ class Coordinator:
             case CloseDraft():
                 self._tell_role("draft", wire.Close(request.id))
             case Fragment():
+                self._metrics.fragment(request, command)
                 report, spans = session.stats.report(), session.trace.take()
                 self._tell(request.client, wire.Progress(call, command, report, spans))
             case Settle():
@@ -361,6 +362,7 @@ class Coordinator:
         """Give a request its one outcome; free whatever it held."""
         if not self._requests.end(request):
             return
+        self._metrics.ended(request, last)
         if self._requests.running.pop(request.id, None):
             self._tell_role("target", wire.Close(request.id))
         if request.client in self._clients:
