@@ -26,6 +26,7 @@ from tests.unit.test_metrics import check_identities
 from outrider import Client
 from outrider.client import AsyncClient
 from outrider.core.stats import Report
+from outrider.core.values import Mode
 from outrider.errors import OutriderError, Overloaded
 from outrider_services.pipeline.exposition import exposition
 
@@ -41,9 +42,13 @@ SLOW = ("--toy-step-ms=20", "--toy-draft-ms=2")
 
 async def ask(client: AsyncClient, number: int) -> Report:
     """One of several requests; every third is cancelled on its way."""
-    mode = ("pipelined", "sync", "plain")[number % 4 % 3]
+    modes: tuple[Mode, ...] = ("pipelined", "sync", "plain", "pipelined")
     stream = await client.create_completion(
-        f"Request {number}", max_tokens=40 + number, mode=mode, seed=number, stream=True
+        f"Request {number}",
+        max_tokens=40 + number,
+        mode=modes[number % 4],
+        seed=number,
+        stream=True,
     )
     async for fragment in stream:
         if number % 3 == 0 and fragment.round >= number % 5:
@@ -82,11 +87,11 @@ async def test_the_counters_add_up_over_all_requests(
         assert firsts + between == counts["generation_tokens_total"]
         assert counts["e2e_request_latency_seconds"]["+Inf"] == 16
         assert counts["spec_decode_num_discarded_draft_tokens_total"]["failed"] == 0
-        await check_lanes(client, counts)
-        check_text(exposition(counts, "vllm"))
+        await check_lanes(client)
+        check_text(exposition(counts))
 
 
-async def check_lanes(client: AsyncClient, counts: dict[str, Any]) -> None:
+async def check_lanes(client: AsyncClient) -> None:
     await asyncio.sleep(1.5)  # for a heartbeat of each worker, and an answer to a ping
     counts = await client.metrics()
     busy = counts["lane_busy_seconds_total"]
@@ -258,7 +263,7 @@ def test_what_takes_longer_than_the_limit_is_cut_off(serve: Serve) -> None:
     with client:
         began = time.monotonic()
         served.process.terminate()
-        with pytest.raises(OutriderError, match="stopped|closed|gone"):
+        with pytest.raises(OutriderError, match=r"stopped|closed|gone"):
             stream.result()
         served.process.communicate(timeout=8)
         assert 1.0 <= time.monotonic() - began < 6.0
@@ -310,9 +315,7 @@ def test_a_supervisor_is_told_when_it_is_ready_and_when_it_stops(
 
 
 def test_a_supervisor_that_is_gone_is_no_reason_to_fail(cli: Cli, runtime: Path) -> None:
-    process = cli.start(
-        "serve", "--name=alone", "--backend=toy", NOTIFY_SOCKET=f"{runtime}/nobody"
-    )
+    process = cli.start("serve", "--name=alone", "--backend=toy", NOTIFY_SOCKET=f"{runtime}/nobody")
     assert process.stderr is not None
     assert process.stderr.readline().startswith("Ready:")
     process.terminate()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -15,8 +16,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from outrider_services.options import Settings
 from outrider_services.pipeline.exposition import exposition
+from outrider_services.pipeline.families import FAMILIES
 from outrider_services.pipeline.launcher import STOP_S
-from outrider_services.pipeline.metrics import FAMILIES, Metrics
+from outrider_services.pipeline.metrics import Metrics
 from outrider_services.pipeline.requests import Requests
 from outrider_services.pipeline.roster import Roster
 
@@ -29,8 +31,14 @@ def needs(program: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(not shutil.which(program), reason=f"needs {program}")
 
 
-def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+def run(*command: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, **environment}
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+
+
+def verify(unit: Path) -> subprocess.CompletedProcess[str]:
+    """What systemd says of a user unit; its manager wants a runtime directory."""
+    return run("systemd-analyze", "verify", "--user", unit, XDG_RUNTIME_DIR=str(unit.parent))
 
 
 # ---- Grafana ------------------------------------------------------------------------------------
@@ -129,7 +137,7 @@ def unit_here(tmp_path: Path) -> Path:
 
 @needs("systemd-analyze")
 def test_systemd_finds_nothing_wrong_with_the_unit(tmp_path: Path) -> None:
-    checked = run("systemd-analyze", "verify", "--user", unit_here(tmp_path))
+    checked = verify(unit_here(tmp_path))
     assert (checked.returncode, checked.stdout + checked.stderr) == (0, "")
 
 
@@ -137,12 +145,13 @@ def test_systemd_finds_nothing_wrong_with_the_unit(tmp_path: Path) -> None:
 def test_systemd_would_find_what_is_wrong_with_a_unit(tmp_path: Path) -> None:
     path = unit_here(tmp_path)
     path.write_text(path.read_text().replace("KillMode=", "KilMode="))
-    checked = run("systemd-analyze", "verify", "--user", path)
+    checked = verify(path)
     assert "KilMode" in checked.stderr
 
 
 def test_the_unit_leaves_time_for_what_the_defaults_allow() -> None:
-    unit = dict(re.findall(r"^(\w+)=(.*)$", (DEPLOY / "outrider.service").read_text(), re.MULTILINE))
+    text = (DEPLOY / "outrider.service").read_text()
+    unit = dict(re.findall(r"^(\w+)=(.*)$", text, re.MULTILINE))
     settings = Settings()
     assert float(unit["TimeoutStartSec"]) > settings.pipeline.ready_timeout_s
     assert float(unit["TimeoutStopSec"]) > settings.coordinator.drain_s + STOP_S

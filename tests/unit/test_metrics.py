@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import shutil
-import subprocess
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
@@ -12,10 +9,12 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from tests.unit.test_coordinator import CLIENT, DRAFT, TARGET, Pipeline, hello, submit
 
+import outrider
 from outrider.wire import messages as wire
 from outrider.wire.codec import decode, encode
 from outrider_services.pipeline.exposition import SHARED, exposition
-from outrider_services.pipeline.metrics import FAMILIES, Beat, Histogram, Meter
+from outrider_services.pipeline.families import FAMILIES
+from outrider_services.pipeline.metrics import Beat, Histogram, Meter
 
 
 @pytest.fixture
@@ -285,7 +284,11 @@ async def test_the_exposition_says_what_the_snapshot_says(up: Pipeline) -> None:
     assert found["verify_seconds_sum{}"] == pytest.approx(0.1)
     assert found["num_requests_running{}"] == 1
     (info,) = [name for name in found if name.startswith("info{")]
-    assert re.fullmatch(r"info\{version=[\d.]+\w*,target=target,draft=draft\}", info)
+    assert set(info[5:-1].split(",")) == {
+        f"version={outrider.__version__}",
+        "target=target",
+        "draft=draft",
+    }
 
 
 async def test_each_family_has_its_type_and_a_help(up: Pipeline) -> None:
@@ -328,14 +331,3 @@ async def test_what_a_coordinator_of_another_version_does_not_count_is_left_out(
     del counts["overlap_seconds_total"]
     found = samples(exposition({**counts, "invented_total": 5}))
     assert not {"overlap_seconds_total{}", "invented_total{}"} & found.keys()
-
-
-@pytest.mark.skipif(not shutil.which("promtool"), reason="needs Prometheus's promtool")
-async def test_promtool_finds_nothing_wrong(up: Pipeline) -> None:
-    request = await up.begin()
-    await up.verdict(request, 1)
-    told = exposition(await counted(up), "vllm")
-    checked = subprocess.run(
-        ["promtool", "check", "metrics"], input=told, capture_output=True, text=True, check=False
-    )
-    assert (checked.returncode, checked.stdout + checked.stderr) == (0, "")

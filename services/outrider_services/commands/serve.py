@@ -72,7 +72,7 @@ async def _drain(launcher: Launcher, limit_s: float) -> None:
     if limit_s:
         again = signalled()
         draining = asyncio.ensure_future(launcher.drain(say))
-        both = [draining, again]
-        await asyncio.wait(both, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
+        ends: list[asyncio.Future[Any]] = [draining, again]
+        await asyncio.wait(ends, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
         draining.cancel()
         await asyncio.gather(draining, return_exceptions=True)

@@ -169,7 +169,7 @@ def screen(picture: dict[str, Any]) -> RenderableType:
 
 
 def _lanes(lanes: list[dict[str, Any]]) -> Table:
-    table = Table("lane", Text("busy"), "", "passes/s", "model", "device", box=None, pad_edge=False)
+    table = Table("lane", "busy", "", "passes/s", "model", "device", box=None, pad_edge=False)
     for one in lanes:
         told = [Text(printable(one[key])) for key in ("model", "device")]
         style = "green" if one["lane"] == "target" else "cyan"

@@ -14,7 +14,7 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
-from outrider_services.pipeline.metrics import FAMILIES, Family
+from outrider_services.pipeline.families import FAMILIES, Family
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 OURS, THEIRS = "outrider_", "vllm:"
@@ -28,7 +28,10 @@ SHARED = (
 
 
 def exposition(snapshot: Mapping[str, Any], compat: Literal["vllm"] | None = None) -> str:
-    """The text of `/metrics`: what `client.metrics()` returned, with `compat` by vLLM's names, too."""
+    """The text of `/metrics`; `snapshot` is what `client.metrics()` has returned.
+
+    With `compat` what vLLM counts, too, is told once more by its names there.
+    """
     registry = CollectorRegistry()
     registry.register(_Snapshot(snapshot, compat))
     return generate_latest(registry).decode()

@@ -11,7 +11,7 @@ from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import outrider
 from outrider.core.stats import Stats
@@ -28,47 +28,6 @@ LONG = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.
 Numbers: TypeAlias = dict[str, float]  # by the value of a label
 
 
-@dataclass(frozen=True, slots=True)
-class Family:
-    """One metric: what it is, and by which labels it is told apart."""
-
-    kind: Literal["counter", "gauge", "histogram", "info"]
-    help: str
-    labels: tuple[str, ...] = ()
-
-
-# fmt: off
-FAMILIES = {
-    "spec_decode_num_drafts_total": Family("counter", "Verify rounds: a request's share of a target pass, with drafted tokens"),
-    "spec_decode_num_draft_tokens_total": Family("counter", "Drafted tokens that were verified"),
-    "spec_decode_num_accepted_tokens_total": Family("counter", "Verified tokens that were accepted"),
-    "spec_decode_num_accepted_tokens_per_pos_total": Family("counter", "Accepted tokens by their position in the block", ("position",)),
-    "spec_decode_num_created_draft_tokens_total": Family("counter", "Drafted tokens that came from the draft worker"),
-    "spec_decode_num_discarded_draft_tokens_total": Family("counter", "Drafted tokens that were not used", ("reason",)),
-    "spec_decode_num_hits_total": Family("counter", "Drafted tokens equal to the target's own, and not verified"),
-    "truncated_tokens_total": Family("counter", "Accepted tokens behind the end of the answer"),
-    "target_tokens_total": Family("counter", "Tokens of answers that were the target's own", ("kind",)),
-    "prompt_tokens_total": Family("counter", "Tokens of the prompts that were read"),
-    "generation_tokens_total": Family("counter", "Tokens of answers"),
-    "request_success_total": Family("counter", "Requests that ended as they should", ("finished_reason",)),
-    "request_failure_total": Family("counter", "Requests that ended with an error", ("code",)),
-    "num_requests_running": Family("gauge", "Requests that have a sequence"),
-    "num_requests_waiting": Family("gauge", "Requests that wait for one, their prompts being known"),
-    "lane_busy_seconds_total": Family("counter", "Time in which the worker computed", ("lane",)),
-    "lane_passes_total": Family("counter", "Evaluations of the worker", ("lane",)),
-    "lane_wait_seconds_total": Family("counter", "Time in which the worker was idle although requests ran", ("lane", "on")),
-    "overlap_seconds_total": Family("counter", "Time in which both workers computed, prompts apart"),
-    "draft_seconds": Family("histogram", "Drafting one token"),
-    "verify_seconds": Family("histogram", "The target's pass of a round"),
-    "link_rtt_seconds": Family("histogram", "From the coordinator to the worker and back", ("role",)),
-    "time_to_first_token_seconds": Family("histogram", "From the request to its first token"),
-    "inter_token_latency_seconds": Family("histogram", "Gap between blocks by the tokens of the later one, once per token"),
-    "e2e_request_latency_seconds": Family("histogram", "From the request to its end, if it succeeded"),
-    "worker_up": Family("gauge", "Whether the worker is there", ("role",)),
-    "worker_restarts_total": Family("counter", "Workers that took the place of an earlier one", ("role",)),
-    "info": Family("info", "Version and models", ("version", "target", "draft")),
-}
-# fmt: on
 COUNTS = {  # by metric, what a request counts
     "spec_decode_num_drafts_total": "rounds",
     "spec_decode_num_draft_tokens_total": "verified",
@@ -99,7 +58,8 @@ class Histogram:
     def table(self) -> Numbers:
         """By upper bound as Prometheus spells it, each with those below; and the "sum"."""
         names = [*map(str, self._bounds), "+Inf"]
-        return {**dict(zip(names, accumulate(self._counts), strict=True)), "sum": self._sum}
+        table: Numbers = dict(zip(names, accumulate(self._counts), strict=True))
+        return {**table, "sum": self._sum}
 
 
 class Totals:
@@ -113,7 +73,7 @@ class Totals:
         self._prompt = 0
 
     def add(self, request: Request, *, is_over: bool) -> None:
-        """Add what `request` has counted; what it has drafted and not used is void once it is over."""
+        """Add what `request` has counted; what was drafted for it is void once it is over."""
         session = request.session
         if session is None:
             return
@@ -178,7 +138,7 @@ class Meter:
 
     busy_s: float = 0.0
     passes: int = 0
-    waits: Counter[str] = field(default_factory=Counter)  # seconds, by what it waited on
+    waits: Numbers = field(default_factory=dict)  # seconds, by what it waited on
     _recent: deque[Beat] = field(default_factory=lambda: deque(maxlen=64))
 
     def begin(self) -> None:
@@ -192,7 +152,8 @@ class Meter:
             busy_s = max(0.0, beat.computed_s - last.computed_s)
             self.busy_s += busy_s
             self.passes += max(0, beat.passes - last.passes)
-            self.waits[on] += max(0.0, beat.served_s - last.served_s - busy_s)
+            idle_s = max(0.0, beat.served_s - last.served_s - busy_s)
+            self.waits[on] = self.waits.get(on, 0.0) + idle_s
         self._recent.append(beat)
         while beat.at - self._recent[0].at > RECENT_S and beat.at - self._recent[1].at >= RECENT_S:
             self._recent.popleft()
