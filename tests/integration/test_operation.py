@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import json
 import os
 import pty
@@ -166,6 +167,8 @@ class Screen:
             stdout=inner,
             stderr=inner,
             cwd=cli.directory,
+            start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # Ctrl-C is for it
             env={**cli._environment({}), "TERM": "xterm", "LINES": "40", "COLUMNS": "120"},
         )
 

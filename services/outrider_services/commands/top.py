@@ -15,7 +15,7 @@ from typing import Any, TextIO, cast
 import uvloop
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from outrider.client import AsyncClient, connect
@@ -169,7 +169,7 @@ def screen(picture: dict[str, Any]) -> RenderableType:
 
 
 def _lanes(lanes: list[dict[str, Any]]) -> Table:
-    table = Table("lane", "busy", "", "passes/s", "model", "device", box=None, pad_edge=False)
+    table = _table("lane", "busy>", "", "passes/s>", "model", "device")
     for one in lanes:
         told = [Text(printable(one[key])) for key in ("model", "device")]
         style = "green" if one["lane"] == "target" else "cyan"
@@ -181,8 +181,8 @@ def _lanes(lanes: list[dict[str, Any]]) -> Table:
 
 
 def _requests(requests: list[dict[str, Any]]) -> Table:
-    names = ("request", "phase", "mode", "prompt", "generated", "tokens/s", "accepted")
-    table = Table(*names, box=None, pad_edge=False)
+    numbers = ("prompt>", "generated>", "tokens/s>", "accepted>")
+    table = _table("request", "phase", "mode", *numbers)
     for one in requests:
         rate = one.get("tokens_per_s")
         table.add_row(
@@ -195,6 +195,15 @@ def _requests(requests: list[dict[str, Any]]) -> Table:
             percent(one.get("acceptance_rate")),
         )
     return table
+
+
+def _table(*names: str) -> Table:
+    """A table whose columns with a `>` are numbers."""
+    columns = [
+        Column(name.rstrip(">"), justify="right" if name.endswith(">") else "left")
+        for name in names
+    ]
+    return Table(*columns, box=None, pad_edge=False)
 
 
 def bar(share: float) -> str:
