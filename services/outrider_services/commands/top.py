@@ -25,6 +25,7 @@ from outrider_services.outlet import Outlet
 from outrider_services.terminal import show
 
 EACH_S = 1.0  # between two looks
+SHOWN = ("model", "device", "busy", "passes_per_s")  # of a worker
 BAR = 20  # characters of a whole second of computing
 EIGHTHS = "▏▎▍▌▋▊▉"
 
@@ -136,13 +137,14 @@ def compare(name: str, before: Look, now: Look) -> dict[str, Any]:
     generated = counts["generation_tokens_total"] - before.metrics["generation_tokens_total"]
     verified = counts["spec_decode_num_draft_tokens_total"]
     accepted = counts["spec_decode_num_accepted_tokens_total"]
+    workers = health["workers"]
     return {
         "name": name,
         **{key: health[key] for key in ("status", "mode", "uptime_s")},
         "lanes": [
-            {"lane": lane, **{key: worker[key] for key in ("model", "device")},
-             **{key: worker[key] for key in ("busy", "passes_per_s")}}
-            for lane, worker in health["workers"].items()
+            {"lane": lane, **{key: workers[lane][key] for key in SHOWN}}
+            for lane in ("target", "draft")
+            if lane in workers
         ],
         "requests": [{"id": int(number), **slot} for number, slot in health["slots"].items()],
         **health["requests"],

@@ -55,7 +55,7 @@ FAMILIES = {
         "counter", "Time in which the worker was idle although requests ran", ("lane", "on")
     ),
     "overlap_seconds_total": Family(
-        "counter", "Time in which both workers computed, prompts apart"
+        "counter", "Time in which both workers computed, as their messages show it"
     ),
     "draft_seconds": Family("histogram", "Drafting one token"),
     "verify_seconds": Family("histogram", "The target's pass of a round"),

@@ -16,6 +16,14 @@ from typing import Any, TypeAlias
 import outrider
 from outrider.core.stats import Stats
 from outrider.core.values import Fragment, Proposal, Role, Verdict
+from outrider.errors import (
+    BadRequest,
+    InternalError,
+    Overloaded,
+    ProtocolError,
+    RequestTimeout,
+    WorkerLost,
+)
 from outrider.wire import messages as wire
 from outrider_services.pipeline.requests import Request, Requests
 from outrider_services.pipeline.roster import Roster
@@ -41,6 +49,7 @@ COUNTS = {  # by metric, what a request counts
 DISCARDED = ("correction", "miss", "stop", "cancelled", "stale", "dismissed", "failed")
 OWN = ("corrected", "bonus", "plain")
 SUCCESS = ("stop", "length", "cancelled")
+FAILURE = (Overloaded, BadRequest, WorkerLost, RequestTimeout, ProtocolError, InternalError)
 
 
 class Histogram:
@@ -177,7 +186,7 @@ class Metrics:
         self._requests, self._roster, self._clock = requests, roster, clock
         self._over = Totals()
         self._success = Counter(dict.fromkeys(SUCCESS, 0))
-        self._failure: Counter[str] = Counter()
+        self._failure = Counter({error.code: 0 for error in FAILURE})
         self._draft, self._verify, self._between = Histogram(), Histogram(), Histogram()
         self._first, self._whole = Histogram(LONG), Histogram(LONG)
         self._links = {role: Histogram() for role in ROLES}
