@@ -454,7 +454,7 @@ def test_help_names_every_verb_but_the_launchers_own(cli: Cli) -> None:
     done = cli("--help")
     assert done.returncode == 0
     names = re.findall(r"^    (\w+) ", done.stdout, re.MULTILINE)
-    assert names == ["run", "serve", "bench", "worker", "pull", "tune", "ls", "ps", "stop"]
+    assert names == ["run", "serve", "bench", "worker", "pull", "tune", "ls", "ps", "top", "stop"]
 
 
 # ---- mistakes -----------------------------------------------------------------------------------
