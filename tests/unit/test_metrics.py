@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
@@ -10,11 +11,12 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.unit.test_coordinator import CLIENT, DRAFT, TARGET, Pipeline, hello, submit
 
 import outrider
+from outrider.core.stats import Stats
 from outrider.wire import messages as wire
 from outrider.wire.codec import decode, encode
 from outrider_services.pipeline.exposition import SHARED, exposition
 from outrider_services.pipeline.families import FAMILIES
-from outrider_services.pipeline.metrics import Beat, Histogram, Meter
+from outrider_services.pipeline.metrics import Beat, Histogram, Meter, Overlap
 
 
 @pytest.fixture
@@ -148,6 +150,23 @@ async def test_times_are_those_of_the_clock(up: Pipeline) -> None:
     assert counts["verify_seconds"]["+Inf"] == 3
     drafting = counts["draft_seconds"]
     assert (drafting["+Inf"], drafting["sum"]) == (2, pytest.approx(0.01))
+
+
+def test_what_both_lanes_share_is_counted_as_a_request_counts_it() -> None:
+    rng = random.Random(5)
+    stats, overlap = Stats(prefilled=100.0), Overlap()
+    now = 100.0
+    for _ in range(2000):
+        now += rng.expovariate(50)
+        elapsed_s = rng.expovariate(30)
+        if rng.random() < 0.4:
+            stats.computed(stats.target, now, elapsed_s)
+            overlap.add("target", "draft", now, min(elapsed_s, now - 100.0))
+        else:
+            stats.computed(stats.draft, now, elapsed_s)
+            overlap.add("draft", "target", now, min(elapsed_s, now - 100.0))
+    assert overlap.both_s > 1.0
+    assert overlap.both_s == pytest.approx(stats.both_s)
 
 
 def test_a_histogram_tells_how_many_were_at_most_so_much() -> None:
