@@ -63,7 +63,8 @@ class Service:
         self.left: list[str] = []  # after the end: what should not be there
         self.pauses = Pauses()
         self._log_path = self.runtime / "log"
-        arguments = ("serve", "--name=attacked", "--backend=toy", "--listen=tcp://127.0.0.1:0")
+        arguments = ["serve", "--name=attacked", "--backend=toy", "--listen=tcp://127.0.0.1:0"]
+        arguments += ["--drain=2"]  # what attackers leave behind need not be finished
         command = [sys.executable, "-m", "outrider_services", *arguments, *flags]
         with self._log_path.open("wb") as log:
             self.process = subprocess.Popen(

@@ -716,7 +716,7 @@ def test_a_draft_worker_ends_at_once_though_it_has_leave_to_draft_on(
     cli: Cli, serve: Serve
 ) -> None:
     slow = ("--toy-step-ms=200", "--toy-draft-ms=150")
-    served = serve("slow", "--draft-place=remote", *slow)
+    served = serve("slow", "--draft-place=remote", "--drain=0", *slow)
     worker = cli.start("worker", "draft", "--backend=toy", "--connect=slow", *slow)
     while "draft" not in json.loads(cli("ps", "--json").stdout)[0]["workers"]:
         pass
