@@ -27,25 +27,25 @@ SHARED = (
 )
 
 
-def exposition(snapshot: Mapping[str, Any], compat: Literal["vllm"] | None = None) -> str:
+def exposition(snapshot: Mapping[str, Any], compat: Literal["none", "vllm"] = "none") -> str:
     """The text of `/metrics`; `snapshot` is what `client.metrics()` has returned.
 
-    With `compat` what vLLM counts, too, is told once more by its names there.
+    With `compat` "vllm" what that counts, too, is told once more by its names there.
     """
     registry = CollectorRegistry()
-    registry.register(_Snapshot(snapshot, compat))
+    registry.register(_Snapshot(snapshot, SHARED if compat == "vllm" else ()))
     return generate_latest(registry).decode()
 
 
 class _Snapshot(Collector):
-    def __init__(self, values: Mapping[str, Any], compat: Literal["vllm"] | None) -> None:
-        self._values, self._compat = values, compat
+    def __init__(self, values: Mapping[str, Any], repeated: tuple[str, ...]) -> None:
+        self._values, self._repeated = values, repeated
 
     def collect(self) -> Iterator[Metric]:
         for name, family in FAMILIES.items():
             if name in self._values:
                 yield _metric(OURS + name, family, self._values[name])
-        for name in SHARED if self._compat else ():
+        for name in self._repeated:
             if name in self._values:
                 yield _metric(THEIRS + name, FAMILIES[name], self._values[name])
 
