@@ -90,7 +90,7 @@ class PipelineOptions:
 class CoordinatorOptions:
     listen: tuple[str, ...] = opt((), "--listen", "also listen here, such as tcp://127.0.0.1:5701 (repeatable)", "ADDRESS")
     insecure: tuple[str, ...] = opt((), "--insecure", "an address to listen on although anybody could connect", "ADDRESS")
-    drain_s: float = opt(30.0, "--drain", "how long requests may still take after SIGTERM or Ctrl-C, in seconds", "S")
+    drain_s: float = opt(30.0, "--drain", "seconds that requests may still take after SIGTERM or Ctrl-C; 0: end at once", "S")
 
 
 @dataclass(frozen=True, slots=True)
