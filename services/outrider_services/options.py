@@ -90,6 +90,7 @@ class PipelineOptions:
 class CoordinatorOptions:
     listen: tuple[str, ...] = opt((), "--listen", "also listen here, such as tcp://127.0.0.1:5701 (repeatable)", "ADDRESS")
     insecure: tuple[str, ...] = opt((), "--insecure", "an address to listen on although anybody could connect", "ADDRESS")
+    drain_s: float = opt(30.0, "--drain", "seconds that requests may still take after SIGTERM or Ctrl-C; 0: end at once", "S")
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,6 +220,7 @@ def checked(settings: Settings) -> Settings:
         ),
         ("--seed", settings.sampling.seed, -SEEDS, SEEDS - 1),
         ("--ready-timeout", pipeline.ready_timeout_s, 1, 86400),
+        ("--drain", settings.coordinator.drain_s, 0, 86400),
     ):
         if not least <= value <= most:
             raise ConfigError(f"{flag} must be from {least} to {most}, not {value}")

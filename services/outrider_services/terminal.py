@@ -6,8 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
-from rich.table import Table
+from rich.console import Console, RenderableType
 from rich.text import Text
 
 from outrider_services import logs, outlet
@@ -28,7 +27,7 @@ def note(text: Text) -> None:
     outlet.settle()
 
 
-def show(table: Table | str) -> None:
+def show(table: RenderableType) -> None:
     """Print on stdout; where a program reads it, in whole lines, however long."""
     Console(width=None if sys.stdout.isatty() else 10_000).print(table)
 

@@ -36,7 +36,8 @@ def wrong_roles() -> list[bytes]:
         wire.Tokens(1, (65,)), wire.Rendered(1, "A"), wire.LabelTexts(1, ("A",)),
         wire.Labels(1, 0, 4096), wire.Chat(1, (("user", "A"),)), wire.Cancel(1), wire.Cancel(BIG),
         wire.Started(1, "m", "plain", (65,)), wire.Progress(1, fragment, report),
-        wire.Finished(1, "stop", report, ()), wire.HealthReport(1, {}),
+        wire.Finished(1, "stop", report, ()), wire.HealthReport(1, {}), wire.MetricsReport(1, {}),
+        wire.Ping(BIG >> 32), wire.Beat(1, True, 1e9, 1),
     ]  # fmt: skip
     return [encode(message) for message in found]
 

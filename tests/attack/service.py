@@ -64,7 +64,8 @@ class Service:
         self.pauses = Pauses()
         self._log_path = self.runtime / "log"
         arguments = ("serve", "--name=attacked", "--backend=toy", "--listen=tcp://127.0.0.1:0")
-        flags = ("--log-format=text", *flags)
+        # what attackers leave behind need not be finished
+        flags = ("--log-format=text", "--drain=2", *flags)
         command = [sys.executable, "-m", "outrider_services", *arguments, *flags]
         with self._log_path.open("wb") as log:
             self.process = subprocess.Popen(

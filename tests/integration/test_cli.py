@@ -43,6 +43,7 @@ HELP = {
     "tune": ("target", "draft", "pipeline", "log"),
     "ls": (),
     "ps": (),
+    "top": (),
     "stop": (),
     "show": tuple(dict.fromkeys(key.split(".")[0] for key in OPTIONS)),
 }
@@ -454,7 +455,19 @@ def test_help_names_every_verb_but_the_launchers_own(cli: Cli) -> None:
     done = cli("--help")
     assert done.returncode == 0
     names = re.findall(r"^    (\w+) ", done.stdout, re.MULTILINE)
-    assert names == ["run", "serve", "bench", "worker", "pull", "tune", "ls", "ps", "stop", "show"]
+    assert names == [
+        "run",
+        "serve",
+        "bench",
+        "worker",
+        "pull",
+        "tune",
+        "ls",
+        "ps",
+        "top",
+        "stop",
+        "show",
+    ]
 
 
 # ---- mistakes -----------------------------------------------------------------------------------
@@ -716,7 +729,7 @@ def test_a_draft_worker_ends_at_once_though_it_has_leave_to_draft_on(
     cli: Cli, serve: Serve
 ) -> None:
     slow = ("--toy-step-ms=200", "--toy-draft-ms=150")
-    served = serve("slow", "--draft-place=remote", *slow)
+    served = serve("slow", "--draft-place=remote", "--drain=0", *slow)
     worker = cli.start("worker", "draft", "--backend=toy", "--connect=slow", *slow)
     while "draft" not in json.loads(cli("ps", "--json").stdout)[0]["workers"]:
         pass

@@ -136,7 +136,8 @@ def check_costs(mode: InTurns, count: int, together: Simulation) -> None:
     learnt, right = costs_of(together), costs_of(one_by_one(mode, count))
     assert learnt.verify_s == pytest.approx(right.verify_s, rel=OFF)
     assert learnt.draft_s == pytest.approx(right.draft_s, rel=OFF)
-    assert learnt.link_s == pytest.approx(right.link_s, abs=LINK_OFF_S)
+    if mode == "pipelined":  # in turns, passes that are shared do not tell it
+        assert learnt.link_s == pytest.approx(right.link_s, abs=LINK_OFF_S)
     assert together.experience.step_s == pytest.approx(PASS_S + 2 * LINK_S, rel=2 * OFF)
 
 

@@ -686,6 +686,8 @@ async def test_health_tells_what_is_there(bare: Pipeline) -> None:
         "context": 512,
         "slots": 2,
         "step_s": 0.1,
+        "busy": 0.0,
+        "passes_per_s": 0.0,
     }
     assert health["mode"] == "pipelined"
     assert bare.core.health()["requests"] == {"running": 2, "waiting": 1}

@@ -25,6 +25,7 @@ from outrider_services.commands import (
     run,
     serve,
     show,
+    top,
     tune,
 )
 from outrider_services.options import Parser, Settings, add_options, given_flags
@@ -87,6 +88,7 @@ VERBS = (
     ),
     Verb("ls", "list the models in the caches", models.ls, connects=False),
     Verb("ps", "list the pipelines that are up", pipelines.ps, (), pipelines.ps_flags),
+    Verb("top", "watch a pipeline at work", top.top, (), top.flags),
     Verb(
         "stop",
         "end a pipeline, once its requests are finished",

@@ -9,6 +9,7 @@ import uvloop
 
 from outrider_services.commands.prepared import has_draft, with_files
 from outrider_services.commands.signals import signalled
+from outrider_services.commands.supervisor import notify
 from outrider_services.options import Parser, Settings
 from outrider_services.pipeline.launcher import Launcher, first_of
 from outrider_services.terminal import News, tell
@@ -22,7 +23,10 @@ def flags(parser: Parser) -> None:
 
 
 def serve(settings: Settings, parsed: Any) -> int:
-    """Start the pipeline, and keep it up until a signal or `outrider stop`."""
+    """Start the pipeline, and keep it up until a signal or `outrider stop`.
+
+    After the first signal it finishes its requests; the second ends it at once.
+    """
     settings = search.prepared(with_files(settings, fetch=parsed.pull), tell)
     return uvloop.run(_serve(settings, parsed.name))
 
@@ -45,10 +49,30 @@ async def _serve(settings: Settings, name: str) -> int:
             tell("No draft model was given: generating in plain mode.")
         addresses = [name, *launcher.addresses]
         tell(f"Ready: outrider run --connect {' | '.join(addresses)}")
+        notify("READY=1")
         await first_of(launcher.failed, stop)
+        notify("STOPPING=1")
         if stop.done():
+            await _drain(launcher, settings.coordinator.drain_s)
             return stop.result()
         launcher.failed.result()
         return 0
     finally:
         await launcher.stop()
+
+
+async def _drain(launcher: Launcher, limit_s: float) -> None:
+    """Finish what was asked for, unless that takes too long or another signal comes."""
+
+    def say(count: int) -> None:
+        if count:
+            ones = "1 request" if count == 1 else f"{count} requests"
+            tell(f"Finishing {ones}, for {limit_s:g} s at most; another signal ends at once.")
+
+    if limit_s:
+        again = signalled()
+        draining = asyncio.ensure_future(launcher.drain(say))
+        ends: list[asyncio.Future[Any]] = [draining, again]
+        await asyncio.wait(ends, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
+        draining.cancel()
+        await asyncio.gather(draining, return_exceptions=True)

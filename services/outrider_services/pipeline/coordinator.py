@@ -14,7 +14,6 @@ from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Any
 
-import outrider
 from outrider.core.events import (
     Cancel,
     DraftLost,
@@ -33,7 +32,8 @@ from outrider.errors import (
 )
 from outrider.wire import messages as wire
 from outrider.wire.transport import PeerGone
-from outrider_services.pipeline import journal
+from outrider_services.pipeline import health, journal
+from outrider_services.pipeline.metrics import Metrics
 from outrider_services.pipeline.questions import Questions
 from outrider_services.pipeline.requests import Defaults, Lengths, Request, Requests
 from outrider_services.pipeline.roster import Roster
@@ -59,9 +59,10 @@ class Coordinator:
         self._roster = Roster(self._tell, *listeners, clock, defaults.tokens)
         self._clients: set[bytes] = set()
         self._requests = Requests(defaults.queue)
-        self._sessions = Sessions(
-            self._roster, self._requests, defaults, clock, self._tell, self._end
-        )
+        self._metrics = Metrics(self._requests, self._roster, clock)
+        say = self._tell, self._end
+        known = self._roster, self._requests, self._metrics, defaults
+        self._sessions = Sessions(*known, clock, *say)
         self._questions = Questions(self._roster, self._tell)
         self._tasks: set[asyncio.Task[None]] = set()
         self._began = clock()
@@ -79,7 +80,7 @@ class Coordinator:
                 self._on_worker(peer, message)
             case wire.Hello():
                 self._roster.on_hello(peer, message)
-            case wire.Submit() | wire.Cancel() | wire.Health() | wire.Stop():
+            case wire.Submit() | wire.Cancel() | wire.Health() | wire.Metrics() | wire.Stop():
                 self._on_client(peer, message)
             case wire.Tokenize() | wire.Detokenize() | wire.Render():
                 self._clients.add(peer)
@@ -102,8 +103,9 @@ class Coordinator:
 
     def ping(self) -> None:
         """Show everybody that the coordinator lives; find out who is gone."""
+        ping = self._metrics.ping()
         for peer in [*self._roster.peers, *self._clients]:
-            self._tell(peer, wire.Ping())
+            self._tell(peer, ping)
 
     async def run(self) -> None:
         """Watch over workers and clients until stopped."""
@@ -142,11 +144,15 @@ class Coordinator:
                 pass
             case _, wire.Beat():
                 self._roster.on_beat(role, message)
+                self._metrics.beat(role, message)
             case (("target", wire.Done(number, Verdict() as done))
                   | ("draft", wire.Done(number, Proposal() as done))):  # fmt: skip
+                self._metrics.done(done)
                 if request := self._requests.running.get(number):
                     self._sessions.advance(request, done)
             case "target", wire.Passed(verdicts):
+                for _, one in verdicts:
+                    self._metrics.done(one)
                 self._sessions.advance_all(verdicts)
             case _, wire.Failed(number, code, reason, param):
                 self._on_failed(role, number, from_code(code, reason, param))
@@ -165,6 +171,7 @@ class Coordinator:
             self._sessions.advance(request, DraftLost())
 
     def _on_joined(self, role: Role) -> None:
+        self._metrics.joined(role)
         self._sessions.measure()
         if role == "draft":
             self._on_paused(False)
@@ -197,6 +204,8 @@ class Coordinator:
                     self._cancel(request)
             case wire.Health(call):
                 self._tell(peer, wire.HealthReport(call, self.health()))
+            case wire.Metrics(call):
+                self._tell(peer, wire.MetricsReport(call, self._metrics.snapshot()))
             case wire.Stop(call):
                 self._tell(peer, wire.HealthReport(call, self.health()))
                 self._stopping = True
@@ -204,17 +213,9 @@ class Coordinator:
 
     def health(self) -> dict[str, Any]:
         """What `outrider ps` shows; its "status" is "ok" while requests can be served."""
-        workers = self._roster.report()
-        requests = {"running": len(self._requests.running), "waiting": len(self._requests.waiting)}
-        return {
-            "status": "ok" if "target" in workers else "loading",
-            "version": outrider.__version__,
-            "mode": self._sessions.mode(None),
-            "workers": workers,
-            "refused": dict(self._roster.refusals),
-            "requests": requests,
-            "uptime_s": self._clock() - self._began,
-        }
+        uptime_s, mode = self._clock() - self._began, self._sessions.mode(None)
+        told = self._roster, self._requests, self._metrics
+        return health.report(*told, stopping=self._stopping, mode=mode, uptime_s=uptime_s)
 
     def _submit(self, request: Request) -> None:
         """Take it or say why not, without waiting: in a burst, others are right behind it."""
@@ -264,6 +265,7 @@ class Coordinator:
         if not self._requests.end(request):
             return
         log.info("request %d: %s", request.number, journal.outcome(last), extra=request.marks())
+        self._metrics.ended(request, last)
         if self._requests.running.pop(request.id, None):
             self._sessions.forget(request)
             self._roster.tell("target", wire.Close(request.id))

@@ -122,6 +122,18 @@ class Launcher:
     async def __aexit__(self, *_: object) -> None:
         await self.stop()
 
+    async def drain(self, tell: Callable[[int], None]) -> None:
+        """Let no more requests begin, and wait until those that are there are over.
+
+        Their number is told. `stop` is still to be called, also if this is cancelled.
+        """
+        with contextlib.suppress(OutriderError):  # nobody answers: there is nothing to wait for
+            async with connect(f"ipc://{self._socket}", timeout_s=1.0) as client:
+                requests = (await client.health())["requests"]
+                tell(requests["running"] + requests["waiting"])
+                await client.stop()
+                await asyncio.wait([self.failed])
+
     async def stop(self) -> None:
         """End every child, politely first, and remove the socket."""
         self._stopping = True

@@ -103,7 +103,7 @@ class Roster:
     def members(self) -> list[Member]:
         return list(self._members.values())
 
-    def report(self) -> dict[str, dict[str, str | int | float]]:
+    def report(self) -> dict[Role, dict[str, str | int | float]]:
         """What `outrider ps` shows of the workers, by role."""
         return {
             member.hello.role: {

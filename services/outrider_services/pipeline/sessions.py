@@ -36,6 +36,7 @@ from outrider.core.values import Fragment, Mode, TokenId, Verdict, Verify
 from outrider.errors import BadRequest, OutriderError
 from outrider.wire import messages as wire
 from outrider_services.pipeline import journal
+from outrider_services.pipeline.metrics import Metrics
 from outrider_services.pipeline.places import shared
 from outrider_services.pipeline.requests import Defaults, Lengths, Request, Requests
 from outrider_services.pipeline.roster import Roster, Tell
@@ -55,13 +56,14 @@ class Sessions:
         self,
         roster: Roster,
         requests: Requests,
+        metrics: Metrics,
         defaults: Defaults,
         clock: Callable[[], float],
         tell: Tell,
         end: End,
     ) -> None:
         self._roster, self._requests, self._defaults = roster, requests, defaults
-        self._clock, self._tell, self._end = clock, tell, end
+        self._metrics, self._clock, self._tell, self._end = metrics, clock, tell, end
         self._experience: dict[Mode, Experience] = {}
         self._gathering = Gathering[int]()
         self._ended: deque[tuple[str | None, Held, list[TokenId]]] = deque(maxlen=ENDED)
@@ -92,6 +94,7 @@ class Sessions:
         task = replace(request.task(target), held=self._held(request))
         stats = Stats(mode, task.sampling.seed, request.submitted, step_s=target.curve_s[0])
         request.session = Session(task, self._rule(mode, lengths), stats)
+        self._metrics.started()
         try:
             started = wire.Started(submit.call, target.model, mode, request.tokens)
             self._tell(request.client, started)
@@ -185,6 +188,7 @@ class Sessions:
             case CloseDraft():
                 self._roster.tell("draft", wire.Close(request.id))
             case Fragment():
+                self._metrics.fragment(request, command)
                 report, spans = session.stats.report(), session.trace.take()
                 self._tell(request.client, wire.Progress(call, command, report, spans))
             case Settle():

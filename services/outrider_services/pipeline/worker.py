@@ -220,8 +220,9 @@ class Worker(ABC, Generic[M]):
             case wire.Refused(code, reason):
                 if not self.ended.done():
                     self.ended.set_exception(from_code(code, reason))
-            case wire.Ping():
-                pass
+            case wire.Ping(number):
+                if number and self._welcomed.done():
+                    self.send(self._beat_of(number))
             case wire.Labels(call, start, count):
                 vocabulary = self.model.info.vocabulary
                 end = min(start + count, vocabulary.size) if vocabulary else start
@@ -234,10 +235,13 @@ class Worker(ABC, Generic[M]):
         while True:
             await asyncio.sleep(BEAT_S)
             if self._welcomed.done():
-                self.send(wire.Beat(self.steps, self._since is not None))
+                self.send(self._beat_of(0))
                 self._silent_beats += 1
                 if self._silent_beats * BEAT_S > SILENCE_S:
                     raise ConnectionFailed(f"the coordinator has been silent for {SILENCE_S:.0f} s")
+
+    def _beat_of(self, ping: int) -> wire.Beat:
+        return wire.Beat(self.steps, self._since is not None, self.computed_s, ping)
 
     async def _compute_forever(self) -> None:
         while True:

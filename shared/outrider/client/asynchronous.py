@@ -34,7 +34,7 @@ ANSWER_S = 15.0  # most that a question may take
 LAST_S = 0.05  # for what has come and was not read
 FORKED = "a client does not outlive fork(): make one in each process"
 
-Answer = TypeVar("Answer", wire.Tokens, wire.Rendered, wire.HealthReport)
+Answer = TypeVar("Answer", wire.Tokens, wire.Rendered, wire.HealthReport, wire.MetricsReport)
 
 
 class AsyncClient:
@@ -206,6 +206,11 @@ class AsyncClient:
         """The state of coordinator, workers and requests."""
         timeout_s = asked.seconds("timeout_s", timeout_s)
         return (await self._ask(wire.Health, wire.HealthReport, timeout_s)).report
+
+    async def metrics(self, *, timeout_s: float = ANSWER_S) -> dict[str, Any]:
+        """What the coordinator has counted over all requests: values by metric, then by label."""
+        timeout_s = asked.seconds("timeout_s", timeout_s)
+        return (await self._ask(wire.Metrics, wire.MetricsReport, timeout_s)).metrics
 
     async def stop(self) -> None:
         """End the pipeline as soon as it has finished what it is generating."""

@@ -193,6 +193,10 @@ class Client:
         """The state of coordinator, workers and requests."""
         return self._wait(lambda: self._client.health(timeout_s=timeout_s))
 
+    def metrics(self, *, timeout_s: float = ANSWER_S) -> dict[str, Any]:
+        """What the coordinator has counted over all requests: values by metric, then by label."""
+        return self._wait(lambda: self._client.metrics(timeout_s=timeout_s))
+
     def stop(self) -> None:
         """End the pipeline as soon as it has finished what it is generating."""
         self._wait(self._client.stop)

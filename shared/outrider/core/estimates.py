@@ -107,7 +107,7 @@ class CostModel:
         at = (rows if requests == 1 else requests) - 1
         if at < len(own):
             own[at] += (self.OWN - self.SHARED) * error
-        if requests == 1:  # of several some may have been held back for the others
+        if requests == 1 or not self._in_turns:  # else some were held back for the others
             link_s = min(max(round_trip_s - elapsed_s, 1e-5), 1.0)
             self._link += self.OWN * _bounded(math.log(link_s) - self._link)
         self._changed = True
@@ -153,7 +153,8 @@ class CostModel:
             return float(requests)
         slope = max(0.0, known[-1] - known[-2])
         beyond = max(0, requests - len(known)) * slope
-        return max(1.0, (known[min(requests, len(known)) - 1] + beyond) / known[0])
+        together_s = known[min(requests, len(known)) - 1] + beyond
+        return max(1.0, together_s / max(known[0], 1e-6))
 
     def growth(self, requests: int) -> float:
         """How many times as long as for one request a plain step of so many takes."""

@@ -80,6 +80,7 @@ class Stats:
     own: Counter[str] = field(default_factory=Counter)  # the target's: corrected, bonus, plain
     hits: int = 0
     rounds: int = 0  # verify rounds: target passes over at least one drafted token
+    lengths: Counter[int] = field(default_factory=Counter)  # of these, by how many were accepted
     discarded: Counter[str] = field(default_factory=Counter)  # by reason
     prefilled: float | None = None
     last_commit: float | None = None
@@ -102,7 +103,9 @@ class Stats:
         """A target pass has verified `block` drafted tokens and accepted `accepted` of them."""
         self.prefilled = now if self.prefilled is None else self.prefilled
         self.last_commit = now
-        self.rounds += block > 0
+        if block:
+            self.rounds += 1
+            self.lengths[accepted] += 1
         self.verified += block
         self.accepted += accepted
 

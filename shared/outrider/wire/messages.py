@@ -95,10 +95,16 @@ class Beat(Tagged, frozen=True):
 
     steps: Id
     busy: bool
+    computed_s: Annotated[float, Meta(ge=0.0, le=1e9)] = 0.0  # in all, of every request
+    ping: Count = 0  # the number of the one that this answers at once; 0: none
 
 
 class Ping(Tagged, frozen=True):
-    """Asks nothing: sending it tells the coordinator whether the connection still stands."""
+    """Sending it tells the coordinator whether the connection still stands. A worker answers one
+    that has a number, which shows how long messages take.
+    """
+
+    number: Count = 0
 
 
 # ---- coordinator and workers, for a request -----------------------------------------------------
@@ -244,6 +250,12 @@ class Health(Tagged, frozen=True):
     call: Id
 
 
+class Metrics(Tagged, frozen=True):
+    """What has the coordinator counted so far?"""
+
+    call: Id
+
+
 class Stop(Tagged, frozen=True):
     """Finish what runs, then end the pipeline."""
 
@@ -280,9 +292,17 @@ class HealthReport(Tagged, frozen=True):
     report: State
 
 
+class MetricsReport(Tagged, frozen=True):
+    """The answer to `Metrics`: values by name, and where there are labels, by those."""
+
+    call: Id
+    metrics: State
+
+
 Message: TypeAlias = (
     Hello | Welcome | Refused | Who | Beat | Ping
     | Do | Done | Pass | Passed | Close | Failed
     | Tokenize | Detokenize | Render | Chat | Labels | Tokens | Rendered | LabelTexts
-    | Submit | Cancel | Health | Stop | Started | Progress | Finished | HealthReport
+    | Submit | Cancel | Health | Metrics | Stop
+    | Started | Progress | Finished | HealthReport | MetricsReport
 )  # fmt: skip
