@@ -64,7 +64,7 @@ class Service:
         self.pauses = Pauses()
         self._log_path = self.runtime / "log"
         arguments = ("serve", "--name=attacked", "--backend=toy", "--listen=tcp://127.0.0.1:0")
-        command = [sys.executable, "-m", "outrider_services", *arguments, *flags]
+        command = [sys.executable, "-m", "outrider_services", *arguments, "--no-gateway", *flags]
         with self._log_path.open("wb") as log:
             self.process = subprocess.Popen(
                 command,

@@ -171,6 +171,7 @@ class Cli:
     def _environment(self, more: dict[str, str]) -> dict[str, str]:
         kept = {k: v for k, v in os.environ.items() if not k.startswith("OUTRIDER_")}
         directories = {
+            "OUTRIDER_SERVER__NO_GATEWAY": "true",  # its port is free once; see test_gateway.py
             "XDG_RUNTIME_DIR": str(self.runtime),
             "XDG_CONFIG_HOME": str(self.directory / "config"),
             "XDG_CACHE_HOME": str(self.directory / "cache"),
