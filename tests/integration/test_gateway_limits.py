@@ -206,8 +206,8 @@ async def test_a_reader_that_stops_is_cut_and_frees_its_sequence(
         raw.writer.write(head.encode() + body)
         async with asyncio.timeout(20):
             for wanted in (True, False):
-                while any((await other.health())["requests"].values()) != wanted:
-                    await asyncio.sleep(0.01)  # noqa: ASYNC110
+                while any((await other.health())["requests"].values()) != wanted:  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
         raw.writer.transport.abort()
 
 

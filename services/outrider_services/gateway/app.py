@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
+import time
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
@@ -54,8 +54,8 @@ def application(gateway: Gateway, rules: Rules) -> FastAPI:
         responses=ERRORS,
     )
     handlers.install(app)
-    for routes in (openai(gateway), native(gateway), questions(gateway), service(gateway)):
-        app.include_router(routes)
+    for make in (openai, models, native, questions, service):
+        app.include_router(make(gateway))
     app.add_middleware(Gate, rules=rules)
     if rules.origins:  # outermost, so that refusals can be read, too
         app.add_middleware(
@@ -69,7 +69,7 @@ def application(gateway: Gateway, rules: Rules) -> FastAPI:
 
 
 def openai(gateway: Gateway) -> APIRouter:
-    """OpenAI's paths."""
+    """OpenAI's paths that generate, and ours that ends it."""
     routes = APIRouter(prefix="/v1", tags=["OpenAI"])
 
     @routes.post("/chat/completions")
@@ -94,16 +94,6 @@ def openai(gateway: Gateway) -> APIRouter:
             ),
         )
 
-    @routes.get("/models")
-    async def models() -> Response:
-        return JSONResponse({"object": "list", "data": [described(await gateway.model())]})
-
-    @routes.get("/models/{name:path}")
-    async def model(name: str) -> Response:
-        if name != await gateway.model():
-            raise Refused(404, "model_not_found", f"there is no model {name!r:.100} here")
-        return JSONResponse(described(name))
-
     @routes.delete("/requests/{name}")
     async def cancel(request: Request, name: str) -> Response:
         plain = name.removeprefix("chatcmpl-").removeprefix("cmpl-")
@@ -113,8 +103,25 @@ def openai(gateway: Gateway) -> APIRouter:
     return routes
 
 
-def described(name: str) -> dict[str, Any]:
-    return {"id": name, "object": "model", "created": 0, "owned_by": "outrider"}
+def models(gateway: Gateway) -> APIRouter:
+    """OpenAI's paths about the model."""
+    routes = APIRouter(prefix="/v1", tags=["OpenAI"])
+    began = int(time.time())
+
+    def described(name: str) -> dict[str, Any]:
+        return {"id": name, "object": "model", "created": began, "owned_by": "outrider"}
+
+    @routes.get("/models")
+    async def listing() -> Response:
+        return JSONResponse({"object": "list", "data": [described(await gateway.model())]})
+
+    @routes.get("/models/{name:path}")
+    async def model(name: str) -> Response:
+        if name != await gateway.model():
+            raise Refused(404, "model_not_found", f"there is no model {name!r:.100} here")
+        return JSONResponse(described(name))
+
+    return routes
 
 
 def native(gateway: Gateway) -> APIRouter:
@@ -198,10 +205,10 @@ def service(gateway: Gateway) -> APIRouter:
 
     @routes.get("/slots")
     async def slots(fail_on_no_slot: bool = False) -> Response:
-        target, report = await asyncio.gather(gateway.upstream.target(), gateway.upstream.health())
+        report = await gateway.upstream.ready()
         running = report["requests"]["running"]
-        if fail_on_no_slot and running >= target["slots"]:
+        if fail_on_no_slot and running >= report["workers"]["target"]["slots"]:
             raise Refused(503, "no_slot", "every sequence is at work")
-        return JSONResponse(llama_answers.slots(target, running))
+        return JSONResponse(llama_answers.slots(report["workers"], running))
 
     return routes

@@ -144,13 +144,14 @@ def props(target: Mapping[str, Any], model: str) -> dict[str, Any]:
     }
 
 
-def slots(target: Mapping[str, Any], running: int) -> list[dict[str, Any]]:
+def slots(workers: Mapping[str, Mapping[str, Any]], running: int) -> list[dict[str, Any]]:
     """/slots: how many sequences are at work; which of them is not known outside."""
+    target = workers["target"]
     return [
         {
             "id": number,
             "n_ctx": target["context"],
-            "speculative": True,
+            "speculative": "draft" in workers,
             "is_processing": number < running,
         }
         for number in range(target["slots"])

@@ -32,6 +32,8 @@ class Form:
         self._spans = 0  # of the trace, that were told
         self._head = dump(self._named(self.chunk_kind))[:-1]
         self._tail = ',"usage":null}' if usage else "}"
+        # around the text of a chunk that has nothing else to tell
+        self._around = dump(self.piece("\0", None, None)).split(dump("\0"))
 
     # ---- for the two forms ----------------------------------------------------------------------
 
@@ -56,8 +58,10 @@ class Form:
     def part(self, fragment: Fragment) -> bytes:
         """The events of a fragment: none if there is nothing to tell yet."""
         logprobs = self.logprobs(fragment.tokens)
-        if not (fragment.text or logprobs or self._provenance):
-            return b""
+        if not (logprobs or self._provenance):
+            before, after = self._around
+            text = f'{self._head},"choices":[{before}{dump(fragment.text)}{after}]{self._tail}'
+            return event(text) if fragment.text else b""
         return self._chunk(self.piece(fragment.text, None, logprobs), fragment)
 
     def end(self) -> bytes:

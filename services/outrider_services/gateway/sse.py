@@ -56,9 +56,12 @@ def event(data: str) -> bytes:
     return b"data: " + data.encode() + b"\n\n"
 
 
+_encoder = json.JSONEncoder(separators=(",", ":"))
+
+
 def dump(value: object) -> str:
     """`value` as JSON on one line."""
-    return json.dumps(value, separators=(",", ":"))
+    return _encoder.encode(value)
 
 
 class Events(Response):

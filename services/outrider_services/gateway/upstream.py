@@ -42,15 +42,20 @@ class Upstream:
         """The coordinator's report. Raises ConnectionFailed, RequestTimeout."""
         return await (await self.client()).health(timeout_s=HEALTH_S)
 
-    async def target(self) -> dict[str, Any]:
-        """What is known of the target worker. Raises WorkerLost while there is none."""
+    async def ready(self) -> dict[str, Any]:
+        """The same while there is a target worker. Raises WorkerLost."""
         try:
-            workers: dict[str, dict[str, Any]] = (await self.health())["workers"]
+            report = await self.health()
         except ConnectionFailed:
             raise WorkerLost("the pipeline is starting, or being restarted", "target") from None
-        if "target" not in workers:
+        if "target" not in report["workers"]:
             raise WorkerLost("the model is being loaded", "target")
-        return workers["target"]
+        return report
+
+    async def target(self) -> dict[str, Any]:
+        """What is known of the target worker. Raises WorkerLost while there is none."""
+        found: dict[str, Any] = (await self.ready())["workers"]["target"]
+        return found
 
     @contextmanager
     def running(self, name: str, key: str, stream: Stream) -> Iterator[None]:

@@ -136,7 +136,7 @@ class ToyEngine:
             slots=settings.slots,
             chunk=settings.chunk,
             device="toy",
-            markers=Markers(*map(self._controls.__getitem__, FIM)),
+            markers=Markers(*(256 + CONTROLS.index(name) for name in FIM)),
         )
 
     def extend(self, slot: int, tokens: Sequence[TokenId], rows: int) -> Scores:
