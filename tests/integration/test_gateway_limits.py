@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import signal
+import socket
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
@@ -188,27 +189,29 @@ async def test_requests_at_once_are_bounded_but_health_is_told(
     monkeypatch.setattr(limits, "MOST", 1)
     async with gateway(web.ipc) as url, httpx2.AsyncClient(base_url=url) as client:
         async with client.stream("POST", "/completion", json={**LONG, "stream": True}) as answer:
-            await anext(answer.aiter_lines())
+            lines = answer.aiter_lines()
+            await anext(lines)
             refused = await client.get("/props")
             assert (await client.get("/health")).status_code == 200
         assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
 
 
 async def test_a_reader_that_stops_is_cut_and_frees_its_sequence(
-    web: Served, monkeypatch: pytest.MonkeyPatch
+    web: Served, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(connections, "STALLED_S", 0.3)
     body = json.dumps({**LONG, "stream": True, "return_provenance": True}).encode()
     head = f"POST /completion HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
-    async with gateway(web.ipc) as url, web.connect() as other:
-        raw = await Raw.to(url)
-        raw.writer.transport.pause_reading()  # type: ignore[attr-defined]
-        raw.writer.write(head.encode() + body)
-        async with asyncio.timeout(20):
-            for wanted in (True, False):
-                while any((await other.health())["requests"].values()) != wanted:  # noqa: ASYNC110
-                    await asyncio.sleep(0.01)
-        raw.writer.transport.abort()
+    async with gateway(web.ipc) as url, web.connect() as other, asyncio.timeout(25):
+        with socket.socket() as reader:
+            reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            reader.connect(("127.0.0.1", int(url.rpartition(":")[2])))
+            reader.sendall(head.encode() + body)
+            while "its client does not read" not in caplog.text:  # noqa: ASYNC110
+                await asyncio.sleep(0.02)
+            left = True
+            while left:
+                left = any((await other.health())["requests"].values())
 
 
 # ---- who may ask --------------------------------------------------------------------------------

@@ -175,7 +175,8 @@ def test_the_servers_state_is_told(http: httpx2.Client) -> None:
 def test_slots_that_are_at_work_are_told(http: httpx2.Client) -> None:
     body = {"prompt": "Hi", "n_predict": 1900, "stream": True, "speculative.enabled": False}
     with http.stream("POST", "/completion", json=body) as answer:
-        next(answer.iter_lines())
+        lines = answer.iter_lines()
+        next(lines)
         slots = http.get("/slots").json()
     assert [slot["is_processing"] for slot in slots] == [True, False, False, False]
 

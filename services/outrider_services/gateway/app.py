@@ -96,8 +96,7 @@ def openai(gateway: Gateway) -> APIRouter:
 
     @routes.delete("/requests/{name}")
     async def cancel(request: Request, name: str) -> Response:
-        plain = name.removeprefix("chatcmpl-").removeprefix("cmpl-")
-        await gateway.upstream.cancel(plain, request.scope["state"]["key"])
+        await gateway.upstream.cancel(name, request.scope["state"]["key"])
         return JSONResponse({"id": name, "cancelled": True})
 
     return routes

@@ -48,6 +48,8 @@ def status_of(error: OutriderError) -> int:
 
 def content(error: OutriderError) -> dict[str, Any]:
     """The body that tells of `error`."""
+    if isinstance(error, ConnectionFailed):  # its own words say where our sockets lie
+        error = WorkerLost("the pipeline is not there: it may be starting, or being restarted")
     status = status_of(error)
     kind = TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
     param = error.param if isinstance(error, BadRequest) else None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import re
 import secrets
+from contextlib import suppress
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -19,6 +20,7 @@ from outrider_services.gateway.errors import Refused
 
 BODY_LIMIT = 1 << 20  # bytes
 BODY_S = 30.0  # most that a body may take to come
+SPILL_LIMIT, SPILL_S = 4 << 20, 1.0  # bytes and seconds of what is not wanted
 MOST = 256  # requests at once
 NAME = re.compile(rb"[\w.-]{1,64}", re.ASCII)  # of a request, if its client names it
 JSON = (b"content-type", b"application/json")
@@ -44,7 +46,7 @@ class Gate:
                 raise Overloaded(f"{MOST} HTTP requests are being served already")
             body = await whole(scope, receive)
         except OutriderError as exc:
-            await closing(exc)(scope, receive, send)
+            await refuse(exc, scope, receive, send)
             return
         if body is None:
             return  # the client has left
@@ -56,11 +58,22 @@ class Gate:
             self._count -= 1
 
 
-def closing(exc: OutriderError) -> ASGIApp:
-    """The answer to a request of which more may come: it is not waited for."""
+async def refuse(exc: OutriderError, scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer a request of which more may come, and end its connection.
+
+    A moment is left for the rest: a client that is still sending would not see the answer.
+    """
+    size = 0
+    with suppress(TimeoutError):
+        async with asyncio.timeout(SPILL_S):
+            while size <= SPILL_LIMIT:
+                message = await receive()
+                size += len(message.get("body", b""))
+                if not message.get("more_body", False):
+                    break
     answer = handlers.response(exc)
     answer.headers["Connection"] = "close"
-    return answer
+    await answer(scope, receive, send)
 
 
 async def whole(scope: Scope, receive: Receive) -> bytes | None:

@@ -18,7 +18,7 @@ from outrider_services.gateway.upstream import Upstream
 from outrider_services.options import ServerOptions
 from outrider_services.pipeline.processes import say
 
-LAST_S = 2  # most that requests get to end, once the gateway is to
+LAST_S = 1.0  # most that answers get to end by themselves, once the gateway is to end
 
 
 class Server(uvicorn.Server):
@@ -31,6 +31,12 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         say("ready", 1.0)
+
+    def cut(self) -> None:
+        """End the connections that nobody reads."""
+        for connection in list(self.server_state.connections):
+            if isinstance(connection, Connection) and connection.flow.write_paused:
+                connection.transport.abort()
 
 
 async def serve(server: ServerOptions, pipeline: str, listener: socket.socket) -> None:
@@ -49,7 +55,7 @@ async def serve(server: ServerOptions, pipeline: str, listener: socket.socket) -
         server_header=False,
         h11_max_incomplete_event_size=HEAD_LIMIT,
         timeout_keep_alive=IDLE_S,
-        timeout_graceful_shutdown=LAST_S,
+        timeout_graceful_shutdown=2,  # behind `LAST_S`; in all less than a launcher waits
     )
     http = Server(config)
     serving = asyncio.ensure_future(http.serve(sockets=[listener]))
@@ -57,6 +63,9 @@ async def serve(server: ServerOptions, pipeline: str, listener: socket.socket) -
         await asyncio.shield(serving)
     except asyncio.CancelledError:
         http.should_exit = True
+        await asyncio.wait([serving], timeout=LAST_S)
+        await upstream.close()  # whoever still waits is told
+        http.cut()
         await serving
         raise
     finally:

@@ -10,6 +10,7 @@ from outrider_services.gateway.access import Rules, check_exposure
 from outrider_services.options import ServerOptions
 
 BACKLOG = 128
+UNREAD = 128 << 10  # bytes that the kernel keeps for a client: one that does not read is noticed
 
 
 def listen(server: ServerOptions) -> socket.socket:
@@ -23,6 +24,7 @@ def listen(server: ServerOptions) -> socket.socket:
     listener = socket.socket(family, kind, protocol)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, UNREAD)  # its connections' too
         listener.bind(address)
         listener.listen(BACKLOG)
     except OSError as exc:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from outrider.client import AsyncClient, Stream, connect
-from outrider.errors import BadRequest, ConnectionFailed, UnknownRequest, WorkerLost
+from outrider.errors import BadRequest, UnknownRequest, WorkerLost
 
 REACH_S = 1.0  # most that connecting to the coordinator may take
 HEALTH_S = 2.0  # most that its answer may take
@@ -43,11 +43,8 @@ class Upstream:
         return await (await self.client()).health(timeout_s=HEALTH_S)
 
     async def ready(self) -> dict[str, Any]:
-        """The same while there is a target worker. Raises WorkerLost."""
-        try:
-            report = await self.health()
-        except ConnectionFailed:
-            raise WorkerLost("the pipeline is starting, or being restarted", "target") from None
+        """The same while there is a target worker. Raises WorkerLost, and as `health`."""
+        report = await self.health()
         if "target" not in report["workers"]:
             raise WorkerLost("the model is being loaded", "target")
         return report
@@ -70,7 +67,8 @@ class Upstream:
 
     async def cancel(self, name: str, key: str) -> None:
         """Stop the request `name`, if it is of this `key`. Raises UnknownRequest."""
-        owner, stream = self._running.get(name, (None, None))
+        plain = name.removeprefix("chatcmpl-").removeprefix("cmpl-")  # OpenAI's ids have a prefix
+        owner, stream = self._running.get(name) or self._running.get(plain) or (None, None)
         if stream is None or owner != key:
             raise UnknownRequest(f"no request {name!r:.80} is running")
         await stream.cancel()
