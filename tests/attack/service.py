@@ -64,7 +64,10 @@ class Service:
         self.pauses = Pauses()
         self._log_path = self.runtime / "log"
         arguments = ["serve", "--name=attacked", "--backend=toy", "--listen=tcp://127.0.0.1:0"]
-        arguments += ["--drain=2"]  # what attackers leave behind need not be finished
+        arguments += [
+            "--drain=2",
+            "--no-gateway",
+        ]  # what attackers leave behind need not be finished
         command = [sys.executable, "-m", "outrider_services", *arguments, *flags]
         with self._log_path.open("wb") as log:
             self.process = subprocess.Popen(

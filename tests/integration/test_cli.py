@@ -36,7 +36,7 @@ QUICK = ("--backend=toy", "--toy-step-ms=2", "--toy-draft-ms=0.2", "--toy-row-ms
 GREEDY = ("--temperature", "0")
 HELP = {
     "run": ("target", "draft", "sampling", "pipeline", "toy", "log"),
-    "serve": ("target", "draft", "pipeline", "coordinator", "toy", "log"),
+    "serve": ("target", "draft", "pipeline", "coordinator", "server", "toy", "log"),
     "worker draft": ("target", "pipeline", "toy", "log"),
     "worker target": ("target", "pipeline", "toy", "log"),
     "pull": ("pipeline",),
@@ -454,7 +454,19 @@ def test_help_names_every_verb_but_the_launchers_own(cli: Cli) -> None:
     done = cli("--help")
     assert done.returncode == 0
     names = re.findall(r"^    (\w+) ", done.stdout, re.MULTILINE)
-    assert names == ["run", "serve", "bench", "worker", "pull", "tune", "ls", "ps", "top", "stop"]
+    assert names == [
+        "run",
+        "serve",
+        "bench",
+        "worker",
+        "pull",
+        "tune",
+        "ls",
+        "ps",
+        "top",
+        "stop",
+        "gateway",
+    ]
 
 
 # ---- mistakes -----------------------------------------------------------------------------------

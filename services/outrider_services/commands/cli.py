@@ -55,7 +55,7 @@ VERBS = (
         "serve",
         "start a pipeline and keep it up",
         serve.serve,
-        (*PAIR, "coordinator"),
+        (*PAIR, "coordinator", "server"),
         serve.flags,
     ),
     Verb("bench", "measure the speed-up", bench.bench, PAIR, bench.flags, bench.DECIDED),
@@ -92,6 +92,14 @@ VERBS = (
         ("draft", "pipeline", "coordinator", "log"),
         children.coordinator_flags,
         hidden=True,
+    ),
+    Verb(
+        "gateway",
+        "serve HTTP for a pipeline that is up",
+        children.gateway,
+        ("server", "log"),
+        children.gateway_flags,
+        without=("server.no_gateway",),
     ),
     Verb("measure", "", children.measure, ("log",), children.measure_flags, hidden=True),
 )
