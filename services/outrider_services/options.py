@@ -19,6 +19,7 @@ from outrider.errors import ConfigError
 Mode = Literal["plain", "sync", "pipelined", "auto"]
 Backend = Literal["llama", "toy"]
 Place = Literal["spawn", "remote"]
+Compat = Literal["none", "vllm"]
 Quant = Literal["auto", "off", "q4_0", "q4_1", "q8_0"]
 KERNELS = ("tiled", "repack", "flash")
 QUANTS: tuple[str, ...] = get_args(Quant)[2:]
@@ -107,6 +108,7 @@ class ServerOptions:
     allow_host: tuple[str, ...] = opt((), "--allow-host", "name by which HTTP requests may call this machine, besides localhost and its addresses (repeatable)", "NAME")
     allow_origin: tuple[str, ...] = opt((), "--allow-origin", "web page's origin, such as https://chat.example, whose scripts may send HTTP requests (repeatable)", "ORIGIN")
     timeout_s: float = opt(600.0, "--timeout", "longest wait for the next block of an answer over HTTP, in seconds", "S")
+    metrics_compat: Compat = opt("none", "--metrics-compat", "/metrics tells what vLLM counts, too, once more by its names there")
     sse_ping_s: float = opt(15.0, "--sse-ping-interval", "a streamed answer that is silent for so many seconds gets a comment; 0: never", "S")
 
 

@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
@@ -27,6 +27,7 @@ from outrider_services.gateway.llama_requests import (
 )
 from outrider_services.gateway.openai_answers import ChatForm, CompletionForm
 from outrider_services.gateway.openai_requests import ChatRequest, CompletionRequest
+from outrider_services.pipeline.exposition import CONTENT_TYPE, exposition
 
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"description": text}
@@ -192,7 +193,8 @@ def service(gateway: Gateway) -> APIRouter:
             report = {"status": "loading", "workers": {}}
         if report["status"] == "ok":
             return JSONResponse(report)
-        error = {"code": 503, "message": "Loading model", "type": "unavailable_error"}
+        words = "Stopping" if report["status"] == "stopping" else "Loading model"
+        error = {"code": 503, "message": words, "type": "unavailable_error"}
         told = {"error": error, "workers": report["workers"]}
         return JSONResponse(told, 503, errors.headers(503))
 
@@ -205,9 +207,17 @@ def service(gateway: Gateway) -> APIRouter:
     @routes.get("/slots")
     async def slots(fail_on_no_slot: bool = False) -> Response:
         report = await gateway.upstream.ready()
-        running = report["requests"]["running"]
-        if fail_on_no_slot and running >= report["workers"]["target"]["slots"]:
+        if (
+            fail_on_no_slot
+            and report["requests"]["running"] >= report["workers"]["target"]["slots"]
+        ):
             raise Refused(503, "no_slot", "every sequence is at work")
-        return JSONResponse(llama_answers.slots(report["workers"], running))
+        return JSONResponse(llama_answers.slots(report["workers"], report["slots"]))
+
+    @routes.get("/metrics", response_class=PlainTextResponse)
+    async def metrics() -> Response:
+        compat = gateway.server.metrics_compat
+        told = exposition(await gateway.upstream.metrics(), compat)
+        return Response(told, media_type=CONTENT_TYPE)
 
     return routes

@@ -144,15 +144,19 @@ def props(target: Mapping[str, Any], model: str) -> dict[str, Any]:
     }
 
 
-def slots(workers: Mapping[str, Mapping[str, Any]], running: int) -> list[dict[str, Any]]:
-    """/slots: how many sequences are at work; which of them is not known outside."""
-    target = workers["target"]
-    return [
-        {
-            "id": number,
-            "n_ctx": target["context"],
-            "speculative": "draft" in workers,
-            "is_processing": number < running,
-        }
-        for number in range(target["slots"])
-    ]
+def slots(
+    workers: Mapping[str, Mapping[str, Any]], running: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """/slots: the running requests by their numbers, and the places that are free.
+
+    Which sequence a request has is not known outside: the first have the first.
+    """
+    target, speculative = workers["target"], "draft" in workers
+    found: list[dict[str, Any]] = []
+    for number in range(target["slots"]):
+        slot = {"id": number, "n_ctx": target["context"], "speculative": speculative}
+        found.append({**slot, "is_processing": False})
+    for slot, (task, told) in zip(found, running.items(), strict=False):
+        decoded = {"n_decoded": told.get("generated_tokens", 0)}
+        slot.update(is_processing=True, id_task=int(task), next_token=decoded, outrider=told)
+    return found

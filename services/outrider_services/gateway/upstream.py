@@ -42,6 +42,10 @@ class Upstream:
         """The coordinator's report. Raises ConnectionFailed, RequestTimeout."""
         return await (await self.client()).health(timeout_s=HEALTH_S)
 
+    async def metrics(self) -> dict[str, Any]:
+        """What the coordinator has counted. Raises ConnectionFailed, RequestTimeout."""
+        return await (await self.client()).metrics(timeout_s=HEALTH_S)
+
     async def ready(self) -> dict[str, Any]:
         """The same while there is a target worker. Raises WorkerLost, and as `health`."""
         report = await self.health()
