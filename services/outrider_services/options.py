@@ -19,6 +19,7 @@ from outrider.errors import ConfigError
 Mode = Literal["plain", "sync", "pipelined", "auto"]
 Backend = Literal["llama", "toy"]
 Place = Literal["spawn", "remote"]
+Compat = Literal["none", "vllm"]
 Quant = Literal["auto", "off", "q4_0", "q4_1", "q8_0"]
 KERNELS = ("tiled", "repack", "flash")
 QUANTS: tuple[str, ...] = get_args(Quant)[2:]
@@ -26,11 +27,14 @@ SEEDS = 1 << 63  # seeds are below; one below 0 means a random one
 
 
 def opt(default: Any, flags: str, help: str, metavar: str | None = None) -> Any:
-    """A row of the table; `flags` are its spellings, of which the first with two dashes names it."""
+    """A row of the table; `flags` are its spellings, of which the first with two dashes names it.
+
+    One without flags is a secret: other users can read a command line.
+    """
     metadata = {"flags": flags.split(), "help": help, "metavar": metavar}
     if isinstance(default, list | dict):
         raise TypeError("a default must not change: use a tuple")
-    return field(default=default, metadata=metadata)
+    return field(default=default, metadata=metadata, repr=bool(flags))
 
 
 # fmt: off
@@ -94,6 +98,21 @@ class CoordinatorOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class ServerOptions:
+    host: str = opt("127.0.0.1", "--host", "address on which the gateway takes HTTP; beyond this machine only with API keys", "HOST")
+    port: int = opt(5700, "--port", "port of the gateway; 0: any that is free", "N")
+    no_gateway: bool = opt(False, "--no-gateway", "serve no HTTP")
+    alias: str = opt("", "-a --alias", "name of the model in HTTP answers (default: the target's own)", "NAME")
+    api_key: tuple[str, ...] = opt((), "", "keys of which HTTP requests must carry one")
+    api_key_file: str = opt("", "--api-key-file", "file with API keys, one a line, that only its owner can read; or give them in [OUTRIDER_SERVER__API_KEY]", "FILE")
+    allow_host: tuple[str, ...] = opt((), "--allow-host", "name by which HTTP requests may call this machine, besides localhost and its addresses (repeatable)", "NAME")
+    allow_origin: tuple[str, ...] = opt((), "--allow-origin", "web page's origin, such as https://chat.example, whose scripts may send HTTP requests (repeatable)", "ORIGIN")
+    timeout_s: float = opt(600.0, "--timeout", "longest wait for the next block of an answer over HTTP, in seconds", "S")
+    metrics_compat: Compat = opt("none", "--metrics-compat", "/metrics tells what vLLM counts, too, once more by its names there")
+    sse_ping_s: float = opt(15.0, "--sse-ping-interval", "a streamed answer that is silent for so many seconds gets a comment; 0: never", "S")
+
+
+@dataclass(frozen=True, slots=True)
 class ToyOptions:
     agreement: float = opt(0.8, "--toy-agreement", "how often the made-up draft agrees with its target", "P")
     step_ms: float = opt(20.0, "--toy-step-ms", "milliseconds of a made-up target pass", "MS")
@@ -122,6 +141,7 @@ class Settings:
     sampling: SamplingOptions = SamplingOptions()
     pipeline: PipelineOptions = PipelineOptions()
     coordinator: CoordinatorOptions = CoordinatorOptions()
+    server: ServerOptions = ServerOptions()
     toy: ToyOptions = ToyOptions()
     log: LogOptions = LogOptions()
     terminal: TerminalOptions = TerminalOptions()
@@ -221,6 +241,9 @@ def checked(settings: Settings) -> Settings:
         ("--seed", settings.sampling.seed, -SEEDS, SEEDS - 1),
         ("--ready-timeout", pipeline.ready_timeout_s, 1, 86400),
         ("--drain", settings.coordinator.drain_s, 0, 86400),
+        ("--port", settings.server.port, 0, 65535),
+        ("--timeout", settings.server.timeout_s, 1, 86400),
+        ("--sse-ping-interval", settings.server.sse_ping_s, 0, 86400),
     ):
         if not least <= value <= most:
             raise ConfigError(f"{flag} must be from {least} to {most}, not {value}")
@@ -300,7 +323,7 @@ def add_options(parser: Parser, sections: Sequence[str], without: Iterable[str] 
     for section in sections:
         group = parser.add_argument_group(section)
         for option in OPTIONS.values():
-            if option.key.startswith(f"{section}.") and option.key not in without:
+            if option.key.startswith(f"{section}.") and option.key not in without and option.flags:
                 _add(group, option)
 
 
@@ -344,12 +367,12 @@ def given_flags(parsed: argparse.Namespace) -> dict[str, Any]:
 
 
 def to_flags(settings: Settings, sections: Sequence[str]) -> list[str]:
-    """The flags by which a process of ours gets the same settings; defaults are left out."""
+    """The flags by which a process of ours gets the same settings, without defaults and secrets."""
     flags = []
     for option in OPTIONS.values():
         value = option.of(settings)
         section = option.key.partition(".")[0]
-        if section not in sections or value == option.default or value is None:
+        if section not in sections or value == option.default or value is None or not option.flags:
             continue
         for one in value if option.repeats else [value]:
             flags.append(f"{option.flag}={as_text(one)}")

@@ -65,7 +65,7 @@ class Service:
         self._log_path = self.runtime / "log"
         arguments = ("serve", "--name=attacked", "--backend=toy", "--listen=tcp://127.0.0.1:0")
         # what attackers leave behind need not be finished
-        flags = ("--log-format=text", "--drain=2", *flags)
+        flags = ("--log-format=text", "--drain=2", "--no-gateway", *flags)
         command = [sys.executable, "-m", "outrider_services", *arguments, *flags]
         with self._log_path.open("wb") as log:
             self.process = subprocess.Popen(

@@ -82,7 +82,8 @@ def serve() -> Iterator[Serve]:
 
         def start(*flags: str | Path) -> outrider.Client:
             name = f"e2e-{len(started)}"
-            arguments = [*COMMAND, "serve", f"--name={name}", *map(str, flags)]
+            arguments = [*COMMAND, "serve", "--no-gateway", f"--name={name}"]
+            arguments += map(str, flags)
             process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL)
             client = outrider.Client(name, timeout_s=60)
             started.append((process, client))

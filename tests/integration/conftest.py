@@ -47,7 +47,7 @@ from outrider_services.commands.cli import main
 from outrider_services.pipeline.launcher import Launcher
 
 GONE_S = 3.0  # how soon the processes of a launcher that was killed have to be gone
-ROLES = ("coordinator", "target", "draft")
+ROLES = ("coordinator", "target", "draft", "gateway")
 
 # what a shell starts in the background ignores it, and so would all that is started here
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -171,6 +171,7 @@ class Cli:
     def _environment(self, more: dict[str, str]) -> dict[str, str]:
         kept = {k: v for k, v in os.environ.items() if not k.startswith("OUTRIDER_")}
         directories = {
+            "OUTRIDER_SERVER__NO_GATEWAY": "true",  # its port is free once; see test_gateway.py
             "XDG_RUNTIME_DIR": str(self.runtime),
             "XDG_CONFIG_HOME": str(self.directory / "config"),
             "XDG_CACHE_HOME": str(self.directory / "cache"),
@@ -201,6 +202,7 @@ class Served:
         self.lines: list[str] = []
         ready = self.line("Ready:")
         self.tcp = ready.split(" | ")[-1].strip()
+        self.url = ready.split()[1]  # if it has a gateway
         self.ipc = f"ipc://{cli.runtime}/outrider/{name}.sock"
 
     def line(self, start: str, within_s: float = 15.0) -> str:
@@ -323,6 +325,18 @@ def served(module_cli: Cli) -> Iterator[Served]:
     pids = set(pipeline.pids().values())
     assert pipeline.stop() == 143
     assert not pids & set(processes_of(module_cli.runtime))
+
+
+HTTP = ("--no-gateway=false", "--port=0")  # a gateway, on a port that is free
+
+
+@pytest.fixture(scope="module")
+def web(module_cli: Cli) -> Iterator[Served]:
+    """The same with a gateway."""
+    quick = ("--toy-step-ms=4", "--toy-draft-ms=0.4", "--toy-row-ms=0.05")
+    pipeline = Served(module_cli, "web", *quick, *HTTP)
+    yield pipeline
+    assert pipeline.stop() == 143
 
 
 @pytest.fixture

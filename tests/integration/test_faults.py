@@ -28,7 +28,7 @@ from outrider.core.events import Commit, OpenDraft, Prefill
 from outrider.core.sampling import Sampling
 from outrider.core.values import Drafted, Proposal, Verdict, Verify
 from outrider.engines.drafter import ModelDrafter
-from outrider.engines.toy import ToyEngine
+from outrider.engines.toy import SMALLEST, ToyEngine
 from outrider.errors import ConnectionFailed, IncompatiblePair, Overloaded, WorkerLost
 from outrider.wire import messages as wire
 from outrider.wire.codec import decode, encode
@@ -562,7 +562,7 @@ def impostures() -> Iterator[wire.Message]:
         yield wire.Do(1, Verify(round_, 14, (1, 2)))
     yield wire.Do(1, Prefill((1, 2), SAMPLING, False))
     yield wire.Do(1, Commit(14, (1,), 20))
-    yield wire.Do(1, OpenDraft(1, 14, (1,), SAMPLING, 260, (256,), 20))
+    yield wire.Do(1, OpenDraft(1, 14, (1,), SAMPLING, SMALLEST, (256,), 20))
     yield wire.Close(1)
     yield wire.Welcome()
     yield wire.Refused("invalid_config", "go away")
@@ -714,7 +714,7 @@ class Byzantine:
 
 
 def out_of_range(worker: Byzantine, _: wire.Message) -> Answers:
-    return [worker.drafted((260,)), worker.drafted((2**31 - 1,))]
+    return [worker.drafted((SMALLEST,)), worker.drafted((2**31 - 1,))]
 
 
 def too_many(worker: Byzantine, _: wire.Message) -> Answers:

@@ -15,13 +15,17 @@ import socket
 import subprocess
 import termios
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from tests.integration.conftest import HTTP
 from tests.unit.test_metrics import check_identities, failures
 
 from outrider import Client
@@ -315,6 +319,118 @@ def test_a_supervisor_is_told_when_it_is_ready_and_when_it_stops(
         with suppress(TimeoutError):  # and nothing else
             listening.settimeout(0.1)
             raise AssertionError(listening.recv(100))
+
+
+# ---- over HTTP ----------------------------------------------------------------------------------
+
+
+def get(url: str) -> tuple[int, str]:
+    try:
+        with urllib.request.urlopen(url, timeout=10) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as exc:
+        with exc:
+            return exc.code, exc.read().decode()
+
+
+def test_prometheus_is_told_by_the_gateway(serve: Serve) -> None:
+    served = serve("scraped", *HTTP, "--metrics-compat=vllm", *SLOW)
+    client, stream = begin(served)
+    with client, stream:
+        status, told = get(f"{served.url}/metrics")
+        slots = json.loads(get(f"{served.url}/slots")[1])
+    assert status == 200
+    found = {sample.name: sample.value for family in text_string_to_metric_families(told)
+             for sample in family.samples}  # fmt: skip
+    assert found["outrider_num_requests_running"] == 1
+    assert found["outrider_generation_tokens_total"] > 0
+    verified = found["outrider_spec_decode_num_draft_tokens_total"]
+    assert found["vllm:spec_decode_num_draft_tokens_total"] == verified
+    assert (slots[0]["is_processing"], slots[0]["id_task"]) == (True, 1)
+    assert slots[0]["next_token"]["n_decoded"] > 0
+    assert slots[0]["outrider"]["mode"] == "pipelined"
+    assert PROMPT not in json.dumps(slots)
+    assert served.stop() == 143
+
+
+def test_an_answer_over_http_is_finished_after_a_signal(serve: Serve, oracle: Oracle) -> None:
+    served = serve("web-drained", *HTTP, *SLOW)
+    body = {"prompt": PROMPT, "max_tokens": 150, "temperature": 0}
+    asked = urllib.request.Request(
+        f"{served.url}/v1/completions",
+        json.dumps(body).encode(),
+        {"Content-Type": "application/json"},
+    )
+    with ThreadPoolExecutor(1) as pool, Client(served.ipc) as client:
+        answer = pool.submit(lambda: urllib.request.urlopen(asked, timeout=20).read())
+        wait_until(lambda: client.health()["requests"]["running"] == 1)
+        served.process.terminate()
+        served.line("Finishing 1 request")
+        wait_until(lambda: client.health()["status"] == "stopping")
+        status, told = get(f"{served.url}/health")
+        assert (status, json.loads(told)["error"]["message"]) == (503, "Stopping")
+        text = json.loads(answer.result())["choices"][0]["text"]
+    assert text == oracle(PROMPT, 150).text
+    served.process.communicate(timeout=8)
+    assert served.process.returncode == 143
+
+
+@pytest.mark.skipif(not shutil.which("systemd-socket-activate"), reason="needs systemd")
+def test_systemd_may_open_the_socket(cli: Cli) -> None:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port = one.getsockname()[1]
+    cli.prefix = ("systemd-socket-activate", f"--listen=127.0.0.1:{port}", "-E", "XDG_RUNTIME_DIR",
+                  "-E", "XDG_CONFIG_HOME", "-E", "PYTHONPATH")  # fmt: skip
+    process = cli.start("serve", "--name=activated", "--no-gateway=false", "--backend=toy")
+    url = f"http://127.0.0.1:{port}"
+    wait_until(lambda: accepts(port))
+    assert get(f"{url}/health")[0] in (200, 503)  # it waited for somebody to take it
+    assert process.stderr is not None
+    lines = iter(process.stderr.readline, "")
+    assert any(line.startswith(f"Ready: {url} | ") for line in lines)
+    assert get(f"{url}/health")[0] == 200
+    process.terminate()
+    process.communicate(timeout=10)
+    assert process.returncode == 143
+
+
+@pytest.mark.parametrize(
+    ("made", "words"),
+    [
+        ((socket.AF_UNIX, socket.SOCK_STREAM), "one ListenStream"),
+        ((socket.AF_INET, socket.SOCK_DGRAM), "one ListenStream"),
+        ((socket.AF_INET, socket.SOCK_STREAM), "one ListenStream"),  # it does not listen
+    ],
+)
+def test_a_socket_of_another_kind_is_one_sentence(
+    cli: Cli, made: tuple[int, int], words: str
+) -> None:
+    shell = 'LISTEN_FDS=1 LISTEN_PID=$$ exec "$@" 3<&0'
+    with socket.socket(*made) as one:
+        done = subprocess.run(
+            [
+                "sh",
+                "-c",
+                shell,
+                "sh",
+                *cli._command(("serve", "--no-gateway=false", "--backend=toy")),
+            ],
+            stdin=one.fileno(),
+            capture_output=True,
+            text=True,
+            timeout=20,
+            env=cli._environment({}),
+            check=False,
+        )
+    assert done.returncode == 3, done.stderr
+    assert words in done.stderr
+
+
+def accepts(port: int) -> bool:
+    with suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port), 5):
+        return True
+    return False
 
 
 def test_a_supervisor_that_is_gone_is_no_reason_to_fail(cli: Cli, runtime: Path) -> None:

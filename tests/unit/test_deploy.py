@@ -136,8 +136,11 @@ def unit_here(tmp_path: Path) -> Path:
 
 
 @needs("systemd-analyze")
-def test_systemd_finds_nothing_wrong_with_the_unit(tmp_path: Path) -> None:
-    checked = verify(unit_here(tmp_path))
+@pytest.mark.parametrize("unit", ["outrider.service", "outrider.socket"])
+def test_systemd_finds_nothing_wrong_with_the_units(tmp_path: Path, unit: str) -> None:
+    unit_here(tmp_path)
+    shutil.copy(DEPLOY / "outrider.socket", tmp_path)
+    checked = verify(tmp_path / unit)
     assert (checked.returncode, checked.stdout + checked.stderr) == (0, "")
 
 

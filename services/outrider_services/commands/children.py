@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import socket
 from typing import Any
 
 from outrider.wire.addresses import address_of
 from outrider_services.commands.prepared import with_file_of_worker
+from outrider_services.gateway.sockets import listen, url_of
 from outrider_services.options import Parser, Settings
 from outrider_services.pipeline import processes
+from outrider_services.terminal import tell
 from outrider_services.tuning import probe
 
 
@@ -34,6 +37,25 @@ def coordinator_flags(parser: Parser) -> None:
 
 def coordinator(settings: Settings, parsed: Any) -> int:
     processes.coordinator(settings, parsed.name, parsed.own, parsed.parent_fd)
+    return 0
+
+
+def gateway_flags(parser: Parser) -> None:
+    add = parser.add_argument
+    add("--connect", default="default", metavar="PIPELINE", help="its name or address")
+    add("--fd", type=int, help=argparse.SUPPRESS)
+    add("--parent-fd", type=int, help=argparse.SUPPRESS)
+
+
+def gateway(settings: Settings, parsed: Any) -> int:
+    """`outrider gateway`: HTTP for the pipeline at `--connect`, until a signal ends it."""
+    from outrider_services.gateway.server import serve  # nobody else waits for its libraries
+
+    address = address_of(parsed.connect)
+    with listen(settings.server) if parsed.fd is None else socket.socket(fileno=parsed.fd) as http:
+        if parsed.parent_fd is None:
+            tell(f"Ready: {url_of(http)}")
+        processes.run(serve(settings.server, address, http), parsed.parent_fd, lambda: None)
     return 0
 
 

@@ -64,7 +64,7 @@ VERBS = (
         "serve",
         "start a pipeline and keep it up",
         serve.serve,
-        (*PAIR, "coordinator"),
+        (*PAIR, "coordinator", "server"),
         serve.flags,
         role="launcher",
         serves=True,
@@ -111,6 +111,14 @@ VERBS = (
         ("draft", "pipeline", "coordinator", "log"),
         children.coordinator_flags,
         hidden=True,
+    ),
+    Verb(
+        "gateway",
+        "serve HTTP for a pipeline that is up",
+        children.gateway,
+        ("server", "log"),
+        children.gateway_flags,
+        without=("server.no_gateway",),
     ),
     Verb("measure", "", children.measure, ("log",), children.measure_flags, hidden=True),
 )

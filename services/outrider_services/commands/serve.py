@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import socket
+from contextlib import nullcontext
 from typing import Any
 
 import uvloop
@@ -10,6 +12,7 @@ import uvloop
 from outrider_services.commands.prepared import has_draft, with_files
 from outrider_services.commands.signals import signalled
 from outrider_services.commands.supervisor import notify
+from outrider_services.gateway.sockets import listen, url_of
 from outrider_services.options import Parser, Settings
 from outrider_services.pipeline.launcher import Launcher, first_of
 from outrider_services.terminal import News, tell
@@ -27,15 +30,16 @@ def serve(settings: Settings, parsed: Any) -> int:
 
     After the first signal it finishes its requests; the second ends it at once.
     """
-    settings = search.prepared(with_files(settings, fetch=parsed.pull), tell)
-    return uvloop.run(_serve(settings, parsed.name))
+    with nullcontext() if settings.server.no_gateway else listen(settings.server) as http:
+        settings = search.prepared(with_files(settings, fetch=parsed.pull), tell)
+        return uvloop.run(_serve(settings, parsed.name, http))
 
 
-async def _serve(settings: Settings, name: str) -> int:
+async def _serve(settings: Settings, name: str, http: socket.socket | None) -> int:
     stop = signalled()
     draft = has_draft(settings)
     news = News(as_json=settings.log.format == "json")
-    launcher = Launcher(settings, name, news.report, news.log, draft=draft)
+    launcher = Launcher(settings, name, news.report, news.log, draft=draft, http=http)
     with news:
         entered = asyncio.ensure_future(launcher.__aenter__())
         await first_of(entered, stop)
@@ -47,8 +51,9 @@ async def _serve(settings: Settings, name: str) -> int:
     try:
         if not draft and settings.draft.place == "spawn":
             tell("No draft model was given: generating in plain mode.")
+        address = f"{url_of(http)} | " if http else ""
         addresses = [name, *launcher.addresses]
-        tell(f"Ready: outrider run --connect {' | '.join(addresses)}")
+        tell(f"Ready: {address}outrider run --connect {' | '.join(addresses)}")
         notify("READY=1")
         await first_of(launcher.failed, stop)
         notify("STOPPING=1")

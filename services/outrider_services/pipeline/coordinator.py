@@ -82,7 +82,7 @@ class Coordinator:
                 self._roster.on_hello(peer, message)
             case wire.Submit() | wire.Cancel() | wire.Health() | wire.Metrics() | wire.Stop():
                 self._on_client(peer, message)
-            case wire.Tokenize() | wire.Detokenize() | wire.Render():
+            case wire.Tokenize() | wire.Detokenize() | wire.Render() | wire.Infill():
                 self._clients.add(peer)
                 self._spawn(self._questions.answer(peer, message))
             case _:

@@ -13,6 +13,7 @@ import json
 import os
 import secrets
 import signal
+import socket
 import sys
 import time
 from collections import deque
@@ -32,7 +33,7 @@ from outrider.errors import (
 )
 from outrider.wire.addresses import socket_path
 from outrider_services import logs
-from outrider_services.options import Settings, TargetOptions, to_flags
+from outrider_services.options import OPTIONS, Settings, TargetOptions, to_flags
 from outrider_services.pipeline.claim import TOKEN, Claim
 from outrider_services.pipeline.places import share_cores
 
@@ -62,11 +63,18 @@ class Launcher:
 
     Entering raises an OutriderError if it does not come up in time: WorkerLost, or a child's own.
     `failed` is done once the pipeline has ended by itself: with None if a client stopped it, else
-    with the error.
+    with the error. With a socket, a gateway takes HTTP on it; whoever opened it closes it.
     """
 
     def __init__(
-        self, settings: Settings, name: str, report: Report, log: Log, *, draft: bool = True
+        self,
+        settings: Settings,
+        name: str,
+        report: Report,
+        log: Log,
+        *,
+        draft: bool = True,
+        http: socket.socket | None = None,
     ) -> None:
         self.settings, self.name = settings, name
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -74,6 +82,7 @@ class Launcher:
         self._report, self._log = report, log
         self._socket: Path = socket_path(name)
         self._claim = Claim(self._socket)
+        self._http = http
         self._token = secrets.token_hex(16)
         self._up = self._stopping = False
         self._tasks: list[asyncio.Task[None]] = []
@@ -89,19 +98,25 @@ class Launcher:
             places["draft"] = settings.draft.place
         own = [role for role, place in places.items() if place == "spawn"]
         flags = [f"--name={self.name}", *(f"--own={role}" for role in own)]
-        return [
+        children = [
             Child("coordinator", ["coordinator", *flags, *to_flags(settings, sections)]),
             *(Child(role, worker_arguments(role, settings, address)) for role in own),
         ]
+        if self._http is not None:
+            children.append(Child("gateway", gateway_arguments(settings, address, self._http)))
+        return children
 
     async def __aenter__(self) -> Launcher:
         await self._claim_name()
         self._pipe = os.pipe()
         try:
             async with asyncio.timeout(self.settings.pipeline.ready_timeout_s):
-                coordinator, *workers = self._children
-                await self._start(coordinator)
-                await self._until_ready(coordinator)
+                workers = [one for one in self._children if one.role in ("target", "draft")]
+                first = [one for one in self._children if one not in workers]
+                for child in first:
+                    await self._start(child)
+                for child in first:  # also the gateway: what workers measure is to be theirs alone
+                    await self._until_ready(child)
                 for worker in workers:
                     await self._start(worker)
                     if share_cores(self.settings):  # each measures its costs alone
@@ -198,7 +213,14 @@ class Launcher:
         assert self._pipe is not None
         if child.role == "coordinator" and self._claim.fd is not None:
             return self._pipe[0], self._claim.fd
+        if child.role == "gateway" and self._http is not None:
+            return self._pipe[0], self._http.fileno()
         return (self._pipe[0],)
+
+    def _secrets(self, child: Child) -> dict[str, str]:
+        """Variables for what no command line may tell."""
+        keys = self.settings.server.api_key if child.role == "gateway" else ()
+        return {OPTIONS["server.api_key"].variable: json.dumps(keys)} if keys else {}
 
     async def _start(self, child: Child) -> None:
         assert self._pipe is not None
@@ -215,7 +237,7 @@ class Launcher:
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
             pass_fds=self._inherited(child),
-            env={**os.environ, TOKEN: self._token},
+            env={**os.environ, TOKEN: self._token, **self._secrets(child)},
             start_new_session=True,  # Ctrl-C is for the launcher
         )
         self._report(child.role, "starting", 0.0)
@@ -342,6 +364,12 @@ def own_settings(role: str, settings: Settings) -> Settings:
         )
         settings = replace(settings, target=own)
     return replace(settings, target=replace(settings.target, place="spawn"))
+
+
+def gateway_arguments(settings: Settings, address: str, http: socket.socket) -> list[str]:
+    """The arguments that make `outrider` the gateway of the coordinator at `address`."""
+    flags = to_flags(settings, ("server", "log"))
+    return ["gateway", f"--connect={address}", f"--fd={http.fileno()}", *flags]
 
 
 def worker_arguments(role: str, settings: Settings, address: str) -> list[str]:

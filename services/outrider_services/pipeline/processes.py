@@ -43,7 +43,7 @@ def coordinator(settings: Settings, name: str, own: Sequence[Role], parent_fd: i
     """The coordinator process of the pipeline `name`, whose launcher starts the workers `own`."""
     tokens = dict.fromkeys(own, os.environ.pop(TOKEN, ""))
     serving = _coordinate(settings, name, tokens)
-    _run(serving, parent_fd, lambda: socket_path(name).unlink(missing_ok=True))
+    run(serving, parent_fd, lambda: socket_path(name).unlink(missing_ok=True))
 
 
 def worker(role: str, settings: Settings, address: str, parent_fd: int | None) -> None:
@@ -66,7 +66,7 @@ def worker(role: str, settings: Settings, address: str, parent_fd: int | None) -
         serving = serve(TargetWorker, load, connection, say)
     else:
         serving = serve(DraftWorker, load_drafter, connection, say)
-    _run(serving, parent_fd, lambda: None)
+    run(serving, parent_fd, lambda: None)
 
 
 def say(state: str, *details: float | str) -> None:
@@ -117,7 +117,7 @@ async def _relieve(router: Router) -> None:
         await asyncio.sleep(RELIEVE_S)
 
 
-def _run(
+def run(
     main: Coroutine[Any, Any, None], parent_fd: int | None, clean_up: Callable[[], None]
 ) -> None:
     """Run `main` until it is done, a signal comes, or the launcher is gone.

@@ -18,7 +18,7 @@ MOST, MOST_OF_ONE = 512, 64  # questions that wait for their answers, of all and
 MOST_CHARACTERS = 8 << 20  # in all these
 AT_ONCE = 2  # of one client's questions that the worker has; so others are soon in turn
 
-Asked = wire.Tokenize | wire.Detokenize | wire.Render
+Asked = wire.Tokenize | wire.Detokenize | wire.Render | wire.Infill
 Answer = TypeVar("Answer", wire.Tokens, wire.Rendered)
 
 
@@ -93,7 +93,8 @@ class Questions:
 
     async def answer(self, client: bytes, asked: Asked) -> None:
         """Answer a client's question, or say why not."""
-        kind: Any = wire.Tokens if isinstance(asked, wire.Tokenize) else wire.Rendered
+        ids = isinstance(asked, wire.Tokenize | wire.Infill)
+        kind: Any = wire.Tokens if ids else wire.Rendered
         try:
             answer = await self.ask(client, lambda call: asked.changed(call=call), kind)
             self._tell(client, answer.changed(call=asked.call))
@@ -124,4 +125,6 @@ def length(question: wire.Message) -> int:
             return 4 * len(tokens)
         case wire.Render(_, messages) | wire.Chat(_, messages):
             return sum(len(content) for _, content in messages)
+        case wire.Infill(_, prefix, suffix, start, extra):
+            return sum(map(len, (prefix, suffix, start, *(text for _, text in extra))))
     return 0

@@ -21,14 +21,14 @@ from outrider.engines.calibration import calibrate, calibrate_crowd
 from outrider.errors import BadRequest, OutriderError, ProtocolError
 from outrider.wire import messages as wire
 from outrider.wire.codec import check
-from outrider_services.pipeline import conversation
+from outrider_services.pipeline import conversation, infill
 from outrider_services.pipeline.slots import Taken
 from outrider_services.pipeline.worker import Measured, Worker
 
 CHUNK = 128  # most tokens of one prefill pass: a cancellation may have to wait for it
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16)  # rows of the passes that are measured at load
 
-Question: TypeAlias = wire.Tokenize | wire.Detokenize | wire.Render | wire.Chat
+Question: TypeAlias = wire.Tokenize | wire.Detokenize | wire.Render | wire.Chat | wire.Infill
 
 
 @dataclass(slots=True)
@@ -90,7 +90,7 @@ class TargetWorker(Worker[Engine]):
                 self._open(request, order)
             case wire.Close(request):
                 self._close(request)
-            case wire.Tokenize() | wire.Detokenize() | wire.Render() | wire.Chat():
+            case wire.Tokenize() | wire.Detokenize() | wire.Render() | wire.Chat() | wire.Infill():
                 task = asyncio.ensure_future(self._answer(message))
                 self._questions.add(task)
                 task.add_done_callback(self._questions.discard)
@@ -365,6 +365,8 @@ class TargetWorker(Worker[Engine]):
                 return wire.Rendered(call, conversation.text(engine, messages))
             case wire.Chat(call, messages):
                 return wire.Tokens(call, tuple(conversation.token_ids(engine, messages)))
+            case wire.Infill(call):
+                return wire.Tokens(call, tuple(infill.token_ids(engine, question)))
 
     def _text(self, tokens: tuple[TokenId, ...]) -> str:
         if any(token >= self.model.info.vocabulary.size for token in tokens):

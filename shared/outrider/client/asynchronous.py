@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Literal, TypeVar, Unpack, overload
 
@@ -201,6 +201,27 @@ class AsyncClient:
         """`messages` in the model's chat template, up to where the answer begins."""
         pairs = asked.conversation(messages)
         return (await self._ask(lambda call: wire.Render(call, pairs), wire.Rendered)).text
+
+    async def infill_prompt(
+        self,
+        prefix: str,
+        suffix: str,
+        *,
+        start: str = "",
+        extra: Sequence[tuple[str, str]] = (),
+        room: int = 128,
+    ) -> tuple[int, ...]:
+        """The prompt, as token ids, that has the model fill the gap between `prefix` and `suffix`.
+
+        `extra` files, as (name, text), stand in front; the answer goes on after `start`. What
+        leaves no `room` tokens for it is left out: files first, then what is far from the gap.
+        Raises BadRequest for a model that cannot fill gaps.
+        """
+        texts = asked.text("prefix", prefix), asked.text("suffix", suffix)
+        files, start = asked.files("extra", extra), asked.text("start", start)
+        room = asked.whole("room", room)
+        question = lambda call: wire.Infill(call, *texts, start, files, room)  # noqa: E731
+        return (await self._ask(question, wire.Tokens)).tokens
 
     async def health(self, *, timeout_s: float = ANSWER_S) -> dict[str, Any]:
         """The state of coordinator, workers and requests."""

@@ -173,6 +173,19 @@ def conversation(value: object) -> tuple[tuple[str, str], ...]:
     return tuple(_message(f"messages[{n}]", one) for n, one in enumerate(value))
 
 
+def files(name: str, value: object) -> tuple[tuple[str, str], ...]:
+    """Files as (name, text) pairs."""
+    value = _listed(value)
+    if not isinstance(value, list | tuple):
+        raise _wrong(name, "must be a sequence of (name, text) pairs", value)
+    for n, one in enumerate(value):
+        if not isinstance(one, list | tuple) or len(one) != 2:
+            raise _wrong(f"{name}[{n}]", "must be a (name, text) pair", one)
+    return tuple(
+        (text(f"{name}[{n}]", a), text(f"{name}[{n}]", b)) for n, (a, b) in enumerate(value)
+    )
+
+
 def _message(place: str, value: object) -> tuple[str, str]:
     if dump := getattr(value, "model_dump", None):  # an object of OpenAI's library
         value = dump(exclude_none=True)

@@ -37,10 +37,10 @@ class Stream:
         self.prompt_token_ids: tuple[int, ...] = ()
         self.fragments: list[Fragment] = []
         self.stats: Report | None = None  # live; None until the first fragment
+        self.spans: list[Span] = []  # of the trace, those that have come
         self.trace: tuple[Span, ...] | None = None
         self.finish_reason: FinishReason | None = None
         self._client, self._call, self._traced = client, call, traced
-        self._spans: list[Span] = []
         self._error: OutriderError | None = None
         self._inbox: Inbox = client._open(call)
 
@@ -65,12 +65,12 @@ class Stream:
                 case wire.Progress(_, fragment, stats, spans):
                     self.fragments.append(fragment)
                     self.stats = stats
-                    self._spans += spans
+                    self.spans += spans
                     return fragment
                 case wire.Finished(_, reason, stats, spans):
                     self.finish_reason, self.stats = reason, stats
                     if self._traced:
-                        self.trace = (*self._spans, *spans)
+                        self.trace = (*self.spans, *spans)
                 case wire.Failed(_, code, words, param):
                     self._error = from_code(code, words, param)
                 case OutriderError() as error:

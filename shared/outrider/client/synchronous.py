@@ -6,7 +6,7 @@ import asyncio
 import os
 import threading
 import weakref
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from typing import Any, Generic, Literal, TypeVar, Unpack, overload
@@ -189,6 +189,25 @@ class Client:
         """`messages` in the model's chat template, up to where the answer begins."""
         return self._wait(lambda: self._client.apply_template(messages))
 
+    def infill_prompt(
+        self,
+        prefix: str,
+        suffix: str,
+        *,
+        start: str = "",
+        extra: Sequence[tuple[str, str]] = (),
+        room: int = 128,
+    ) -> tuple[int, ...]:
+        """The prompt, as token ids, that has the model fill the gap between `prefix` and `suffix`.
+
+        `extra` files, as (name, text), stand in front; the answer goes on after `start`. What
+        leaves no `room` tokens for it is left out: files first, then what is far from the gap.
+        Raises BadRequest for a model that cannot fill gaps.
+        """
+        return self._wait(
+            lambda: self._client.infill_prompt(prefix, suffix, start=start, extra=extra, room=room)
+        )
+
     def health(self, *, timeout_s: float = ANSWER_S) -> dict[str, Any]:
         """The state of coordinator, workers and requests."""
         return self._wait(lambda: self._client.health(timeout_s=timeout_s))
@@ -292,6 +311,11 @@ class SyncStream:
     def stats(self) -> Report | None:
         """The figures so far; None until the first fragment."""
         return self._stream.stats
+
+    @property
+    def spans(self) -> list[Span]:
+        """Those of the trace that have come so far."""
+        return self._stream.spans
 
     @property
     def trace(self) -> tuple[Span, ...] | None:

@@ -34,6 +34,17 @@ class Vocabulary(Value, frozen=True):
 
 
 @dataclass(frozen=True, slots=True)
+class Markers:
+    """The control tokens by which a model fills a gap in a text: fill-in-the-middle."""
+
+    prefix: TokenId
+    suffix: TokenId
+    middle: TokenId
+    repository: TokenId | None = None
+    file: TokenId | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class ModelInfo:
     """What an engine holds, and how much of it can be used."""
 
@@ -43,6 +54,7 @@ class ModelInfo:
     slots: int  # sequences held at once, ids 0 … slots - 1
     chunk: int  # most tokens that one pass takes
     device: str  # "cpu, 1 thread on core 0"
+    markers: Markers | None = None  # None: it cannot fill gaps
 
 
 class Part(NamedTuple):

@@ -20,13 +20,15 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from outrider.core.engine import Cancelled, ModelInfo, Part, Vocabulary
+from outrider.core.engine import Cancelled, Markers, ModelInfo, Part, Vocabulary
 from outrider.core.sampling import Scores
 from outrider.core.values import TokenId
 from outrider.errors import BadRequest
 
 END = 256
-CONTROLS = ("<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
+ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
+FIM = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>", "<|repo_name|>", "<|file_sep|>")
+CONTROLS = ("<|end|>", *ROLES, *FIM)
 SMALLEST = 256 + len(CONTROLS)
 
 _TEXT = (
@@ -134,6 +136,7 @@ class ToyEngine:
             slots=settings.slots,
             chunk=settings.chunk,
             device="toy",
+            markers=Markers(*(256 + CONTROLS.index(name) for name in FIM)),
         )
 
     def extend(self, slot: int, tokens: Sequence[TokenId], rows: int) -> Scores:
@@ -263,7 +266,7 @@ class ToyEngine:
 
     def render(self, messages: Sequence[tuple[str, str]]) -> str:
         for role, _ in messages:
-            if f"<|{role}|>" not in CONTROLS[1:]:
+            if f"<|{role}|>" not in ROLES:
                 raise BadRequest(f"the template has no role {role!r}", "messages")
         turns = [f"<|{role}|>{content}<|end|>" for role, content in messages]
         return "".join(turns) + "<|assistant|>"

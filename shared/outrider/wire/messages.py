@@ -37,6 +37,7 @@ FRAME_LIMIT = 1 << 20  # bytes; a prompt of 200,000 tokens fits
 
 Line: TypeAlias = Annotated[str, Meta(max_length=4096)]
 Conversation: TypeAlias = Annotated[tuple[tuple[Word, Text], ...], Meta(max_length=1024)]
+Files: TypeAlias = Annotated[tuple[tuple[Word, Text], ...], Meta(max_length=256)]
 Spans: TypeAlias = Annotated[tuple[Span, ...], Meta(max_length=4096)]
 Leaf: TypeAlias = bool | int | float | Line | None
 Table: TypeAlias = Annotated[dict[Word, Leaf], Meta(max_length=256)]
@@ -191,6 +192,21 @@ class Chat(Tagged, frozen=True):
     messages: Conversation
 
 
+class Infill(Tagged, frozen=True):
+    """Ask for the token ids by which the model fills the gap between `prefix` and `suffix`.
+
+    They begin with the `extra` files, as (name, text), and end with `start`, where the answer
+    begins. What would leave no `room` for it is left out, the farthest from the gap first.
+    """
+
+    call: Id
+    prefix: Text
+    suffix: Text
+    start: Text
+    extra: Files
+    room: Count
+
+
 class Labels(Tagged, frozen=True):
     """Ask for the vocabulary's texts of ids start … start + count - 1."""
 
@@ -200,7 +216,7 @@ class Labels(Tagged, frozen=True):
 
 
 class Tokens(Tagged, frozen=True):
-    """The answer to `Tokenize` and `Chat`."""
+    """The answer to `Tokenize`, `Chat` and `Infill`."""
 
     call: Id
     tokens: TokenIds
@@ -302,7 +318,7 @@ class MetricsReport(Tagged, frozen=True):
 Message: TypeAlias = (
     Hello | Welcome | Refused | Who | Beat | Ping
     | Do | Done | Pass | Passed | Close | Failed
-    | Tokenize | Detokenize | Render | Chat | Labels | Tokens | Rendered | LabelTexts
+    | Tokenize | Detokenize | Render | Chat | Infill | Labels | Tokens | Rendered | LabelTexts
     | Submit | Cancel | Health | Metrics | Stop
     | Started | Progress | Finished | HealthReport | MetricsReport
 )  # fmt: skip

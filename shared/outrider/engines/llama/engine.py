@@ -142,6 +142,7 @@ class LlamaEngine:
                 slots=lib.llama_n_seq_max(context),
                 chunk=lib.llama_n_batch(context),
                 device=describe_device(lib, settings),
+                markers=text.markers,
             )
             engine = cls(lib, model, context, info, text)
             engine._check_rollback(path)

@@ -11,10 +11,11 @@ import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from outrider.core.engine import Vocabulary
+from outrider.core.engine import Markers, Vocabulary
 from outrider.core.values import TokenId
 from outrider.errors import BadRequest
 
+FIM = ("pre", "suf", "mid", "rep", "sep")  # llama.cpp's names of what `Markers` has
 KINDS = {1: "spm", 2: "bpe", 3: "wpm", 4: "ugm", 5: "rwkv", 6: "plamo2"}  # enum llama_vocab_type
 
 
@@ -28,6 +29,7 @@ class TextModel:
         self._template: bytes | None = bytes(template) if template else None
         self._pieces: dict[TokenId, bytes] = {}
         self.vocabulary = read_vocabulary(lib, self._vocab)
+        self.markers = read_markers(lib, self._vocab)
 
     def tokenize(self, text: str, special: bool) -> list[TokenId]:
         data = _encode(text)
@@ -111,6 +113,15 @@ def read_vocabulary(lib: Any, vocab: Any) -> Vocabulary:
         ends=tuple(ends),
         digest=digest.hexdigest(),
     )
+
+
+def read_markers(lib: Any, vocab: Any) -> Markers | None:
+    """The tokens by which the model fills gaps; None if it has not the three that this needs."""
+    found = [getattr(lib, f"llama_vocab_fim_{name}")(vocab) for name in FIM]
+    prefix, suffix, middle, repository, file = (token if token >= 0 else None for token in found)
+    if prefix is None or suffix is None or middle is None:
+        return None
+    return Markers(prefix, suffix, middle, repository, file)
 
 
 def _grown(call: Callable[[Any, int], int], room: int) -> bytes:
