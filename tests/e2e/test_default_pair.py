@@ -64,6 +64,17 @@ def plain(pair: Client, settings: dict[str, Any]) -> Completion:
     return answer
 
 
+def test_the_model_fills_a_gap(pair: Client) -> None:
+    before, after = "def add(a, b):\n    return", "\n\nprint(add(1, 2))\n"
+    prompt = pair.infill_prompt(before, after, extra=[("notes.txt", "none")])
+    names = ("<|repo_name|>", "<|file_sep|>", "<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
+    (repository,), (file,), *gap = map(pair.tokenize, names)
+    assert [prompt.count(one) for one in (repository, file)] == [1, 2]
+    assert [token for token in prompt if (token,) in gap] == [token for (token,) in gap]
+    answer = pair.create_completion(prompt, max_tokens=16, **GREEDY)
+    assert answer.text.split("\n")[0].strip() == "a + b"
+
+
 @pytest.mark.parametrize("n_draft", [1, 3, 8])
 @pytest.mark.parametrize("mode", ["sync", "pipelined"])
 def test_every_mode_and_block_length_says_the_same(

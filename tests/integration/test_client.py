@@ -13,6 +13,7 @@ import pytest
 import outrider
 from outrider import (
     BadRequest,
+    Client,
     Completion,
     Fragment,
     OutriderError,
@@ -388,6 +389,21 @@ async def test_text_goes_through_token_ids_and_back(served: Served, text: str) -
         assert await client.detokenize(await client.tokenize(text, special=False)) == text
         tokens = await client.tokenize(text)
         assert (tokens == (256,)) == (text == "<|end|>")
+
+
+async def test_both_clients_get_the_prompt_for_a_gap(served: Served) -> None:
+    wanted = "<|fim_prefix|>a<|fim_suffix|>b<|fim_middle|>c"
+    async with served.connect() as client:
+        tokens = await client.infill_prompt("a", "b", start="c", extra=[])
+        assert tokens == await client.tokenize(wanted)
+        assert (await client.create_completion(tokens, max_tokens=3)).prompt_token_ids == tokens
+        files = await client.infill_prompt("a", "b", extra=[("f", "F")])
+        assert files[-5:] == (*tokens[:2], *tokens[2:5])
+        for room in (-1, 4000):
+            with pytest.raises(BadRequest):
+                await client.infill_prompt("a", "b", room=room)
+    with Client(served.ipc) as twin:
+        assert twin.infill_prompt("a", "b", start="c") == tokens
 
 
 async def test_chat_applies_the_template_and_keeps_markers_out(

@@ -11,7 +11,7 @@ import pytest
 import outrider
 from outrider import BadRequest, CompletionSettings
 from outrider.client import settings
-from outrider.client.settings import conversation, prompt_of, submit, token_ids
+from outrider.client.settings import conversation, files, prompt_of, submit, token_ids
 from outrider.core.sampling import Sampling
 from outrider.wire.codec import check
 from outrider.wire.messages import Submit
@@ -187,6 +187,14 @@ def test_an_unknown_keyword_is_refused_with_the_nearest_one() -> None:
     assert caught.value.param == "temprature"
     with pytest.raises(BadRequest, match=r"there is no setting 'zzz'$"):
         asked(zzz=None)
+
+
+@pytest.mark.parametrize("extra", [None, "ab", [1], [("a",)], [("a", 1)], [("a", "\ud800")], {}])
+def test_files_are_pairs_of_name_and_text(extra: Any) -> None:
+    assert files("extra", [("a", "b"), ["c", "d"]]) == (("a", "b"), ("c", "d"))
+    with pytest.raises(BadRequest, match="extra") as caught:
+        files("extra", extra)
+    assert caught.value.param == "extra"
 
 
 @pytest.mark.parametrize("tokens", ["Hi", b"Hi", None, 5, {1: 2}, [None], [0.5]], ids=repr)

@@ -34,10 +34,11 @@ def from_validation(errors: Sequence[Mapping[str, Any]]) -> BadRequest:
         return BadRequest("the body is not JSON")
     if not names:
         return BadRequest("the body must be a JSON object")
-    first, *rest = names
-    place = str(first) + "".join(f"[{n}]" if isinstance(n, int) else f".{n}" for n in rest)
-    said = str(worst["msg"]).removeprefix("Value error, ").removeprefix("Input ")
-    return BadRequest(f"{place}: {said[:1].lower()}{said[1:]}", str(first))
+    first, *inner = names
+    place = str(first) + "".join(f"[{n}]" if isinstance(n, int) else f".{n}" for n in inner)
+    said = str(worst["msg"])  # "Input should be …", "Field required"
+    rest = said.removeprefix("Input") if said.startswith("Input ") else f": {said.lower()}"
+    return BadRequest(f"{place:.100}{rest}", str(first))
 
 
 def _names(location: Sequence[str | int]) -> list[str | int]:
