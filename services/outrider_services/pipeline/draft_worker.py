@@ -175,6 +175,7 @@ class DraftWorker(Worker[Drafter]):
                 if not going_on:
                     return
                 begun = stream.begin()
+            self._know(ride)
             began, started = time.perf_counter() if began is None else began, True
             self.steps += 1
             try:
@@ -200,10 +201,10 @@ class DraftWorker(Worker[Drafter]):
 
     def _recalled(self, ride: Ride, waited_s: float) -> Proposal:
         """What the drafter would have drafted in place of the last tokens of the text."""
+        self._know(ride)
         began = time.perf_counter()
         with self._lock:
             begun, count, ride.recall = ride.stream.begin(), ride.recall, 0
-        self._know(ride)
         try:
             recalled = self.model.recall(ride.slot, begun.tokens, count)
         except Cancelled:
@@ -229,6 +230,5 @@ class DraftWorker(Worker[Drafter]):
 
     def _propose(self, ride: Ride, read: int, text: tuple[TokenId, ...]) -> tuple[Drafted, ...]:
         """What the drafter proposes behind `text`, of which it knows the first `read` tokens."""
-        self._know(ride)
         self.model.cut(ride.slot, read)
         return self.model.propose(ride.slot, text)

@@ -129,6 +129,7 @@ class Request:
             sampling=sampling,
             logprobs=submit.logprobs,
             trace=submit.trace,
+            top_logprobs=submit.top_logprobs,
         )
 
 

@@ -13,8 +13,11 @@ from typing import ClassVar, TypeAlias
 from outrider.core import decoding
 from outrider.core.engine import Cancelled, Engine, EngineFault
 from outrider.core.events import Prefill
-from outrider.core.sampling import Sampling, Scores, decide, logprob
+from outrider.core.logprobs import likelihoods
+from outrider.core.penalties import Breakers
+from outrider.core.sampling import Sampling, Scores, decide
 from outrider.core.values import MOST_TOKENS, Role, TokenId, Verdict, Verify
+from outrider.engines.breakers import KnownBreakers
 from outrider.engines.calibration import calibrate
 from outrider.errors import BadRequest, OutriderError, ProtocolError
 from outrider.wire import messages as wire
@@ -37,6 +40,7 @@ class Sequence:
     sampling: Sampling
     logprobs: bool
     asked: float  # `computed_s` when it was queued last
+    top_logprobs: int = 0
     round: int = 0
     drafted: tuple[TokenId, ...] | None = ()  # None: nothing to do
     elapsed_s: float = 0.0
@@ -51,6 +55,7 @@ class TargetWorker(Worker[Engine]):
     def __init__(self, model: Engine, owner: ThreadPoolExecutor, curve_s: Curve) -> None:
         super().__init__(model, owner, curve_s)
         self.chunk = min(CHUNK, model.info.chunk)
+        self._breakers = KnownBreakers(model)
         self._sequences: dict[int, Sequence] = {}
         self._turns: deque[int] = deque()  # requests with something to compute; the first is next
         self._running: int | None = None
@@ -93,6 +98,7 @@ class TargetWorker(Worker[Engine]):
             sampling=order.sampling,
             logprobs=order.logprobs,
             asked=self.computed_s,
+            top_logprobs=order.top_logprobs,
         )
         self._turns.append(request)
         self.wake()
@@ -192,12 +198,13 @@ class TargetWorker(Worker[Engine]):
         block = [*sequence.tokens[known:], *drafted]
         rows = self.model.extend(slot, block, len(drafted) + 1)
         margins: list[float] = []
-        choices = self._choices(sequence, drafted, rows, margins)
+        breakers = self._breakers.of(sequence.sampling)
+        choices = self._choices(sequence, drafted, rows, margins, breakers)
         verdict = decoding.verify(drafted, choices, self.model.info.vocabulary.ends)
-        logprobs = None
+        logprobs = tops = None
         if sequence.logprobs:
-            pairs = zip(rows, verdict.tokens, strict=False)
-            logprobs = tuple(logprob(row, token) for row, token in pairs)
+            most, piece = sequence.top_logprobs, self.model.piece
+            logprobs, tops = likelihoods(rows, verdict.tokens, most, piece)
         if verdict.accepted < len(drafted):
             self.model.rewind(slot, base + verdict.accepted)
         return verdict.changed(
@@ -206,13 +213,18 @@ class TargetWorker(Worker[Engine]):
             pieces=tuple(map(self.model.piece, verdict.tokens)),
             margins=tuple(margins),
             logprobs=logprobs,
+            top_logprobs=tops,
             elapsed_s=sequence.elapsed_s + time.perf_counter() - began,
             waited_s=sequence.waited_s,
         )
 
     @staticmethod
     def _choices(
-        sequence: Sequence, drafted: tuple[TokenId, ...], rows: Scores, margins: list[float]
+        sequence: Sequence,
+        drafted: tuple[TokenId, ...],
+        rows: Scores,
+        margins: list[float],
+        breakers: Breakers,
     ) -> Iterator[TokenId]:
         """The target's choice at each row, given the prefix that this row was evaluated with.
 
@@ -220,7 +232,7 @@ class TargetWorker(Worker[Engine]):
         """
         history = list(sequence.tokens)
         for at, row in enumerate(rows):
-            token, margin = decide(row, sequence.sampling, history, len(history))
+            token, margin = decide(row, sequence.sampling, history, len(history), breakers)
             margins.append(margin)
             yield token
             history.extend(drafted[at : at + 1])

@@ -19,6 +19,7 @@ from outrider.core.values import (
     Reason,
     TokenId,
     TokenIds,
+    TopCount,
     Verdict,
     Verify,
 )
@@ -40,6 +41,7 @@ class Task:
     sampling: Sampling = DEFAULT_SAMPLING
     logprobs: bool = False
     trace: bool = False
+    top_logprobs: int = 0  # as `Prefill`
 
 
 # ---- events -------------------------------------------------------------------------------------
@@ -91,6 +93,7 @@ class Prefill(Order, frozen=True):
     tokens: TokenIds
     sampling: Sampling
     logprobs: bool
+    top_logprobs: TopCount = 0  # how many of the likeliest tokens to tell at each position
 
 
 class OpenDraft(Order, frozen=True):

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 
 from outrider.core.drafter import DrafterInfo
 from outrider.core.engine import Engine
-from outrider.core.sampling import Sampling, propose
+from outrider.core.penalties import Breakers
+from outrider.core.sampling import Sampling, Scores, propose
 from outrider.core.stream import AT_ONCE
 from outrider.core.values import Drafted, TokenId
+from outrider.engines.breakers import KnownBreakers
 from outrider.engines.calibration import calibrate, calibrate_reading
 
 READ = 24, 12  # tokens read and recalled to see what reading costs: about as in a first trial
@@ -30,13 +32,16 @@ class ModelDrafter:
         self.read_s = min(calibrate_reading(engine, *READ), self.token_s)
         self._engine = engine
         self._chunk = min(AT_ONCE, info.chunk)  # a cancellation may have to wait for so many tokens
-        self._asked: dict[int, tuple[Sampling, int]] = {}  # by slot: settings, number of ids
+        self._breakers = KnownBreakers(engine)
+        # by slot: settings, their breakers, number of ids
+        self._asked: dict[int, tuple[Sampling, Breakers, int]] = {}
         self._skipped: dict[int, int] = {}  # by slot: the engine's position 0 is this one
 
     def open(self, slot: int, sampling: Sampling, vocabulary: int, skip: int = 0) -> None:
         self._engine.rewind(slot, 0)
         self._skipped[slot] = skip
-        self._asked[slot] = sampling, min(vocabulary, self._engine.info.vocabulary.size)
+        size = min(vocabulary, self._engine.info.vocabulary.size)
+        self._asked[slot] = sampling, self._breakers.of(sampling), size
 
     def cut(self, slot: int, length: int) -> None:
         kept = max(0, length - self._skipped[slot])
@@ -47,7 +52,6 @@ class ModelDrafter:
         return self._skipped[slot] + self._engine.length(slot)
 
     def propose(self, slot: int, text: Sequence[TokenId]) -> tuple[Drafted, ...]:
-        sampling, vocabulary = self._asked[slot]
         self.cut(slot, len(text) - 1)  # its last token's logits are needed
         known = self.read(slot)
         ahead = text[known : known + self._chunk]
@@ -55,10 +59,9 @@ class ModelDrafter:
         rows = self._engine.extend(slot, ahead, 1 if is_last else 0)
         if not is_last:
             return ()
-        return (propose(rows[0], sampling, text, len(text), n_vocab=vocabulary),)
+        return (self._chosen(slot, rows[0], text),)
 
     def recall(self, slot: int, text: Sequence[TokenId], count: int) -> tuple[Drafted, ...]:
-        sampling, vocabulary = self._asked[slot]
         known = self.read(slot)
         ahead = text[known : len(text) - 1]
         if not 0 < count <= len(ahead) <= self._chunk:
@@ -66,9 +69,12 @@ class ModelDrafter:
         rows = self._engine.extend(slot, ahead, count)
         ends = range(len(text) - count, len(text))
         return tuple(
-            propose(row, sampling, text[:end], end, n_vocab=vocabulary)
-            for end, row in zip(ends, rows, strict=True)
+            self._chosen(slot, row, text[:end]) for end, row in zip(ends, rows, strict=True)
         )
+
+    def _chosen(self, slot: int, row: Scores, text: Sequence[TokenId]) -> Drafted:
+        sampling, breakers, size = self._asked[slot]
+        return propose(row, sampling, text, len(text), n_vocab=size, breakers=breakers)
 
     def forget(self, slot: int) -> None:
         self._engine.rewind(slot, 0)

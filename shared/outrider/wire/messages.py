@@ -27,12 +27,13 @@ from outrider.core.values import (
     Span,
     Text,
     TokenIds,
+    TopCount,
     Value,
     Word,
 )
 from outrider.errors import BadRequest, InternalError, OutriderError
 
-PROTOCOL = 4
+PROTOCOL = 5
 FRAME_LIMIT = 1 << 20  # bytes; a prompt of 200,000 tokens fits
 
 Line: TypeAlias = Annotated[str, Meta(max_length=4096)]
@@ -219,6 +220,7 @@ class Submit(Tagged, frozen=True):
     trace: bool
     n_min: Count | None = None
     p_min: Probability | None = None
+    top_logprobs: TopCount = 0
 
 
 class Cancel(Tagged, frozen=True):
