@@ -241,6 +241,7 @@ def test_a_sampler_that_is_not_on_the_list_is_off(given: Any, off: dict[str, flo
 
 
 def test_without_any_sampler_only_the_bias_is_left() -> None:
+    nothing: Any
     for nothing in ([], ""):
         sampling = asked(**EVERYTHING, samplers=nothing, logit_bias={5: 1}).sampling
         left = {"dry_base", "dry_allowed_length", "dry_penalty_last_n", "dry_sequence_breakers"}

@@ -1,7 +1,7 @@
 """Which tokens may be chosen, and how randomly: llama.cpp's filters and its dynamic temperature.
 
-Each filter tells the indices of the logits that it keeps, ascending. On a tie at the border the
-lower ones stay.
+Each filter tells the indices of the logits that it keeps, ascending; XTC, of those that it leaves
+out. On a tie at the border the lower ones stay, with XTC the higher ones.
 """
 
 from __future__ import annotations
@@ -45,6 +45,14 @@ class Candidates:
         logits = self.logits[kept]
         return Candidates(self.ids[kept], logits, float(logits.max()), kept.size + masked)
 
+    def without(self, dropped: Indices) -> Candidates:
+        """All but those at these indices, of which there are few."""
+        if not dropped.size:
+            return self
+        logits = np.delete(self.logits, dropped)
+        ids, count = np.delete(self.ids, dropped), self.count - dropped.size
+        return Candidates(ids, logits, float(logits.max()), count)
+
 
 @lru_cache(maxsize=8)
 def _all_ids(size: int) -> IdArray:
@@ -70,9 +78,11 @@ def _weights(logits: Scores, top: float) -> tuple[Scores, float, float]:
 
 def top_n_sigma(logits: Scores, n: float) -> Indices:
     """Those at most `n` standard deviations of all logits below the highest."""
-    top = float(logits.max())
-    possible = logits[logits > top - _FORBIDDEN].astype(np.float64)
-    return np.flatnonzero(logits >= np.float32(top - n * float(possible.std())))
+    top, possible = float(logits.max()), logits
+    if float(logits.min()) < top - _FORBIDDEN:
+        possible = logits[logits >= top - _FORBIDDEN]
+    sigma = float(possible.std(dtype=np.float64))
+    return np.flatnonzero(logits >= np.float32(top - n * sigma))
 
 
 def top_k(row: Scores, k: int) -> Indices:
@@ -122,15 +132,13 @@ def min_p(logits: Scores, p: float, top: float) -> Indices:
 
 
 def xtc(logits: Scores, threshold: float, top: float) -> Indices:
-    """All but those of probability `threshold` or more, of which the least likely stays."""
+    """Those to leave out: of probability `threshold` or more, but for the least likely of them."""
     share = threshold * mass(logits, top)
     floor = np.float32(top + math.log(share)) if share else np.finfo(np.float32).min
     likely = np.flatnonzero(logits >= floor)
-    kept = np.ones(logits.size, np.bool_)
-    if likely.size > 1:
-        kept[likely] = False
-        kept[likely[logits[likely] == logits[likely].min()][-1]] = True
-    return np.flatnonzero(kept)
+    if likely.size < 2:
+        return likely[:0]
+    return likely[likely != likely[logits[likely] == logits[likely].min()][-1]]
 
 
 def dynamic_temperature(

@@ -237,8 +237,7 @@ def _field(row: Scores, sampling: Sampling, top: float, key: IdArray) -> tuple[C
     if sampling.min_p > 0.0:
         found = found.only(filters.min_p(found.logits, sampling.min_p, found.top))
     if sampling.has_xtc and chance(key) <= sampling.xtc_probability:
-        kept = filters.xtc(found.logits, sampling.xtc_threshold, found.top)
-        found = found.only(kept, masked=found.count - found.ids.size)
+        found = found.without(filters.xtc(found.logits, sampling.xtc_threshold, found.top))
     temperature, spread = sampling.temperature, sampling.dynatemp_range
     if spread > 0.0:
         exponent = sampling.dynatemp_exponent

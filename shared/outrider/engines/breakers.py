@@ -41,17 +41,17 @@ class KnownBreakers:
             for token in whole:
                 tails[token] = _with(tails.get(token, ()), ())
             for cut in range(1, len(data)):
-                if tail := self._tail(data[cut:]):
+                if (tail := self._tail(data[cut:])) is not None:
                     for token in self._vocabulary.ending(data[:cut]) - whole:
                         tails[token] = _with(tails.get(token, ()), tail)
         return Breakers(tails)
 
-    def _tail(self, rest: bytes) -> Tail:
-        """The tokens of the rest of a breaker; none if it begins in the middle of a character."""
+    def _tail(self, rest: bytes) -> Tail | None:
+        """The tokens of the rest of a breaker; None if it begins in the middle of a character."""
         try:
             text = rest.decode()
         except UnicodeDecodeError:
-            return ()  # no tokenizer gives tokens for it that could follow
+            return None  # no tokenizer gives tokens for it that could follow
         tokens = self._engine.tokenize(text, special=False)
         vocabulary = self._engine.info.vocabulary
         if vocabulary.adds_bos and tokens[:1] == [vocabulary.bos]:
