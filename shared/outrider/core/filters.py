@@ -26,8 +26,7 @@ _NOTHING = np.float32(-200)  # nats behind: the exponential is 0, and times this
 class Candidates:
     """The ids that may be chosen, ascending, and their logits, of which `top` is the highest.
 
-    `count` has those besides that top-n-sigma has masked: they cannot be chosen, but in llama.cpp
-    later filters count them.
+    `count` is how many llama.cpp would count here: with those that top-n-sigma has masked there.
     """
 
     ids: IdArray
@@ -46,12 +45,12 @@ class Candidates:
         return Candidates(self.ids[kept], logits, float(logits.max()), kept.size + masked)
 
     def without(self, dropped: Indices) -> Candidates:
-        """All but those at these indices, of which there are few."""
+        """All but those at these indices, which get a logit of -inf."""
         if not dropped.size:
             return self
-        logits = np.delete(self.logits, dropped)
-        ids, count = np.delete(self.ids, dropped), self.count - dropped.size
-        return Candidates(ids, logits, float(logits.max()), count)
+        logits = self.logits.copy()
+        logits[dropped] = -np.inf
+        return Candidates(self.ids, logits, float(logits.max()), self.count - dropped.size)
 
 
 @lru_cache(maxsize=8)
@@ -138,7 +137,8 @@ def xtc(logits: Scores, threshold: float, top: float) -> Indices:
     likely = np.flatnonzero(logits >= floor)
     if likely.size < 2:
         return likely[:0]
-    return likely[likely != likely[logits[likely] == logits[likely].min()][-1]]
+    last = np.flatnonzero(logits[likely] == logits[likely].min())[-1]
+    return np.delete(likely, last)
 
 
 def dynamic_temperature(
