@@ -442,9 +442,14 @@ def test_an_outsider_at_the_very_bound_still_wins(monkeypatch: pytest.MonkeyPatc
 
 
 @quiet
-@given(st.lists(st.floats(width=32, allow_nan=False), min_size=1, max_size=9), filters)
+@given(
+    st.lists(st.floats(width=32, allow_nan=False), min_size=1, max_size=9),
+    st.one_of(filters, samplers),
+)
 @example([3.4e38, -3.4e38], Sampling(temperature=0.05))
 @example([float("-inf"), 0.0], Sampling(top_p=0.9))
+@example([float("-inf"), 0.0, 0.0], Sampling(xtc_probability=1.0, xtc_threshold=0.0))
+@example([3.4e38, -3.4e38, 1.0], Sampling(top_n_sigma=1000.0, typical_p=0.5))
 def test_any_row_gives_a_possible_token_or_is_refused(values: list[float], given: Sampling) -> None:
     row = scores(*values)
     if not math.isfinite(row.max()):
