@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from outrider.core.stats import Report
-from outrider.core.values import Drafted, Fragment, Span, Token
+from outrider.core.values import Drafted, Fragment, Span, Token, TopLogprob
 from outrider.errors import (
     BadRequest,
     ConfigError,
@@ -72,6 +72,7 @@ __all__ = [
     "SyncStream",
     "TextPart",
     "Token",
+    "TopLogprob",
     "UnknownRequest",
     "Usage",
     "WorkerLost",

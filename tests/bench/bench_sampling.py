@@ -33,6 +33,11 @@ SETTINGS = {
     "0.7, top-p 0.95": Sampling(temperature=0.7, top_p=0.95),
     "0.7, min-p 0.05": Sampling(temperature=0.7, min_p=0.05),
     "default, repetition penalty 1.1": Sampling(repeat_penalty=1.1),
+    "0.7, typical 0.9": Sampling(temperature=0.7, typical_p=0.9),
+    "0.7, top-n-sigma 1": Sampling(temperature=0.7, top_n_sigma=1),
+    "0.7, dynamic ±0.3": Sampling(temperature=0.7, dynatemp_range=0.3),
+    "0.7, XTC always": Sampling(temperature=0.7, xtc_probability=1),
+    "0.7, DRY": Sampling(temperature=0.7, dry_multiplier=0.8),
 }
 
 

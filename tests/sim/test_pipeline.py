@@ -58,8 +58,20 @@ PENALISED = Sampling(
     seed=5,
 )
 GREEDY_PENALISED = Sampling(temperature=0, repeat_penalty=1.5, frequency_penalty=1.0)
+WIDE = Sampling(
+    temperature=0.9,
+    typical_p=0.9,
+    top_n_sigma=2.0,
+    dynatemp_range=0.4,
+    xtc_probability=0.5,
+    xtc_threshold=0.05,
+    dry_multiplier=0.8,
+    dry_allowed_length=1,
+    seed=3,
+)
+GREEDY_XTC = Sampling(temperature=0, xtc_probability=0.4, dry_multiplier=2.0, seed=8)
 MODES: list[Mode] = ["sync", "pipelined", "pipelined"]
-SAMPLINGS = [GREEDY, WARM, PENALISED, GREEDY_PENALISED]
+SAMPLINGS = [GREEDY, WARM, PENALISED, GREEDY_PENALISED, WIDE, GREEDY_XTC]
 
 asked = st.builds(
     Asked,
@@ -154,7 +166,9 @@ def test_a_cancelled_request_ends_once_and_adds_up(world: World) -> None:
     run(world)
 
 
-@pytest.mark.parametrize("sampling", SAMPLINGS, ids=["greedy", "warm", "penalised", "both"])
+@pytest.mark.parametrize(
+    "sampling", SAMPLINGS, ids=["greedy", "warm", "penalised", "both", "wide", "xtc"]
+)
 @pytest.mark.parametrize("mode", ["plain", "sync", "pipelined"])
 def test_every_mode_says_the_same(mode: Mode, sampling: Sampling) -> None:
     world = World(Asked(n_predict=120, sampling=sampling), FixedRule(mode, 5), agreement=0.7)

@@ -40,7 +40,7 @@ class Answer:
         outcome = self._outcome
         assert not isinstance(outcome, OutriderError)
         text, reason = outcome if isinstance(outcome, tuple) else (outcome, STOP)
-        choice = CompletionChoice(text, 0, reason, None)
+        choice = CompletionChoice(text, 0, reason, None, None)
         usage = Usage(1, len(text), 1 + len(text))
         stats = Stats(seed=7).report()
         return Completion("", "text_completion", 0, "", (choice,), usage, (), (), stats, None)

@@ -10,7 +10,7 @@ import pytest
 
 import outrider
 from outrider import BadRequest, CompletionSettings
-from outrider.client import settings
+from outrider.client import samplers, settings
 from outrider.client.settings import conversation, files, prompt_of, submit, token_ids
 from outrider.core.sampling import Sampling
 from outrider.wire.codec import check
@@ -147,7 +147,38 @@ def test_every_keyword_is_checked_and_documented() -> None:
         ("logit_bias", {1: "x"}),
         ("logit_bias", {1: None}),
         ("logit_bias", {1: float("nan")}),
-        ("logprobs", 5),
+        ("logprobs", 21),
+        ("logprobs", -1),
+        ("logprobs", 1.5),
+        ("logprobs", "yes"),
+        ("top_logprobs", 21),
+        ("top_logprobs", -1),
+        ("top_logprobs", True),
+        ("top_logprobs", 1.5),
+        ("typical_p", "x"),
+        ("typical_p", 1.1),
+        ("top_n_sigma", -2),
+        ("top_n_sigma", float("nan")),
+        ("dynatemp_range", -1),
+        ("dynatemp_exponent", [1]),
+        ("xtc_probability", 1.1),
+        ("xtc_threshold", -1),
+        ("dry_multiplier", -1),
+        ("dry_base", 0.9),
+        ("dry_allowed_length", 1.5),
+        ("dry_allowed_length", 1025),
+        ("dry_penalty_last_n", -2),
+        ("dry_sequence_breakers", "x"),
+        ("dry_sequence_breakers", 5),
+        ("dry_sequence_breakers", ["x", 5]),
+        ("dry_sequence_breakers", ["\ud800"]),
+        ("dry_sequence_breakers", ["x" * 41]),
+        ("samplers", 5),
+        ("samplers", {"top_k": 1}),
+        ("samplers", ["top_k", 5]),
+        ("samplers", ["top_k", "penalties"]),
+        ("samplers", ["top_k", "top_k"]),
+        ("samplers", "kk"),
         ("ignore_eos", "yes"),
         ("trace", 1),
         ("stop", "x" * 257),
@@ -166,6 +197,106 @@ def test_what_is_wrong_is_one_error_that_names_the_argument(name: str, value: An
     ) as no:
         asked(**{name: value})
     assert no.value.param == name
+
+
+def test_more_breakers_than_a_request_may_have_are_refused() -> None:
+    with pytest.raises(BadRequest, match="dry_sequence_breakers has 17 texts") as caught:
+        asked(dry_sequence_breakers=["x"] * 17)
+    assert caught.value.param == "dry_sequence_breakers"
+
+
+EVERYTHING: dict[str, Any] = {
+    "temperature": 0.7, "top_k": 40, "top_p": 0.9, "min_p": 0.05, "typical_p": 0.8,
+    "top_n_sigma": 2.0, "dynatemp_range": 0.3, "dynatemp_exponent": 2.0, "xtc_probability": 0.5,
+    "xtc_threshold": 0.2, "repeat_penalty": 1.1, "presence_penalty": 0.1, "frequency_penalty": 0.2,
+    "dry_multiplier": 0.8, "dry_base": 2.0, "dry_allowed_length": 3, "dry_penalty_last_n": -1,
+    "dry_sequence_breakers": ["\n", "né"], "seed": 5,
+}  # fmt: skip
+
+
+def test_every_sampler_by_llama_servers_name() -> None:
+    sampling = asked(**EVERYTHING).sampling
+    for name, value in EVERYTHING.items():
+        assert getattr(sampling, name) == (tuple(value) if isinstance(value, list) else value)
+
+
+@pytest.mark.parametrize(
+    ("given", "off"),
+    [
+        (list(samplers.OFF), {}),
+        ("edskypmxt", {}),
+        (["Penalties", "DRY", "top-n-sigma", "topk", "typ", "nucleus", "min_p", "xtc", "temp"], {}),
+        (np.array(["top_k", "temperature"]),
+         {"repeat_penalty": 1, "presence_penalty": 0, "frequency_penalty": 0, "dry_multiplier": 0,
+          "top_n_sigma": -1, "typical_p": 1, "top_p": 1, "min_p": 0, "xtc_probability": 0}),
+        ("edskypmx", {"temperature": 1, "dynatemp_range": 0}),
+        (["penalties", "dry", "top_n_sigma", "top_k", "top_p", "xtc", "temperature"],
+         {"typical_p": 1, "min_p": 0}),
+    ],
+    ids=["all", "letters", "other-names", "an-array", "no-temperature", "a-part"],
+)  # fmt: skip
+def test_a_sampler_that_is_not_on_the_list_is_off(given: Any, off: dict[str, float]) -> None:
+    every = asked(**EVERYTHING).sampling
+    assert asked(**EVERYTHING, samplers=given).sampling == every.changed(**off)
+
+
+def test_without_any_sampler_only_the_bias_is_left() -> None:
+    nothing: Any
+    for nothing in ([], ""):
+        sampling = asked(**EVERYTHING, samplers=nothing, logit_bias={5: 1}).sampling
+        left = {"dry_base", "dry_allowed_length", "dry_penalty_last_n", "dry_sequence_breakers"}
+        left |= {"xtc_threshold", "dynatemp_exponent", "seed"}
+        given = {name: getattr(sampling, name) for name in left}
+        bare = Sampling(temperature=1.0, logit_bias=((5, 1.0),), **given)
+        assert sampling == bare
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["top_k", "infill"], "'infill', which is not supported; there are penalties, dry, top_n"),
+        (["mirostat"], "'mirostat', which is not supported"),
+        (["tempature"], "did you mean 'temperature'"),
+        ("kz", "'z', which is not supported"),
+        (["temperature", "top_k"], "must be in this order, each once: penalties, dry, top_n_sigma"),
+    ],
+    ids=["infill", "mirostat", "misspelt", "a-letter", "another-order"],
+)
+def test_samplers_that_are_not_supported_are_refused(given: Any, words: str) -> None:
+    with pytest.raises(BadRequest, match=words) as caught:
+        asked(samplers=given)
+    assert caught.value.param == "samplers"
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, (False, 0)),
+        ({"logprobs": False}, (False, 0)),
+        ({"logprobs": True}, (True, 0)),
+        ({"logprobs": True, "top_logprobs": 0}, (True, 0)),
+        ({"logprobs": True, "top_logprobs": np.int64(20)}, (True, 20)),
+        ({"logprobs": 0}, (True, 0)),
+        ({"logprobs": np.int32(5)}, (True, 5)),
+        ({"logprobs": 5, "top_logprobs": 5}, (True, 5)),
+    ],
+    ids=str,
+)
+def test_logprobs_are_asked_for_in_both_of_openais_ways(
+    given: dict[str, Any], expected: tuple[bool, int]
+) -> None:
+    request = asked(**given)
+    assert (request.logprobs, request.top_logprobs) == expected
+
+
+@pytest.mark.parametrize(
+    "given", [{"top_logprobs": 3}, {"logprobs": False, "top_logprobs": 1},
+              {"logprobs": 2, "top_logprobs": 3}], ids=str,
+)  # fmt: skip
+def test_top_logprobs_need_logprobs(given: dict[str, Any]) -> None:
+    with pytest.raises(BadRequest, match="top_logprobs") as caught:
+        asked(**given)
+    assert caught.value.param == "top_logprobs"
 
 
 def test_more_stops_than_a_request_may_have_are_counted() -> None:

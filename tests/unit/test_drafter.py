@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from outrider.core.engine import Cancelled, Part
-from outrider.core.sampling import Sampling, propose
+from outrider.core.sampling import Sampling, choose, propose
 from outrider.core.stream import AT_ONCE
 from outrider.core.values import TokenId
+from outrider.engines.breakers import KnownBreakers
 from outrider.engines.drafter import ModelDrafter
 from outrider.engines.toy import SMALLEST, ToyEngine, ToySettings
 
@@ -18,6 +19,10 @@ GREEDY = Sampling(temperature=0)
 WARM = Sampling(temperature=0.8, top_k=40, seed=7)
 TEXT = tuple(b"the old river runs over the quiet meadow ")
 LONG = TEXT * 8
+DRY = Sampling(temperature=0, dry_multiplier=3.0, dry_sequence_breakers=("ver", "t "))
+ALL = DRY.changed(
+    temperature=0.9, typical_p=0.9, top_n_sigma=0.5, dynatemp_range=0.5, xtc_probability=0.5, seed=9
+)
 
 
 class Counting(ToyEngine):
@@ -195,6 +200,20 @@ def test_it_tells_what_it_would_have_proposed_for_the_last_tokens(sampling: Samp
     (drafted,) = made.propose(0, TEXT)
     assert drafted.token == said_by_the_engine(TEXT, sampling).token
     assert engine.evaluated[1:] == [(1, 1)]
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, WARM, DRY, ALL], ids=["greedy", "warm", "dry", "all"])
+def test_where_target_and_draft_are_alike_the_target_accepts_all(sampling: Sampling) -> None:
+    target, made = ToyEngine(), drafter()[0]
+    breakers = KnownBreakers(target).of(sampling)
+    made.open(0, sampling, SMALLEST)
+    text = list(TEXT)
+    for _ in range(60):
+        (row,) = target.extend(0, text[target.length(0) :], 1)
+        chosen = choose(row, sampling, text, len(text), breakers=breakers)
+        (drafted,) = made.propose(0, text)
+        assert drafted.token == chosen
+        text.append(chosen)
 
 
 @pytest.mark.parametrize("count", [0, len(TEXT)])

@@ -10,11 +10,13 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from outrider.core import noise as noises
+from outrider.core import race
 from outrider.core import sampling as under_test
+from outrider.core.logprobs import logprob
+from outrider.core.noise import HIGHEST_NOISE, LOWEST_NOISE, mix
 from outrider.core.sampling import (
     FAR,
-    HIGHEST_NOISE,
-    LOWEST_NOISE,
     NEAR,
     BadScores,
     Noise,
@@ -23,8 +25,6 @@ from outrider.core.sampling import (
     choose,
     decide,
     gumbel,
-    logprob,
-    mix,
     propose,
 )
 from outrider.core.values import TokenId
@@ -69,19 +69,50 @@ def penalised(row: Scores, given: Sampling, history: Sequence[TokenId]) -> Score
     return row
 
 
-def kept_ids(row: Scores, given: Sampling) -> list[TokenId]:
-    """The ids that survive: sort once, then let each filter shorten the list."""
-    ranked = sorted(range(row.size), key=lambda token: (-row[token], token))
-    top = row[ranked[0]]
+def kept_ids(row: Scores, given: Sampling, position: int) -> tuple[list[TokenId], float]:
+    """The ids that survive, and the temperature: sort once, then let each filter shorten the list.
+
+    In llama.cpp what top-n-sigma leaves out stays in the list with a logit of -inf.
+    """
+    logits = row.astype(np.float64)
+    ranked = np.lexsort((np.arange(row.size), -logits))
+    if given.top_n_sigma > 0:
+        bar = np.float32(logits.max() - given.top_n_sigma * logits[logits > -math.inf].std())
+        logits = np.where(logits >= bar, logits, -math.inf)
     if given.top_k:
         ranked = ranked[: given.top_k]
+    if given.typical_p < 1:
+        law = law_of(logits[ranked])
+        strange = np.abs(-np.log(law, where=law > 0, out=np.full_like(law, -1e9)) - entropy(law))
+        order = np.argsort(strange, kind="stable")
+        count = int(np.searchsorted(np.cumsum(law[order]), given.typical_p, side="right")) + 1
+        ranked = ranked[np.sort(order[:count])]
     if given.top_p < 1:
-        held = np.cumsum(np.exp(row[ranked].astype(np.float64) - top))
+        held = np.cumsum(law_of(logits[ranked]))
         ranked = ranked[: int(np.searchsorted(held, given.top_p * held[-1])) + 1]
     if given.min_p > 0:
-        floor = np.float32(float(top) + math.log(given.min_p))
-        ranked = [token for token in ranked if row[token] >= floor]
-    return sorted(ranked)
+        floor = np.float32(logits[ranked[0]] + math.log(given.min_p))
+        ranked = ranked[logits[ranked] >= floor]
+    drawn = given.xtc_probability >= noises.chance(noises.key_of(given.seed, position))
+    if drawn and given.xtc_threshold <= 0.5:
+        likely = int((law_of(logits[ranked]) >= given.xtc_threshold).sum())
+        ranked = ranked[max(0, likely - 1) :]
+    temperature, spread = given.temperature, given.dynatemp_range
+    if spread > 0 and len(ranked) > 1:
+        share = entropy(law_of(logits[ranked])) / math.log(len(ranked))
+        low = max(0, temperature - spread)
+        temperature = low + (temperature + spread - low) * share**given.dynatemp_exponent
+    return sorted(ranked[logits[ranked] > -math.inf].tolist()), temperature
+
+
+def law_of(logits: Noise) -> Noise:
+    weights = np.exp(logits - logits.max())
+    law: Noise = weights / weights.sum()
+    return law
+
+
+def entropy(law: Noise) -> float:
+    return -math.fsum(p * math.log(p) for p in law[law > 0])
 
 
 def full_choice(
@@ -89,19 +120,21 @@ def full_choice(
 ) -> tuple[TokenId, Noise, float]:
     """The choice with noise for every surviving id, its distribution, and by how much it won."""
     row = penalised(row, given, history)
-    top = float(row.max())
-    if given.temperature == 0:
-        ids, scaled = np.arange(row.size), row.astype(np.float64) - top
-        noisy, winner = scaled, int(np.argmax(row))
+    kept, temperature = kept_ids(row, given, position)
+    has_xtc = given.xtc_probability > 0 and given.xtc_threshold <= 0.5
+    if given.temperature == given.dynatemp_range == 0 and given.typical_p == 1 and not has_xtc:
+        kept = list(range(row.size))  # no filter leaves out the likeliest
+    ids = np.array(kept)
+    if temperature == 0:
+        scaled = noisy = row[ids].astype(np.float64) - float(row[ids].max())
     else:
-        ids = np.array(kept_ids(row, given))
-        scaled = (row[ids].astype(np.float64) - top) / given.temperature
+        scaled = (row[ids].astype(np.float64) - float(row[ids].max())) / temperature
         noisy = scaled + gumbel(given.seed, position, ids.astype(np.uint64))
-        winner = int(np.argmax(noisy))
+    winner = int(np.argmax(noisy))
     law = np.exp(scaled) / np.exp(scaled).sum()
     rivals = np.delete(noisy, winner)
     lead = noisy[winner] - rivals.max() if rivals.size else math.inf
-    return int(ids[winner]), law, float(lead) * (given.temperature or 1.0)
+    return int(ids[winner]), law, float(lead) * (temperature or 1.0)
 
 
 def check(row: Scores, given: Sampling, history: Sequence[TokenId] = (), position: int = 0) -> None:
@@ -123,7 +156,7 @@ def check(row: Scores, given: Sampling, history: Sequence[TokenId] = (), positio
 
 
 def test_mix_gives_the_published_splitmix64_sequence() -> None:
-    state = np.array([1234567], np.uint64) + np.arange(5, dtype=np.uint64) * under_test._GOLDEN
+    state = np.array([1234567], np.uint64) + np.arange(5, dtype=np.uint64) * noises._GOLDEN
     assert mix(state).tolist() == [
         6457827717110365317,
         3203168211198807973,
@@ -232,6 +265,107 @@ def test_large_rows_are_chosen_from_as_by_the_full_computation(
     check(bell(size, row_seed, spread, leaders), given, position=position)
 
 
+samplers = st.builds(
+    Sampling,
+    temperature=st.sampled_from([0, 0.3, 0.7, 1.0, 2.0]),
+    top_k=st.sampled_from([0, 0, 1, 7, 40]),
+    top_p=st.sampled_from([1.0, 1.0, 0.3, 0.95]),
+    min_p=st.sampled_from([0.0, 0.0, 0.05]),
+    typical_p=st.sampled_from([1.0, 1.0, 0.0, 0.2, 0.7, 0.97]),
+    top_n_sigma=st.sampled_from([-1.0, 0.0, 0.1, 1.0, 3.0]),
+    dynatemp_range=st.sampled_from([0.0, 0.3, 1.0]),
+    dynatemp_exponent=st.sampled_from([1.0, 0.0, 0.5, 3.0]),
+    xtc_probability=st.sampled_from([0.0, 0.5, 1.0]),
+    xtc_threshold=st.sampled_from([0.01, 0.1, 0.5, 0.6]),
+    seed=seeds,
+)
+
+
+@settings(quiet, max_examples=150)
+@given(
+    st.sampled_from([1, 2, 3, 20, 300, 2000]),
+    seeds,
+    st.sampled_from([0.1, 1.0, 2.5, 20.0]),
+    st.sampled_from([0, 3]),
+    samplers,
+    positions,
+)
+def test_the_less_common_samplers_do_as_told(
+    size: int, row_seed: int, spread: float, leaders: int, given: Sampling, position: int
+) -> None:
+    check(bell(size, row_seed, spread, leaders), given, position=position)
+
+
+def test_control_another_order_of_the_samplers_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = kept_ids
+
+    def xtc_first(row: Scores, given: Sampling, position: int) -> tuple[list[TokenId], float]:
+        first, _ = plain(row, Sampling(xtc_probability=1.0, seed=given.seed), position)
+        masked = np.full_like(row, -math.inf)
+        masked[first] = row[first]
+        return plain(masked, given.changed(xtc_probability=0.0), position)
+
+    monkeypatch.setitem(globals(), "kept_ids", xtc_first)
+    with pytest.raises(AssertionError):
+        check(scores(3, 2.9, 2.8, 0), Sampling(temperature=0, top_k=2, xtc_probability=1.0))
+
+
+def test_the_chance_of_xtc_is_that_asked_for_and_the_same_for_the_same_seed_and_position() -> None:
+    row = scores(5, 4.5, 0)
+    given = Sampling(temperature=0, xtc_probability=0.3, seed=4)
+    found = [choose(row, given, (), position) for position in range(3000)]
+    assert set(found) == {0, 1}
+    assert np.mean(found) == pytest.approx(0.3, abs=0.03)
+    assert found == [choose(row, given, (1, 2), position) for position in range(3000)]
+    others = [choose(row, given.changed(seed=5), (), position) for position in range(3000)]
+    assert others != found
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"typical_p": 1.0},
+        {"top_n_sigma": 0.0},
+        {"top_n_sigma": -0.5},
+        {"dynatemp_range": 0.0, "dynatemp_exponent": 9.0},
+        {"dry_multiplier": 0.0, "dry_base": 9.0, "dry_allowed_length": 0},
+        {"dry_multiplier": 1.0, "dry_penalty_last_n": 0},
+        {"xtc_probability": 0.0, "xtc_threshold": 0.0},
+        {"xtc_probability": 1.0, "xtc_threshold": 0.51},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_neutral_settings_change_nothing(given: dict[str, float], temperature: float) -> None:
+    plain = Sampling(temperature=temperature, seed=3)
+    text = [1, 2, 3, 1, 2, 3, 1, 2]
+    for position, row in enumerate(bell(500, seed, 2.5, 5) for seed in range(20)):
+        expected = decide(row, plain, text, position), propose(row, plain, text, position)
+        changed = plain.changed(**given)
+        assert (decide(row, changed, text, position), propose(row, changed, text, position)) == (
+            expected
+        )
+
+
+def test_what_a_bias_forbids_is_no_part_of_the_deviation() -> None:
+    row = bell(2000, 1, 2.0, 4)
+    for token in (0, 7):
+        given = Sampling(temperature=1.0, top_n_sigma=1.0, logit_bias=((token, -1e6),))
+        forbidden = row.copy()
+        forbidden[token] = -math.inf
+        plain = given.changed(logit_bias=())
+        for position in range(20):
+            assert decide(row, given, (), position) == decide(forbidden, plain, (), position)
+
+
+def test_the_confidence_of_a_choice_without_the_likeliest_is_its_share_of_the_others() -> None:
+    row = scores(9, 8, 2, 2)
+    given = Sampling(temperature=0, xtc_probability=1.0)
+    weights = np.exp([8.0, 2, 2])
+    assert propose(row, given, (), 0).token == 1
+    assert propose(row, given, (), 0).confidence == pytest.approx(weights[0] / weights.sum())
+
+
 def noisiest_wins(rule: Callable[[Scores, Sampling, int], TokenId]) -> None:
     """`rule` against the full computation where far outsiders do win now and then."""
     row = bell(20_000, 1, 2.0, 30)
@@ -257,7 +391,7 @@ def test_the_margin_of_every_near_tie_is_seen() -> None:
 def test_control_rivals_that_are_not_looked_for_are_missed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(under_test, "NEAR", 0.0)
+    monkeypatch.setattr(race, "NEAR", 0.0)
     with pytest.raises(AssertionError):
         test_the_margin_of_every_near_tie_is_seen()
 
@@ -281,14 +415,14 @@ def test_the_race_is_exact_at_every_temperature() -> None:
 def test_control_a_bound_on_the_noise_that_is_too_tight_is_caught(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(under_test, "_SPAN", 6.0)
+    monkeypatch.setattr(race, "_SPAN", 6.0)
     with pytest.raises(AssertionError):
         test_the_race_is_exact_at_every_temperature()
 
 
 def test_control_running_the_leaders_alone_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(under_test, "_BLOCK", 10**9)  # one block, of which nobody joins
-    monkeypatch.setattr(under_test, "mix", lambda x: mix(x) if x.size < 9000 else np.zeros_like(x))
+    monkeypatch.setattr(race, "_BLOCK", 10**9)  # one block, of which nobody joins
+    monkeypatch.setattr(race, "mix", lambda x: mix(x) if x.size < 9000 else np.zeros_like(x))
     with pytest.raises(AssertionError):
         test_the_race_is_exact_at_every_temperature()
 
@@ -301,16 +435,21 @@ def test_an_outsider_at_the_very_bound_still_wins(monkeypatch: pytest.MonkeyPatc
 
     row = np.full(6000, -1000.0, np.float32)
     row[10], row[4000] = 20.0, 20.0 - 40.34
-    monkeypatch.setattr(under_test, "_noise", noise_for(4000))
+    monkeypatch.setattr(race, "keyed", noise_for(4000))
     assert choose(row, Sampling(temperature=1), (), 0) == 4000
     row[4000] = 20.0 - 40.35
     assert choose(row, Sampling(temperature=1), (), 0) == 10
 
 
 @quiet
-@given(st.lists(st.floats(width=32, allow_nan=False), min_size=1, max_size=9), filters)
+@given(
+    st.lists(st.floats(width=32, allow_nan=False), min_size=1, max_size=9),
+    st.one_of(filters, samplers),
+)
 @example([3.4e38, -3.4e38], Sampling(temperature=0.05))
 @example([float("-inf"), 0.0], Sampling(top_p=0.9))
+@example([float("-inf"), 0.0, 0.0], Sampling(xtc_probability=1.0, xtc_threshold=0.0))
+@example([3.4e38, -3.4e38, 1.0], Sampling(top_n_sigma=1000.0, typical_p=0.5))
 def test_any_row_gives_a_possible_token_or_is_refused(values: list[float], given: Sampling) -> None:
     row = scores(*values)
     if not math.isfinite(row.max()):
@@ -492,6 +631,18 @@ def test_a_read_only_row_is_fine() -> None:
         ("repeat_last_n", -2),
         ("presence_penalty", math.nan),
         ("frequency_penalty", 101),
+        ("typical_p", 1.5),
+        ("top_n_sigma", -2),
+        ("dynatemp_range", -1),
+        ("dynatemp_exponent", math.inf),
+        ("dry_multiplier", -1),
+        ("dry_base", 0.5),
+        ("dry_allowed_length", 1025),
+        ("dry_allowed_length", 1.5),
+        ("dry_penalty_last_n", -2),
+        ("dry_sequence_breakers", ("é" * 21,)),
+        ("xtc_probability", 2),
+        ("xtc_threshold", -0.1),
         ("logit_bias", ((-1, 0.0),)),
         ("logit_bias", ((1, math.inf),)),
         ("seed", -1),

@@ -41,6 +41,7 @@ from outrider.core.values import (
     Mode,
     Proposal,
     TokenId,
+    TopLogprob,
     Verdict,
     Verify,
     ids_of,
@@ -277,6 +278,18 @@ def test_logprobs_go_with_their_tokens() -> None:
     ride = verifying(5)
     ride.verdict(5, 7, accepted=1, logprobs=(-0.5, -1.5))
     assert [token.logprob for token in ride.one(Fragment).tokens] == [-0.5, -1.5]
+
+
+def test_top_logprobs_go_with_their_tokens() -> None:
+    ride = verifying(5)
+    tops = (TopLogprob(5, b"f", -0.5), TopLogprob(8, b"i", -1.0)), (TopLogprob(7, b"h", -1.5),)
+    ride.verdict(5, 7, accepted=1, logprobs=(-0.5, -1.5), top_logprobs=tops)
+    assert tuple(token.top_logprobs for token in ride.one(Fragment).tokens) == tops
+
+
+def test_the_target_is_told_which_logprobs_are_wanted() -> None:
+    ride = Ride(replace(TASK, logprobs=True, top_logprobs=3))
+    assert ride.commands[0] == Prefill(PROMPT, TASK.sampling, True, 3)
 
 
 def test_the_workers_are_told_before_the_client() -> None:
@@ -928,6 +941,8 @@ def test_a_verdict_counts_once() -> None:
         pytest.param((9,), {"margins": ()}, id="a-token-without-margin"),
         pytest.param((9,), {"logprobs": ()}, id="a-token-without-logprob"),
         pytest.param((9,), {"logprobs": (-1.0, -2.0)}, id="a-logprob-without-token"),
+        pytest.param((9,), {"top_logprobs": ()}, id="a-token-without-top-logprobs"),
+        pytest.param((9,), {"top_logprobs": ((), ())}, id="top-logprobs-without-token"),
     ],
 )
 def test_an_impossible_verdict_fails_the_request(

@@ -12,13 +12,16 @@ import pytest
 
 from outrider.core.engine import EngineFault, Part
 from outrider.core.events import Prefill
+from outrider.core.logprobs import top_logprobs
 from outrider.core.sampling import Sampling, Scores
-from outrider.core.values import Verdict, Verify
+from outrider.core.values import TopLogprob, Verdict, Verify
 from outrider.engines.toy import ToyEngine
 from outrider.wire import messages as wire
+from outrider_services.pipeline.target_worker import Sequence as Verified
 from outrider_services.pipeline.target_worker import TargetWorker
 from outrider_services.pipeline.worker import Measured
 
+USUAL = Sampling()
 BOS, USER, ASSISTANT = 256, 258, 259
 BOS_LABEL = "<|end|>"  # of the toy's control tokens, the one taken for a begin-of-text token
 
@@ -76,13 +79,15 @@ class Broken(ToyEngine):
         return found
 
 
-async def answered(engine: ToyEngine, logprobs: bool) -> list[wire.Message]:
+async def answered(
+    engine: ToyEngine, logprobs: bool, sampling: Sampling = USUAL, top_logprobs: int = 0
+) -> list[wire.Message]:
     """What a target worker with `engine` says to a prompt."""
     sent: list[wire.Message] = []
     with ThreadPoolExecutor(1) as owner:
         worker = TargetWorker(engine, owner, Measured((0.1,)))
         setattr(worker, "send", sent.append)  # noqa: B010
-        worker.handle(wire.Do(5, Prefill((1, 2, 3), Sampling(), logprobs)))
+        worker.handle(wire.Do(5, Prefill((1, 2, 3), sampling, logprobs, top_logprobs)))
         while await worker.compute():
             pass
         assert engine.length(0) in (0, 3)
@@ -151,7 +156,7 @@ class Desk:
         return list(self.sent)
 
     def open(self, request: int, text: tuple[int, ...] = TEXT, cache: str | None = "") -> None:
-        self.worker.handle(wire.Do(request, Prefill(text, GREEDY, False, cache)))
+        self.worker.handle(wire.Do(request, Prefill(text, GREEDY, False, cache=cache)))
 
 
 @pytest.fixture
@@ -268,3 +273,41 @@ async def test_after_a_pass_that_failed_each_has_one_of_its_own(desk: Desk) -> N
     sent = await bad.work()
     assert set(verdicts(sent)) == {1}
     assert [one.id for one in sent if isinstance(one, wire.Failed)] == [2]
+
+
+async def verdict(logprobs: bool, top_logprobs: int) -> Verdict:
+    (said,) = await answered(ToyEngine(), logprobs, top_logprobs=top_logprobs)
+    assert isinstance(said, wire.Done)
+    assert isinstance(said.done, Verdict)
+    return said.done
+
+
+async def test_the_likeliest_tokens_are_told_if_asked_for() -> None:
+    plain, told, nothing = await verdict(True, 0), await verdict(True, 4), await verdict(False, 4)
+    engine = ToyEngine()
+    (row,) = engine.extend(0, (1, 2, 3), 1)
+    likeliest = top_logprobs(row, 4)
+    assert told.top_logprobs == (
+        tuple(TopLogprob(token, engine.piece(token), p) for token, p in likeliest),
+    )
+    assert told.logprobs == plain.logprobs
+    assert plain.top_logprobs is None
+    assert (nothing.logprobs, nothing.top_logprobs) == (None, None)
+
+
+async def test_sequence_breakers_are_those_of_its_own_vocabulary() -> None:
+    """The prompt repeats itself; a breaker in it lets the answer do so, too."""
+    engine = ToyEngine()
+    (row,) = engine.extend(0, (1, 2, 3), 1)
+    likeliest = int(row.argmax())
+    dry = Sampling(temperature=0, dry_multiplier=100.0, dry_allowed_length=1)
+    chosen: list[int] = []
+    for breakers in ((), ("\x03",)):
+        given = dry.changed(dry_sequence_breakers=breakers)
+        with ThreadPoolExecutor(1) as owner:
+            worker = TargetWorker(ToyEngine(), owner, Measured((0.1,)))
+            sequence = Verified(1, 0, [3, likeliest, 1, 2, 3], given, False, 0.0)
+            rows = np.array([row])
+            known = worker._breakers.of(given)
+            chosen += worker._choices(sequence, (), rows, [], known)
+    assert chosen[0] != chosen[1] == likeliest

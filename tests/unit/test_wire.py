@@ -383,6 +383,7 @@ def test_a_message_within_its_bounds_passes_the_check(message: Message) -> None:
         pytest.param({"mode": "fast"}, "mode", id="an-unknown-mode"),
         pytest.param({"stop": ("x",) * 17}, "stop", id="too-many-stop-strings"),
         pytest.param({"stop": ("x" * 257,)}, "stop", id="a-stop-string-too-long"),
+        pytest.param({"top_logprobs": 21}, "top_logprobs", id="too-many-top-logprobs"),
         pytest.param({"prompt": (1, -1)}, "prompt", id="a-negative-token"),
         pytest.param({"prompt": "\udcff"}, None, id="a-prompt-that-is-not-utf-8"),
         pytest.param({"prompt": "x" * FRAME_LIMIT}, None, id="a-prompt-that-fills-the-frame"),

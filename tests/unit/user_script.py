@@ -26,10 +26,11 @@ from outrider import (
     Stream,
     SyncStream,
     Token,
+    TopLogprob,
     Usage,
 )
 
-SETTINGS: CompletionSettings = {"max_tokens": 8, "temperature": 0, "stop": None}
+SETTINGS: CompletionSettings = {"max_tokens": 8, "temperature": 0, "top_k": 5, "stop": None}
 CHAT: list[ChatMessage] = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]},
@@ -40,6 +41,7 @@ def results(done: Completion) -> str:
     assert_type(done.choices, tuple[CompletionChoice, ...])
     assert_type(done.choices[0].finish_reason, FinishReason)
     assert_type(done.choices[0].logprobs, tuple[float, ...] | None)
+    assert_type(done.choices[0].top_logprobs, tuple[tuple[TopLogprob, ...], ...] | None)
     assert_type(done.usage, Usage)
     assert_type(done.tokens, tuple[Token, ...])
     assert_type(done.stats, Report)

@@ -148,10 +148,12 @@ def arguments(settings: Settings, parsed: Any) -> dict[str, Any]:
     seed = sampling.pop("seed")
     if parsed.verbose not in ("true", "false"):
         raise ConfigError(f"--verbose must be true or false, not {parsed.verbose!r}")
-    bias = dict(map(read_bias, sampling["logit_bias"]))
+    names, breakers = sampling["samplers"], sampling["dry_sequence_breakers"]
     return {
         **sampling,
-        "logit_bias": bias,
+        "logit_bias": dict(map(read_bias, sampling["logit_bias"])),
+        "dry_sequence_breakers": read_breakers(breakers) if breakers else None,
+        "samplers": None if names is None else list(filter(None, names.split(";"))),
         "max_tokens": DEFAULT_LENGTH if n_predict is None else n_predict,
         "seed": secrets.randbits(31) if seed < 0 else seed,
         "mode": settings.pipeline.mode,
@@ -170,6 +172,16 @@ def read_bias(text: str) -> tuple[int, float]:
             except ValueError:
                 break
     raise ConfigError(f"--logit-bias must be like 15043+1 or 2-inf, not {text!r}")
+
+
+def read_breakers(texts: tuple[str, ...]) -> list[str]:
+    """With `\\n`, `\\t` and the like read as in llama.cpp; "none" is no breaker at all."""
+    escapes = {"n": "\n", "r": "\r", "t": "\t"}
+    return [
+        re.sub(r"\\([nrt\\'\"])", lambda found: escapes.get(found[1], found[1]), text)
+        for text in texts
+        if text != "none"
+    ]
 
 
 async def _run(

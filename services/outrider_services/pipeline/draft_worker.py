@@ -258,6 +258,7 @@ class DraftWorker(Worker[Drafter]):
 
     def _recalled(self, ride: Ride) -> Proposal:
         """What the drafter would have drafted in place of the last tokens of the text."""
+        self._know(ride)
         began = time.perf_counter()
         self._know(ride)
         with self._lock:

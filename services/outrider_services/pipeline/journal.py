@@ -11,7 +11,9 @@ from outrider.core.values import Value
 from outrider.wire.messages import Failed
 
 SHOWN = 16  # most items of a tuple to write out; of a longer one only their number is written
-HIDDEN = {"piece", "pieces", "text", "sampling", "logprobs", "margins", "floors", "ends"}
+HIDDEN = {
+    "piece", "pieces", "text", "sampling", "logprobs", "top_logprobs", "margins", "floors", "ends",
+}  # fmt: skip
 
 
 def line(number: int, event: Any, commands: Iterable[Any], state: str) -> str:

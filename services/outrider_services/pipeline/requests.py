@@ -136,6 +136,7 @@ class Request:
             logprobs=submit.logprobs,
             trace=submit.trace,
             cache=submit.cache,
+            top_logprobs=submit.top_logprobs,
         )
 
 

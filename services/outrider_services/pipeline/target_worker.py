@@ -14,9 +14,12 @@ from typing import ClassVar, NamedTuple, TypeAlias
 from outrider.core import decoding
 from outrider.core.engine import Cancelled, Engine, EngineFault, Part
 from outrider.core.events import Prefill
-from outrider.core.sampling import Sampling, Scores, decide, logprob
+from outrider.core.logprobs import likelihoods
+from outrider.core.penalties import Breakers
+from outrider.core.sampling import Sampling, Scores, decide
 from outrider.core.stragglers import Stragglers
 from outrider.core.values import MOST_TOKENS, Role, TokenId, Verdict, Verify
+from outrider.engines.breakers import KnownBreakers
 from outrider.engines.calibration import calibrate, calibrate_crowd
 from outrider.errors import BadRequest, OutriderError, ProtocolError
 from outrider.wire import messages as wire
@@ -41,8 +44,9 @@ class Sequence:
     sampling: Sampling
     logprobs: bool
     asked: float  # `computed_s` when it was queued last
-    taken: Taken | None  # what it gets from other texts; None: nothing, or it has it
+    taken: Taken | None = None  # what it gets from other texts; None: nothing, or it has it
     cached: int = 0  # how many tokens it got
+    top_logprobs: int = 0
     round: int = 0
     drafted: tuple[TokenId, ...] | None = ()  # None: nothing to do
     elapsed_s: float = 0.0
@@ -68,6 +72,7 @@ class TargetWorker(Worker[Engine]):
     def __init__(self, model: Engine, owner: ThreadPoolExecutor, measured: Measured) -> None:
         super().__init__(model, owner, measured)
         self.chunk = min(CHUNK, model.info.chunk)
+        self._breakers = KnownBreakers(model)
         self._sequences: dict[int, Sequence] = {}
         self._turns: deque[Sequence] = deque()  # those with something to compute; the first is next
         self._running: list[Sequence] = []
@@ -116,6 +121,7 @@ class TargetWorker(Worker[Engine]):
             logprobs=order.logprobs,
             asked=self.computed_s,
             taken=taken,
+            top_logprobs=order.top_logprobs,
         )
         self._turns.append(sequence)
         self.wake()
@@ -297,12 +303,13 @@ class TargetWorker(Worker[Engine]):
         base, drafted = len(sequence.tokens), sequence.drafted or ()
         margins: list[float] = []
         try:
-            choices = self._choices(sequence, drafted, rows, margins)
+            breakers = self._breakers.of(sequence.sampling)
+            choices = self._choices(sequence, drafted, rows, margins, breakers)
             verdict = decoding.verify(drafted, choices, self.model.info.vocabulary.ends)
-            logprobs = None
+            logprobs = tops = None
             if sequence.logprobs:
-                pairs = zip(rows, verdict.tokens, strict=False)
-                logprobs = tuple(logprob(row, token) for row, token in pairs)
+                most, piece = sequence.top_logprobs, self.model.piece
+                logprobs, tops = likelihoods(rows, verdict.tokens, most, piece)
             if verdict.accepted < len(drafted):
                 self.model.rewind(sequence.slot, base + verdict.accepted)
         except (EngineFault, OutriderError, ValueError) as exc:
@@ -314,13 +321,18 @@ class TargetWorker(Worker[Engine]):
             pieces=tuple(map(self.model.piece, verdict.tokens)),
             margins=tuple(margins),
             logprobs=logprobs,
+            top_logprobs=tops,
             waited_s=sequence.waited_s,
             cached=0 if sequence.round else sequence.cached,
         )
 
     @staticmethod
     def _choices(
-        sequence: Sequence, drafted: tuple[TokenId, ...], rows: Scores, margins: list[float]
+        sequence: Sequence,
+        drafted: tuple[TokenId, ...],
+        rows: Scores,
+        margins: list[float],
+        breakers: Breakers,
     ) -> Iterator[TokenId]:
         """The target's choice at each row, given the prefix that this row was evaluated with.
 
@@ -328,7 +340,7 @@ class TargetWorker(Worker[Engine]):
         """
         history = list(sequence.tokens)
         for at, row in enumerate(rows):
-            token, margin = decide(row, sequence.sampling, history, len(history))
+            token, margin = decide(row, sequence.sampling, history, len(history), breakers)
             margins.append(margin)
             yield token
             history.extend(drafted[at : at + 1])

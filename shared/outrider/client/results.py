@@ -6,19 +6,24 @@ from dataclasses import dataclass
 from typing import Literal
 
 from outrider.core.stats import Report
-from outrider.core.values import Reason, Span, Token
+from outrider.core.values import Reason, Span, Token, TopLogprob
 
 FinishReason = Reason
 
 
 @dataclass(frozen=True, slots=True)
 class CompletionChoice:
-    """The answer; `logprobs` has one number per token, if they were asked for."""
+    """The answer; `logprobs` has one number per token, if they were asked for.
+
+    `top_logprobs` has for each token the likeliest ones at its position, if they were asked for.
+    All are the target's own, before penalties, filters and temperature.
+    """
 
     text: str
     index: int
     finish_reason: FinishReason
     logprobs: tuple[float, ...] | None
+    top_logprobs: tuple[tuple[TopLogprob, ...], ...] | None
 
 
 @dataclass(frozen=True, slots=True)

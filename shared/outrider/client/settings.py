@@ -15,13 +15,12 @@ from typing import Any, Literal, TypeAlias, TypedDict, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from outrider.client.samplers import Number, SamplerSettings, Whole, only
 from outrider.core.sampling import Sampling
-from outrider.core.values import CHAT_ROLES, AskedMode
+from outrider.core.values import CHAT_ROLES, MOST_TOP_LOGPROBS, AskedMode
 from outrider.errors import BadRequest
 from outrider.wire import messages as wire
 
-Whole: TypeAlias = int | np.integer[Any]
-Number: TypeAlias = float | np.floating[Any] | np.integer[Any]
 Ids: TypeAlias = Sequence[Whole] | NDArray[np.integer[Any]]
 Prompt: TypeAlias = str | Ids
 LogitBias: TypeAlias = Mapping[int, Number] | Mapping[str, Number] | Mapping[np.int64, Number]
@@ -48,7 +47,7 @@ class ChatMessage(TypedDict):
 Messages: TypeAlias = Sequence[ChatMessage | Mapping[str, str]]
 
 
-class CompletionSettings(TypedDict, total=False):
+class CompletionSettings(SamplerSettings, total=False):
     """The keywords of `create_completion` and `create_chat_completion`; None means the default."""
 
     max_tokens: Whole | None
@@ -76,8 +75,12 @@ class CompletionSettings(TypedDict, total=False):
     stop: str | Sequence[str] | None
     """The answer ends before the first of these texts, 16 at most; or at a control token, if one of
     them is its marker, such as `<|im_start|>`."""
-    logprobs: bool | None
-    """Whether tokens carry the logarithm of the probability that the target gave them."""
+    logprobs: bool | Whole | None
+    """Whether tokens carry the logarithm of the probability that the target gave them, before
+    penalties, filters and temperature. A number is that of `top_logprobs` at the same time."""
+    top_logprobs: Whole | None
+    """With `logprobs`: of how many of the likeliest tokens at each position, 20 at most, to tell
+    the same. Default: 0."""
     ignore_eos: bool | None
     """Whether to go on after the model has ended its answer."""
     mode: AskedMode | None
@@ -240,6 +243,28 @@ def _stop(name: str, value: object) -> tuple[str, ...]:
     return tuple(filter(None, stops))  # an empty one stops nothing
 
 
+def _breakers(name: str, value: object) -> tuple[str, ...]:
+    value = _listed(value)
+    if not isinstance(value, list | tuple):
+        raise _wrong(name, "must be a sequence of strings", value)
+    return tuple(text(f"{name}[{n}]", one) for n, one in enumerate(value))
+
+
+def _samplers(name: str, value: object) -> str | tuple[str, ...]:
+    return text(name, value) if isinstance(value, str) else _breakers(name, value)
+
+
+def _logprobs(name: str, value: object) -> bool | int:
+    return flag(name, value) if isinstance(value, bool | np.bool_) else _top_logprobs(name, value)
+
+
+def _top_logprobs(name: str, value: object) -> int:
+    count = whole(name, value)
+    if not 0 <= count <= MOST_TOP_LOGPROBS:
+        raise _wrong(name, f"must be a whole number from 0 to {MOST_TOP_LOGPROBS}", value)
+    return count
+
+
 def _mode(name: str, value: object) -> str:
     mode = text(name, value)
     if mode not in get_args(AskedMode):
@@ -291,10 +316,23 @@ CHECKS: dict[str, Callable[[str, object], Any]] = {
     "repeat_last_n": whole,
     "presence_penalty": number,
     "frequency_penalty": number,
+    "typical_p": number,
+    "top_n_sigma": number,
+    "dynatemp_range": number,
+    "dynatemp_exponent": number,
+    "xtc_probability": number,
+    "xtc_threshold": number,
+    "dry_multiplier": number,
+    "dry_base": number,
+    "dry_allowed_length": whole,
+    "dry_penalty_last_n": whole,
+    "dry_sequence_breakers": _breakers,
+    "samplers": _samplers,
     "logit_bias": _logit_bias,
     "seed": whole,
     "stop": _stop,
-    "logprobs": flag,
+    "logprobs": _logprobs,
+    "top_logprobs": _top_logprobs,
     "ignore_eos": flag,
     "mode": _mode,
     "n_draft": whole,
@@ -320,20 +358,37 @@ def submit(
     given = {n: CHECKS[n](n, value) for n, value in settings.items() if value is not None}
     if given.get("seed", -1) < 0:
         given["seed"] = secrets.randbits(31)
-    sampling = {name: given[name] for name in Sampling.__struct_fields__ if name in given}
+    named = {name: given[name] for name in Sampling.__struct_fields__ if name in given}
+    sampling = Sampling(**named)
+    if "samplers" in given:
+        sampling = only(sampling, given["samplers"])
+    logprobs, top_logprobs = _asked_logprobs(given)
     return wire.Submit(
         call=call,
         prompt=prompt,
         messages=messages,
-        sampling=Sampling(**sampling),
+        sampling=sampling,
         n_predict=given.get("max_tokens"),
         stop=given.get("stop", ()),
         ignore_eos=given.get("ignore_eos", False),
-        logprobs=given.get("logprobs", False),
+        logprobs=logprobs,
         mode=given.get("mode"),
         n_draft=given.get("n_draft"),
         trace=given.get("trace", False),
         n_min=given.get("n_min"),
         p_min=given.get("p_min"),
         cache=given.get("cache_key", "") if given.get("cache_prompt", True) else None,
+        top_logprobs=top_logprobs,
     )
+
+
+def _asked_logprobs(given: Mapping[str, Any]) -> tuple[bool, int]:
+    """Whether to tell log-probabilities, and of how many more tokens."""
+    logprobs, top = given.get("logprobs", False), given.get("top_logprobs", 0)
+    if not isinstance(logprobs, bool):
+        if top not in (0, logprobs):
+            raise BadRequest(f"logprobs says {logprobs} and top_logprobs {top}", "top_logprobs")
+        return True, logprobs
+    if top and not logprobs:
+        raise BadRequest("top_logprobs is only told with logprobs=True", "top_logprobs")
+    return logprobs, top

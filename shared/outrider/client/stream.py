@@ -92,6 +92,7 @@ class Stream:
         tokens = tuple(token for fragment in self.fragments for token in fragment.tokens)
         text = "".join(fragment.text for fragment in self.fragments)
         logprobs = tuple(t.logprob for t in tokens if t.logprob is not None)
+        tops = tuple(t.top_logprobs for t in tokens if t.top_logprobs)
         prompt = len(self.prompt_token_ids)
         assert self.stats  # it has ended
         assert self.finish_reason
@@ -100,7 +101,9 @@ class Stream:
             object="text_completion",
             created=int(time.time()),
             model=self.model,
-            choices=(CompletionChoice(text, 0, self.finish_reason, logprobs or None),),
+            choices=(
+                CompletionChoice(text, 0, self.finish_reason, logprobs or None, tops or None),
+            ),
             usage=Usage(prompt, len(tokens), prompt + len(tokens)),
             tokens=tokens,
             prompt_token_ids=self.prompt_token_ids,

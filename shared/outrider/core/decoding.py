@@ -49,7 +49,7 @@ def contradiction(
     ended = bool(tokens) and accepted == len(tokens) and tokens[-1] in ends
     if accepted > block or not (ended or len(tokens) == accepted + 1):
         return f"{accepted} accepted of {block}, but {len(tokens)} tokens"
-    for said in (verdict.pieces, verdict.margins, verdict.logprobs):
+    for said in (verdict.pieces, verdict.margins, verdict.logprobs, verdict.top_logprobs):
         if said is not None and len(said) != len(tokens):
             return "not one text, margin and probability for each token"
     if any(token >= vocabulary for token in tokens):

@@ -20,6 +20,7 @@ from outrider.core.values import (
     Reason,
     TokenId,
     TokenIds,
+    TopCount,
     Verdict,
     Verify,
     Word,
@@ -44,6 +45,7 @@ class Task:
     trace: bool = False
     cache: str | None = None  # see `Prefill`
     held: Held = UNKNOWN  # what the draft knows of the prompt from an earlier request
+    top_logprobs: int = 0  # as `Prefill`
 
 
 # ---- events -------------------------------------------------------------------------------------
@@ -95,6 +97,7 @@ class Prefill(Order, frozen=True):
     tokens: TokenIds
     sampling: Sampling
     logprobs: bool
+    top_logprobs: TopCount = 0  # how many of the likeliest tokens to tell at each position
     cache: Word | None = None  # texts of the same name may use what was read of it; None: no other
 
 

@@ -1,7 +1,8 @@
 """The whole algorithm in one thread: read this first.
 
 The pipeline, where both work at once and the length of blocks varies, commits the same text: it
-depends on target, prompt and sampling alone, not on what is drafted.
+depends on target, prompt and sampling alone, not on what is drafted. (Left out here: the sequence
+breakers of DRY, for which the workers look through the vocabulary.)
 """
 
 from __future__ import annotations

@@ -71,7 +71,6 @@ from outrider.core.text import TextStream
 from outrider.core.tracing import Trace
 from outrider.core.values import (
     Fragment,
-    Kind,
     Proposal,
     Reason,
     Token,
@@ -136,7 +135,8 @@ class Session:
     def _start(self, draft: bool, now: float) -> list[Command]:
         self.phase, self.stats.started = Phase.VERIFYING, now
         task, drafts = self.task, self._on_draft_ready() if draft else []
-        return [Prefill(task.prompt, task.sampling, task.logprobs, task.cache), *drafts]
+        asked = task.prompt, task.sampling, task.logprobs, task.top_logprobs, task.cache
+        return [Prefill(*asked), *drafts]
 
     def _on_draft_ready(self) -> list[Command]:
         """If the rule wants drafts, let the draft read the text; else it stays idle."""
@@ -265,27 +265,22 @@ class Session:
 
     def _commit(self, verdict: Verdict) -> tuple[Fragment, Reason | None]:
         """Append the verdict's tokens, up to the end of the answer; say why it ended, if it did."""
-        block, accepted = self.block, verdict.accepted
-        own: Kind = "plain" if not block else "bonus" if accepted == block else "corrected"
-        logprobs = verdict.logprobs or (None,) * len(verdict.tokens)
-        rows = zip(verdict.tokens, verdict.pieces, verdict.margins, logprobs, strict=True)
-        text, done = "", []
+        text, done = "", list[Token]()
         reason: Reason | None = None
-        for at, (token, piece, margin, logprob) in enumerate(rows):
-            kind: Kind = "drafted" if at < accepted else own
-            done.append(Token(token, piece, len(self.tokens), kind, margin, logprob))
-            self.tokens.append(token)
-            if token in self.task.ends:
+        for token in verdict.told(self.block):
+            done.append(token)
+            self.tokens.append(token.id)
+            if token.id in self.task.ends:
                 reason = "stop"
             else:
-                released, stopped = self._text.feed(piece)
+                released, stopped = self._text.feed(token.piece)
                 text += released
                 reason = "stop" if stopped else "length" if self._room() <= 0 else None
             if reason:
                 text += self._text.end()
                 break
-        self.stats.committed(done, truncated=max(0, accepted - len(done)))
-        drafted = tuple(self.stock.drafted[:block])
+        self.stats.committed(done, truncated=max(0, verdict.accepted - len(done)))
+        drafted = tuple(self.stock.drafted[: self.block])
         return Fragment(self.round, text, tuple(done), drafted), reason
 
     def _room(self) -> int:

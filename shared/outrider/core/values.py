@@ -9,13 +9,13 @@ process (`outrider.wire.codec`), so nothing is copied from one form into another
 | `Proposal` | the draft worker | the session: tokens drafted one behind the other |
 | `Verify` | the session | the target worker: the block to verify |
 | `Verdict` | `decoding.verify`, completed by the target worker | the session |
-| `Token`, `Fragment` | the session | the client: what was committed |
+| `Token`, `TopLogprob`, `Fragment` | the session | the client: what was committed |
 | `Span` | the session | the client: when which worker computed |
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal, Self, TypeAlias
 
 import msgspec
@@ -23,6 +23,7 @@ from msgspec import Meta as Meta  # bounds; other modules import it from here
 
 BLOCK_LIMIT = 1 << 10  # most tokens of a block on the wire
 MOST_TOKENS = 1 << 18  # of a text on the wire
+MOST_TOP_LOGPROBS = 20
 
 Id: TypeAlias = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 Count: TypeAlias = Annotated[int, Meta(ge=0, le=(1 << 31) - 1)]
@@ -33,6 +34,7 @@ Pieces: TypeAlias = Annotated[tuple[bytes, ...], Meta(max_length=BLOCK_LIMIT)]
 Floats: TypeAlias = Annotated[tuple[float, ...], Meta(max_length=BLOCK_LIMIT)]
 Seconds: TypeAlias = Annotated[float, Meta(ge=0.0, le=1e6)]
 Probability: TypeAlias = Annotated[float, Meta(ge=0.0, le=1.0)]
+TopCount: TypeAlias = Annotated[int, Meta(ge=0, le=MOST_TOP_LOGPROBS)]
 Word: TypeAlias = Annotated[str, Meta(max_length=256)]
 Text: TypeAlias = Annotated[str, Meta(max_length=1 << 20)]
 
@@ -110,6 +112,22 @@ class Verify(Order, frozen=True):
     drafted: Block
 
 
+class TopLogprob(Value, frozen=True):
+    """One of the tokens that the target found likeliest at a position, chosen or not."""
+
+    id: TokenId
+    piece: bytes  # what it would add to the text
+    logprob: float
+
+    @property
+    def text(self) -> str:
+        """Its bytes as text; a part of a character shows as U+FFFD."""
+        return self.piece.decode("utf-8", "replace")
+
+
+TopLogprobs: TypeAlias = Annotated[tuple[TopLogprob, ...], Meta(max_length=MOST_TOP_LOGPROBS)]
+
+
 class Verdict(Order, frozen=True):
     """The outcome of a round: the `tokens` to commit, the first `accepted` of them as drafted.
 
@@ -130,6 +148,18 @@ class Verdict(Order, frozen=True):
     rows: Count = 0  # of the pass, for all the requests that shared it; 0: it also read a prompt
     requests: Count = 1  # that shared the pass
     cached: Count = 0  # in round 0: tokens of the prompt that need not be read
+    top_logprobs: Annotated[tuple[TopLogprobs, ...], Meta(max_length=BLOCK_LIMIT)] | None = None
+
+    def told(self, block: int) -> Iterator[Token]:
+        """Its tokens as the client is told of them; `block` drafted ones were verified."""
+        own: Kind = "plain" if not block else "bonus" if self.accepted == block else "corrected"
+        count = len(self.tokens)
+        logprobs = self.logprobs or (None,) * count
+        tops = self.top_logprobs or ((),) * count
+        rows = zip(self.tokens, self.pieces, self.margins, logprobs, tops, strict=True)
+        for at, (token, piece, margin, logprob, top) in enumerate(rows):
+            kind: Kind = "drafted" if at < self.accepted else own
+            yield Token(token, piece, self.base + at, kind, margin, logprob, top)
 
 
 class Token(Value, frozen=True):
@@ -141,6 +171,7 @@ class Token(Value, frozen=True):
     kind: Kind
     margin: float  # by how much it won, in logits; see `sampling.decide`
     logprob: float | None = None
+    top_logprobs: TopLogprobs = ()  # as many as were asked for, the likeliest first
 
     @property
     def text(self) -> str:

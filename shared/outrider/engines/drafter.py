@@ -6,9 +6,11 @@ from collections.abc import Sequence
 
 from outrider.core.drafter import DrafterInfo
 from outrider.core.engine import Engine, Part
+from outrider.core.penalties import Breakers
 from outrider.core.sampling import Sampling, Scores, propose
 from outrider.core.stream import AT_ONCE
 from outrider.core.values import Drafted, TokenId
+from outrider.engines.breakers import KnownBreakers
 from outrider.engines.calibration import calibrate, calibrate_crowd, calibrate_reading
 
 READ = 24, 12  # tokens read and recalled to see what reading costs: about as in a first trial
@@ -31,7 +33,9 @@ class ModelDrafter:
         self.crowd_s = calibrate_crowd(engine)
         self._engine = engine
         self._chunk = min(AT_ONCE, info.chunk)  # a cancellation may have to wait for so many tokens
-        self._asked: dict[int, tuple[Sampling, int]] = {}  # by slot: settings, number of ids
+        self._breakers = KnownBreakers(engine)
+        # by slot: settings, their breakers, number of ids
+        self._asked: dict[int, tuple[Sampling, Breakers, int]] = {}
         self._skipped: dict[int, int] = {}  # by slot: the engine's position 0 is this one
 
     def open(
@@ -52,7 +56,8 @@ class ModelDrafter:
             if held:
                 engine.copy(source, slot, held)
         self._skipped[slot] = skip
-        self._asked[slot] = sampling, min(vocabulary, self._engine.info.vocabulary.size)
+        size = min(vocabulary, self._engine.info.vocabulary.size)
+        self._asked[slot] = sampling, self._breakers.of(sampling), size
 
     def cut(self, slot: int, length: int) -> None:
         kept = max(0, length - self._skipped[slot])
@@ -80,16 +85,11 @@ class ModelDrafter:
         found = zip(parts, self._engine.extend_all(parts), strict=True)
         scores = {part.slot: rows[0] for part, rows in found if part.rows}
         return [
-            (self._chosen(slot, text, scores[slot]),) if slot in scores else ()
+            (self._chosen(slot, scores[slot], text),) if slot in scores else ()
             for slot, text in texts
         ]
 
-    def _chosen(self, slot: int, text: Sequence[TokenId], row: Scores) -> Drafted:
-        sampling, vocabulary = self._asked[slot]
-        return propose(row, sampling, text, len(text), n_vocab=vocabulary)
-
     def recall(self, slot: int, text: Sequence[TokenId], count: int) -> tuple[Drafted, ...]:
-        sampling, vocabulary = self._asked[slot]
         known = self.read(slot)
         ahead = text[known : len(text) - 1]
         if not 0 < count <= len(ahead) <= self._chunk:
@@ -97,9 +97,12 @@ class ModelDrafter:
         rows = self._engine.extend(slot, ahead, count)
         ends = range(len(text) - count, len(text))
         return tuple(
-            propose(row, sampling, text[:end], end, n_vocab=vocabulary)
-            for end, row in zip(ends, rows, strict=True)
+            self._chosen(slot, row, text[:end]) for end, row in zip(ends, rows, strict=True)
         )
+
+    def _chosen(self, slot: int, row: Scores, text: Sequence[TokenId]) -> Drafted:
+        sampling, breakers, size = self._asked[slot]
+        return propose(row, sampling, text, len(text), n_vocab=size, breakers=breakers)
 
     def cancel(self) -> None:
         self._engine.cancel()

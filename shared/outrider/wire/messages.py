@@ -27,6 +27,7 @@ from outrider.core.values import (
     Span,
     Text,
     TokenIds,
+    TopCount,
     Value,
     Word,
 )
@@ -255,6 +256,7 @@ class Submit(Tagged, frozen=True):
     trace: bool
     n_min: Count | None = None
     p_min: Probability | None = None
+    top_logprobs: TopCount = 0
     cache: Word | None = ""  # texts of the same name may share what was read; None: with no other
 
 
