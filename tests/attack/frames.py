@@ -34,7 +34,8 @@ def wrong_roles() -> list[bytes]:
         wire.Done(1, verdict), wire.Done(BIG, verdict), wire.Done(1, proposal),
         wire.Close(1), wire.Failed(1, "internal_error", "no"), wire.Failed(BIG, "x", "y"),
         wire.Tokens(1, (65,)), wire.Rendered(1, "A"), wire.LabelTexts(1, ("A",)),
-        wire.Labels(1, 0, 4096), wire.Chat(1, (("user", "A"),)), wire.Cancel(1), wire.Cancel(BIG),
+        wire.Labels(1, 0, 4096), wire.Chat(1, (wire.Turn("user", "A"),), wire.Tools("[]")),
+        wire.Cancel(1), wire.Cancel(BIG),
         wire.Started(1, "m", "plain", (65,)), wire.Progress(1, fragment, report),
         wire.Finished(1, "stop", report, ()), wire.HealthReport(1, {}),
     ]  # fmt: skip

@@ -84,7 +84,7 @@ async def test_an_error_is_raised_again_to_who_asks_again(served: Served) -> Non
 
 async def test_a_token_id_that_does_not_exist_is_a_typed_error(served: Served) -> None:
     async with served.connect() as client, asyncio.timeout(5):
-        for tokens in ([260], [-1], [2**40]):
+        for tokens in ([261], [-1], [2**40]):
             with pytest.raises(BadRequest):
                 await client.detokenize(tokens)
         assert await client.detokenize([65]) == "A"

@@ -714,7 +714,7 @@ class Byzantine:
 
 
 def out_of_range(worker: Byzantine, _: wire.Message) -> Answers:
-    return [worker.drafted((260,)), worker.drafted((2**31 - 1,))]
+    return [worker.drafted((261,)), worker.drafted((2**31 - 1,))]
 
 
 def too_many(worker: Byzantine, _: wire.Message) -> Answers:

@@ -5,20 +5,25 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from outrider.client.hermes import ToolCall
 from outrider.core.stats import Report
 from outrider.core.values import Reason, Span, Token
 
-FinishReason = Reason
+FinishReason = Reason | Literal["tool_calls"]
 
 
 @dataclass(frozen=True, slots=True)
 class CompletionChoice:
-    """The answer; `logprobs` has one number per token, if they were asked for."""
+    """The answer; `logprobs` has one number per token, if they were asked for.
+
+    If it may call tools, its calls are in `tool_calls` and not in `text`.
+    """
 
     text: str
     index: int
     finish_reason: FinishReason
     logprobs: tuple[float, ...] | None
+    tool_calls: tuple[ToolCall, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,3 +54,8 @@ class Completion:
     def text(self) -> str:
         """The text of the answer."""
         return self.choices[0].text
+
+    @property
+    def tool_calls(self) -> tuple[ToolCall, ...]:
+        """The tools that the answer calls."""
+        return self.choices[0].tool_calls

@@ -26,8 +26,40 @@ from outrider.core.values import TokenId
 from outrider.errors import BadRequest
 
 END = 256
-CONTROLS = ("<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
+CONTROLS = ("<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "<|say|>")
+ASSISTANT, SAY = 259, 260
 SMALLEST = 256 + len(CONTROLS)
+MOST_SAID = 4096  # bytes
+
+# Tools in the form of the Hermes models. Asked something, it calls the first of them with what it
+# was asked: what stands behind <|say|> is its answer, so that calls can be had without a model.
+TEMPLATE = r"""
+{%- if tools %}
+    {{- "<|system|>You may call these functions:\n<tools>" }}
+    {%- for tool in tools %}{{ "\n" + (tool | tojson) }}{% endfor %}
+    {{- "\n</tools>\nCall one so: <tool_call>{\"name\": …, \"arguments\": …}</tool_call><|end|>" }}
+{%- endif %}
+{%- for message in messages %}
+    {%- if message.role == "tool" %}
+        {{- "<|user|><tool_response>" + message.content + "</tool_response><|end|>" }}
+    {%- elif message.role in ("system", "user", "assistant") %}
+        {{- "<|" + message.role + "|>" + message.content }}
+        {%- for call in message.tool_calls %}
+            {{- "\n<tool_call>\n" + ({"name": call.function.name,
+                "arguments": call.function.arguments} | tojson) + "\n</tool_call>" }}
+        {%- endfor %}
+        {{- "<|end|>" }}
+    {%- else %}
+        {{- raise_exception("the template has no role " + message.role) }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {%- if tools and messages and messages[-1].role == "user" %}
+        {{- "<|say|><tool_call>\n" + ({"name": tools[0].function.name,
+            "arguments": {"text": messages[-1].content}} | tojson) + "\n</tool_call>" }}
+    {%- endif %}
+    {{- "<|assistant|>" }}
+{%- endif %}"""
 
 _TEXT = (
     "a after almost amber and anchor before behind beyond bright candle carries distant drift "
@@ -108,6 +140,8 @@ class _State(NamedTuple):
     prefix: bytes  # rolling hash of the whole prefix
     word_from: bytes  # the same at the start of the current word
     word: bytes  # its bytes so far, at most one more than any word has
+    to_say: bytes | None = None  # what the prompt has it say: all of it until `said`, see below
+    said: int = -1  # how much of that the answer has; -1: the prompt is not at its end
 
 
 class ToyEngine:
@@ -196,6 +230,8 @@ class ToyEngine:
 
     def _favourite(self, state: _State) -> TokenId:
         """The token that the target finds likeliest."""
+        if state.to_say is not None and state.said >= 0:
+            return state.to_say[state.said] if state.said < len(state.to_say) else END
         if not state.word and _below(state, b"end", self.settings.end_probability):
             return END
         draw = int.from_bytes(state.word_from[:4], "little")
@@ -237,9 +273,12 @@ class ToyEngine:
         _require(0 <= token < self.settings.vocabulary_size, f"no token {token}")
         return self._labels[token]
 
+    def chat_template(self, name: str = "") -> str | None:
+        return None if name else TEMPLATE
+
     def render(self, messages: Sequence[tuple[str, str]]) -> str:
         for role, _ in messages:
-            if f"<|{role}|>" not in CONTROLS[1:]:
+            if f"<|{role}|>" not in CONTROLS[1:4]:
                 raise BadRequest(f"the template has no role {role!r}", "messages")
         turns = [f"<|{role}|>{content}<|end|>" for role, content in messages]
         return "".join(turns) + "<|assistant|>"
@@ -264,10 +303,26 @@ def _below(state: _State, purpose: bytes, probability: float) -> bool:
 
 def _advance(state: _State, token: TokenId) -> _State:
     prefix = _digest(state.prefix, token.to_bytes(4, "little"))
+    to_say = _to_say(state, token)
     if token in BREAKS or token >= 256:
-        return _State(prefix, prefix, b"")
+        return _State(prefix, prefix, b"", *to_say)
     word = state.word if len(state.word) > LONGEST else state.word + bytes((token,))
-    return _State(prefix, state.word_from, word)
+    return _State(prefix, state.word_from, word, *to_say)
+
+
+def _to_say(state: _State, token: TokenId) -> tuple[bytes | None, int]:
+    """The last two fields of the state behind `token`."""
+    if token == SAY:
+        return b"", -1
+    if state.to_say is None:
+        return None, -1
+    if token == ASSISTANT:
+        return state.to_say, 0
+    if state.said < 0:
+        fits = token < 256 and len(state.to_say) < MOST_SAID
+        return (state.to_say + bytes((token,)), -1) if fits else (None, -1)
+    goes_on = state.said < len(state.to_say) and token == state.to_say[state.said]
+    return (state.to_say, state.said + 1) if goes_on else (None, -1)
 
 
 def _alternatives(word: bytes, noise: bytes) -> list[tuple[TokenId, float]]:
