@@ -19,9 +19,13 @@ def call(name: str = "f", arguments: str = '{"a": 1}') -> str:
     return f'{OPENS}\n{{"name": "{name}", "arguments": {arguments}}}\n{CLOSES}'
 
 
+def block(name: str = "g", more: str = "") -> str:
+    return f'```json\n{{"name": "{name}", "arguments": {{"a": 1}}{more}}}\n```'
+
+
 def fed(pieces: Sequence[str], *, in_pieces: bool) -> tuple[str, tuple[ToolCall, ...]]:
     ids = map(str, itertools.count())
-    parser = Parser(in_pieces=in_pieces, new_id=lambda: next(ids))
+    parser = Parser({"f", "g"}, in_pieces=in_pieces, new_id=lambda: next(ids))
     found = [*map(parser.feed, pieces), parser.end()]
     content = "".join(one.content for one in found)
     return content, gathered(delta for one in found for delta in one.calls)
@@ -43,6 +47,7 @@ piece = st.sampled_from(
         "\n", " ", "1", "true", "tru", "é", "🚀", "Hello ", '"name"', '"arguments"', '{"name": "f"',
         call(), call("g", "{}"), call("h", '{"s": "a\\"}</tool_call>b", "t": [{"u": null}]}'),
         call("i", '"{\\"a\\": 2}"'), call("j", "[1]"), call("k", '{"a": tru}'),
+        block(), block("other"), "```json", "``", "`",
         f'{OPENS}{{"arguments": {{"a": 1}}, "name": "late"}}{CLOSES}', f'{OPENS}{{"name": "bare"}}',
     ]
 )  # fmt: skip
@@ -61,7 +66,11 @@ def test_however_a_text_is_split_the_outcome_is_the_same(
 
 
 @quiet
-@given(answers.filter(lambda text: OPENS not in text) | st.text(), cuts, st.booleans())
+@given(
+    answers.filter(lambda text: OPENS not in text and "```" not in text) | st.text(),
+    cuts,
+    st.booleans(),
+)
 def test_a_text_without_calls_is_passed_through(
     text: str, places: list[int], in_pieces: bool
 ) -> None:
@@ -118,6 +127,8 @@ def test_nothing_is_lost_but_white_space_and_marks(text: str) -> None:
         (f"{OPENS}{{\"name\": \"now\"}}{CLOSES}", "", [("now", "{}")]),
         (call("i", '"{\\"a\\": 2}"'), "", [("i", '{"a": 2}')]),
         (f'{OPENS}{{"arguments": {{}}, "name": "f"}}{CLOSES}', "", [("f", "{}")]),
+        (block(), "", [("g", '{"a": 1}')]),
+        (f"So: {block()}\n{call()}\nDone", "So: \nDone", [("g", '{"a": 1}'), ("f", '{"a": 1}')]),
         (f'{OPENS}{{"n\\u0061me": "f", "arguments": {{}}}}{CLOSES}', "", [("f", "{}")]),
     ],
 )  # fmt: skip
@@ -144,6 +155,12 @@ def test_calls_are_found(text: str, content: str, calls: list[tuple[str, str]]) 
         f'{OPENS}{{"name" "f"}}{CLOSES}',
         f'{OPENS}{{"name": "f", "arguments": {{"a": "x}}}}{CLOSES}',
         f"  {OPENS}{{{CLOSES}",
+        block("other"),
+        block(more=', "type": "person"'),
+        '```json\n{"name": "f"}\n```',
+        '```json\n{"users": [{"name": "f", "arguments": {}}]}\n```',
+        "```json\n[1, 2]\n```",
+        "```jsonc\n{}\n```",
     ],
 )
 def test_what_begins_like_a_call_and_is_none_is_content(text: str) -> None:
@@ -161,6 +178,9 @@ def test_what_cannot_be_a_call_is_given_on_at_once() -> None:
     parser = Parser(in_pieces=True)
     assert parser.feed("a <b> <tool").content == "a <b> "
     assert parser.feed("_box>").content == "<tool_box>"
+    assert parser.feed("```js\n").content == "```js\n"
+    assert parser.feed("```json\n{").content == ""
+    assert parser.feed('"user":').content == '```json\n{"user":'
     assert parser.feed("<tool_call>").content == ""
     assert parser.feed("no").content == "<tool_call>no"
 

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any, Literal, TypeVar, Unpack, overload
 
 from outrider.client import settings as asked
-from outrider.client.chat import Messages, Tool, ToolChoice, conversation, tools_of
+from outrider.client.chat import Messages, Tool, ToolChoice, conversation, names_of, tools_of
 from outrider.client.hermes import Parser
 from outrider.client.results import Completion
 from outrider.client.settings import CompletionSettings, Ids, Prompt
@@ -197,7 +197,7 @@ class AsyncClient:
         streamed = stream is not None and asked.flag("stream", stream)
         call = next(self._calls)
         submit = asked.submit(call, prompt, messages, settings, tools)
-        parser = Parser(in_pieces=streamed) if tools else None
+        parser = Parser(names_of(tools), in_pieces=streamed) if tools else None
         answer = Stream(self, call, traced=submit.trace, parser=parser)
         try:
             self._send(submit)

@@ -143,6 +143,11 @@ def tools_of(tools: object, choice: object) -> wire.Tools | None:
     return wire.Tools(_json("tools", found), "auto" if how == "auto" else "required", name)
 
 
+def names_of(tools: wire.Tools) -> frozenset[str]:
+    """The names of the functions in `tools`."""
+    return frozenset(tool["function"]["name"] for tool in json.loads(tools.functions))
+
+
 def _tool(place: str, value: object) -> dict[str, Any]:
     tool = _fields(place, _plain(value), ("type", "function"), ("type", "function"))
     _function_type(place, tool)

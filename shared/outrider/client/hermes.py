@@ -1,22 +1,27 @@
 """Tool calls in the form of the Hermes models, found in a text while it comes.
 
-A call is `<tool_call>`, a JSON object with a name and arguments, and `</tool_call>`. All else is
-content, and given on at once but for what may yet be the beginning of a call. Nothing is lost: what
-begins like a call and is none is content, too; only white space between calls is dropped. In
-whatever pieces a text comes, the outcome is the same.
+A call is `<tool_call>`, a JSON object with a name and arguments, and `</tool_call>`. Small models
+often write a Markdown block of JSON instead: that is a call if it has nothing but the name of a
+function that was offered, and arguments. All else is content, and given on at once but for what may
+yet be the beginning of a call. Nothing is lost: what begins like a call and is none is content,
+too; only white space between calls is dropped. In whatever pieces a text comes, the outcome is the
+same.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import secrets
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from outrider.core.values import ToolCallDelta
 
 OPENS, CLOSES = "<tool_call>", "</tool_call>"
+FORMS = {OPENS: CLOSES, "```json": "```"}
+ANY_OPENS = re.compile("|".join(FORMS))
 BLANKS = " \t\r\n"  # JSON's white space
 OUTSIDE = frozenset(BLANKS + ":,+-.0123456789eEtrufalsn")  # of JSON between strings and brackets
 PAIRS = {"}": "{", "]": "["}
@@ -47,15 +52,22 @@ class Parser:
     """Takes an answer piece by piece. With `in_pieces` the arguments of a call come as they do.
 
     Then a call of which only the arguments are broken stays one, with arguments that are no JSON;
-    without, a call is whole or it is content.
+    without, a call is whole or it is content. `names` are those of the functions that were offered.
     """
 
-    def __init__(self, *, in_pieces: bool, new_id: Callable[[], str] | None = None) -> None:
-        self._in_pieces, self._new_id = in_pieces, new_id or call_id
+    def __init__(
+        self,
+        names: Collection[str] = (),
+        *,
+        in_pieces: bool,
+        new_id: Callable[[], str] | None = None,
+    ) -> None:
+        self._names, self._in_pieces, self._new_id = names, in_pieces, new_id or call_id
         self._state: Literal["content", "call", "behind"] = "content"
         self._held = ""  # what came and is not decided on
         self._blank = ""  # the white space at the beginning, or behind a call
         self._is_blank = True  # whether nothing else came there
+        self._opens = OPENS  # with what this call began
         self._object = Object()
         self._given: int | None = None  # how far the arguments of this call were given; None: not
         self._calls = 0
@@ -72,7 +84,7 @@ class Parser:
     def end(self) -> Found:
         """What remains when nothing more comes."""
         if self._state == "call" and self._given is None:
-            self._say(OPENS + self._object.text)
+            self._say(self._opens + self._object.text)
         elif self._state == "content":
             self._say(self._held)
             if not self._calls:
@@ -96,15 +108,16 @@ class Parser:
                 return self._read_behind()
 
     def _read_content(self) -> bool:
-        before, opens, rest = self._held.partition(OPENS)
-        if not opens:
-            kept = beginning(self._held, OPENS)
+        found = ANY_OPENS.search(self._held)
+        if found is None:
+            kept = max(beginning(self._held, opens) for opens in FORMS)
             self._say(self._held[: len(self._held) - kept])
             self._held = self._held[len(self._held) - kept :]
             return False
-        self._say(before)
-        self._state, self._held = "call", rest
-        self._object, self._given = Object(), None
+        self._say(self._held[: found.start()])
+        self._state, self._held, self._opens = "call", self._held[found.end() :], found.group()
+        self._object = Object(None if self._opens == OPENS else self._names)
+        self._given = None
         return True
 
     def _say(self, text: str) -> None:
@@ -154,7 +167,7 @@ class Parser:
         """No object can begin like this: it is content, but for what was given on of a call."""
         if self._given is None:
             self._state = "content"
-            self._say(OPENS + self._object.text)
+            self._say(self._opens + self._object.text)
             return
         self._held = self._object.text[self._given :] + self._held
         self._go_behind()
@@ -165,7 +178,7 @@ class Parser:
             call = self._object.call()
             if call is None:
                 self._state = "content"
-                self._say(OPENS + self._object.text)
+                self._say(self._opens + self._object.text)
                 return
             self._name(call[0])
             self._deltas.append(ToolCallDelta(self._calls - 1, arguments=call[1]))
@@ -175,21 +188,23 @@ class Parser:
         self._state, self._blank, self._is_blank = "behind", "", True
 
     def _read_behind(self) -> bool:
-        rest = self._held.lstrip(BLANKS)
-        if CLOSES.startswith(rest):
-            if rest != CLOSES:
-                return False
-            self._held = ""
-        elif rest.startswith(CLOSES):
-            self._held = rest[len(CLOSES) :]
+        rest, closes = self._held.lstrip(BLANKS), FORMS[self._opens]
+        if closes.startswith(rest) and rest != closes:
+            return False
+        if rest.startswith(closes):
+            self._held = rest[len(closes) :]
         self._state = "content"
         return True
 
 
 @dataclass(slots=True)
 class Object:
-    """A JSON object that comes in pieces, and where its name and arguments stand in it."""
+    """A JSON object that comes in pieces, and where its name and arguments stand in it.
 
+    With `names` it has to have nothing else, and one of these names.
+    """
+
+    names: Collection[str] | None = None
     text: str = ""
     taken: int = 0  # of the last piece
     is_whole: bool = False
@@ -228,7 +243,7 @@ class Object:
     def call(self) -> tuple[str, str] | None:
         """The name and the arguments of the call that this whole object is; None if it is none."""
         value = _read(self.text)
-        if not isinstance(value, dict):
+        if not isinstance(value, dict) or (self.names is not None and len(value) < 2):
             return None
         name, arguments = _printable(value.get("name")), value.get("arguments", {})
         if name is None:
@@ -256,6 +271,9 @@ class Object:
             if len(self._brackets) == 1 and char in ":,":
                 self._key = _read(self.text[self._from : at]) if char == ":" else None
                 self._from = at
+                self._require(
+                    char == "," or self.names is None or self._key in ("name", "arguments")
+                )
 
     def _take_in_string(self, char: str, at: int) -> None:
         if self._escaped:
@@ -266,6 +284,7 @@ class Object:
             self._in_string = False
             if len(self._brackets) == 1 and self._key == "name" and self._name is None:
                 self._name = (self._from, at + 1)
+                self._require(self.names is None or self.name_so_far in self.names)
         else:
             self._require(char >= " ")
 
@@ -332,8 +351,8 @@ def gathered(deltas: Iterable[ToolCallDelta]) -> tuple[ToolCall, ...]:
     return tuple(calls)
 
 
-def parse(text: str) -> tuple[str, tuple[ToolCall, ...]]:
+def parse(text: str, names: Collection[str] = ()) -> tuple[str, tuple[ToolCall, ...]]:
     """The content and the calls of a whole answer."""
-    parser = Parser(in_pieces=False)
+    parser = Parser(names, in_pieces=False)
     found, rest = parser.feed(text), parser.end()
     return found.content + rest.content, gathered((*found.calls, *rest.calls))

@@ -197,7 +197,7 @@ def wrong(place: str, rule: str, value: object) -> BadRequest:
 
 def param_of(place: str) -> str:
     """The argument that `place` is a part of."""
-    return place.removeprefix("a token id of ").partition("[")[0]
+    return place.removeprefix("a token id of ").partition("[")[0].partition(".")[0]
 
 
 CHECKS: dict[str, Callable[[str, object], Any]] = {
