@@ -158,6 +158,8 @@ HOSTILE = {
     "an-endless-loop": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
     "a-long-text": "{% for a in range(99999) %}{{ 'abcdefghi' * 99 }}{% endfor %}",
     "much-memory": "{% set a = 'a' * 10000000 %}{{ (a * 10000) | length }}",
+    "growing-memory": "{% set n = namespace(l=[]) %}{% for a in range(99999) %}"
+    "{% set n.l = n.l + [('a' ~ a) * 9999] %}{% endfor %}",
     "a-large-number": "{% set n = messages | length %}{{ (9 ** (n * 9 ** 9)) | string | length }}",
     "a-large-constant": "{{ 9 ** (9 ** 9) }}",
     "recursion": "{% macro m(n) %}{{ m(n + 1) }}{% endmacro %}{{ m(0) }}",

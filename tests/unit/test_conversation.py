@@ -250,6 +250,15 @@ def test_what_is_no_json_or_no_tool_is_refused(turns: tuple[Turn, ...], tools: T
         text(toy.TEMPLATE, turns, tools)
 
 
+def test_what_is_nested_too_deeply_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    deep: dict[str, Any] = {}
+    for _ in range(2000):
+        deep = {"a": deep}
+    monkeypatch.setattr(conversation, "_functions", lambda tools: [{"function": deep}])
+    with pytest.raises(BadRequest, match="nested too deeply"):
+        text(toy.TEMPLATE, said(("user", "a")), offered(WEATHER))
+
+
 def test_the_toys_template_gives_what_the_toy_itself_does() -> None:
     pairs = [("system", "Be brief."), ("user", "Hi"), ("assistant", "Ho"), ("user", "Go on")]
     assert text(toy.TEMPLATE, said(*pairs)) == ToyEngine().render(pairs)

@@ -80,7 +80,10 @@ def _laid_out(
     """
     if tools is not None:
         template.check(tools)
-    chat = Chat(engine, turns, tools)
+    try:
+        chat = Chat(engine, turns, tools)
+    except RecursionError:
+        raise BadRequest("the tools, or calls of them, are nested too deeply") from None
     try:
         return chat.laid_out(template, lambda messages: messages)
     except BadRequest:
@@ -110,7 +113,7 @@ class Chat:
         self._engine = engine
         self._texts: list[str] = []
         self._owners: list[tuple[int, str]] = []  # stand-ins that must stand, and whose they are
-        self._has_markers = False
+        self._marked: dict[str, bool] = {}  # schemas use few words, and those often
         self._messages = [_message(n, turn) for n, turn in enumerate(turns)]
         self._functions = _functions(tools) if tools else []
         self._choice: Any = "auto" if tools is None else tools.choice
@@ -134,7 +137,7 @@ class Chat:
         def text() -> str:
             return template.render(form(self._messages), self._functions, self._choice)
 
-        return Layout(standing, self._texts, self._has_markers, text)
+        return Layout(standing, self._texts, any(self._marked.values()), text)
 
     def _stand_in(self, n: int, message: Message) -> Message:
         owner = f"messages[{n}], of the role {message['role']!r}; say it in a message of the user"
@@ -175,12 +178,12 @@ class Chat:
         return value
 
     def _is_marked(self, text: str) -> bool:
-        tokenize = self._engine.tokenize
-        is_marked = bool(MARKS & set(text)) or (
-            tokenize(text, special=True) != tokenize(text, special=False)
-        )
-        self._has_markers |= is_marked
-        return is_marked
+        if text not in self._marked:
+            tokenize = self._engine.tokenize
+            self._marked[text] = bool(MARKS & set(text)) or (
+                tokenize(text, special=True) != tokenize(text, special=False)
+            )
+        return self._marked[text]
 
 
 def _message(n: int, turn: Turn) -> Message:
