@@ -96,12 +96,13 @@ async def test_what_a_limit_cuts_off_is_content(served: Served) -> None:
 
 
 async def test_whoever_chooses_no_tool_is_told_of_none(served: Served) -> None:
+    choices: list[dict[str, Any]] = [{}, {"tools": TOOLS, "tool_choice": "none"}, {"tools": []}]
     async with served.connect() as client:
         text = await client.apply_template(HI, tools=TOOLS, tool_choice="none")
         assert text == await client.apply_template(HI)
         answers: list[Completion] = [
             await client.create_chat_completion(HI, **chosen, temperature=0, max_tokens=20)
-            for chosen in ({}, {"tools": TOOLS, "tool_choice": "none"}, {"tools": []})
+            for chosen in choices
         ]
     assert {answer.text for answer in answers} == {answers[0].text}
 

@@ -203,6 +203,8 @@ def test_a_marker_typed_anywhere_stays_text() -> None:
     labels = [toy.CONTROLS[token - 256] for token in tokens if token >= 256]
     assert labels == [*own, "<|user|>", "<|end|>", "<|assistant|>"]
     rendered = text(toy.TEMPLATE, *plain)
+    naive = ToyEngine().tokenize(rendered, special=True)
+    assert sum(token >= 256 for token in naive) > len(labels)  # what was typed would be obeyed
     assert "".join(toy.CONTROLS[t - 256] if t > 255 else chr(t) for t in tokens) == "".join(
         map(chr, rendered.encode())
     )
