@@ -81,7 +81,7 @@ def question(source: str) -> dict[str, object]:
 
 
 # why each of them fails; on a busy machine, the wait may end before the computing
-LONG = f"computes for more than 1 s|takes more than {WAIT_S:.0f} s"
+LONG = f"computes for more than 1 s|no text in {WAIT_S:.0f} s"
 REASONS = {
     "an-endless-loop": LONG,
     "a-large-number": LONG,
@@ -103,7 +103,7 @@ REASONS = {
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_template_fails_and_the_next_is_applied(asked: Sandbox, name: str) -> None:
     began = time.monotonic()
-    with pytest.raises(TemplateFailed, match=REASONS[name]) as caught:
+    with pytest.raises((TemplateFailed, InternalError), match=REASONS[name]) as caught:
         asked.ask(question(HOSTILE[name]))
     assert time.monotonic() - began < WAIT_S + 5
     assert len(str(caught.value)) < 400
@@ -130,7 +130,7 @@ def test_one_that_is_stopped_is_given_up(asked: Sandbox) -> None:
     assert asked._socket is not None
     asked._socket.settimeout(0.3)
     os.kill(process_of(asked), signal.SIGSTOP)
-    with pytest.raises(TemplateFailed, match="takes more than"):
+    with pytest.raises(InternalError, match="gave no text"):
         asked.ask({**question("a"), "source": "b" * 900_000})
     assert asked.ask(question("b")) == {"text": "b"}
 
@@ -247,7 +247,7 @@ def test_calls_that_would_show_no_text_are_refused(make: Make) -> None:
     template.close()
 
 
-@pytest.mark.parametrize("source", [None, "{% if %}", HOSTILE["a-large-constant"]])
+@pytest.mark.parametrize("source", [None, "{% if %}", HOSTILE["nesting"]])
 def test_without_a_template_that_works_llama_cpps_is_used(
     make: Make, source: str | None, caplog: pytest.LogCaptureFixture
 ) -> None:

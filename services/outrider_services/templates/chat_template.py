@@ -71,14 +71,14 @@ class Sandbox:
         self._closed = False
 
     def ask(self, question: Mapping[str, Any]) -> dict[str, Any]:
-        """The answer. Raises TemplateFailed if it is an error or none comes; InternalError after
-        `close`.
+        """The answer. Raises TemplateFailed if it is an error, or the template ends the process;
+        InternalError if none comes in time, which may be the machine's fault, or after `close`.
         """
         line = json.dumps(question).encode() + b"\n"
         with self._lock:
             found = self._asked(line) or self._asked(line)  # it may have been killed by others
         if found is None:
-            raise TemplateFailed("its process ended")
+            raise TemplateFailed("it ends the process that it runs in")
         if "error" in found:
             raise TemplateFailed(found["error"])
         return found
@@ -90,7 +90,7 @@ class Sandbox:
             return answer
         except TimeoutError:
             self._end()
-            raise TemplateFailed(f"it takes more than {WAIT_S:.0f} s") from None
+            raise InternalError(f"the chat template gave no text in {WAIT_S:.0f} s") from None
         except (OSError, ValueError) as exc:
             if self._end() == -signal.SIGPROF:
                 raise TemplateFailed(f"it computes for more than {sandbox.SECONDS:.0f} s") from None
@@ -112,13 +112,12 @@ class Sandbox:
         if self._closed:
             raise InternalError("the worker ends")
         if self._socket is None:
-            ours, theirs = socket.socketpair()
+            self._socket, theirs = socket.socketpair()
+            self._socket.settimeout(WAIT_S)
             with theirs:
                 command = [sys.executable, "-P", sandbox.__file__]
                 end = theirs.fileno()
                 self._process = subprocess.Popen(command, stdin=end, stdout=end)
-            self._socket = ours
-            ours.settimeout(WAIT_S)
         return self._socket
 
     def _end(self) -> int | None:
@@ -169,7 +168,7 @@ class ChatTemplate:
 
     def prepare(self) -> None:
         """Find out about the templates now, so that the first conversation need not wait."""
-        with suppress(InternalError):  # it was closed
+        with suppress(InternalError):  # it was closed; or whoever asks next is told
             self._kinds()
 
     def render(self, messages: Sequence[Message], functions: Sequence[Any], choice: Any) -> str:
@@ -187,7 +186,7 @@ class ChatTemplate:
             ) from None
 
     def check(self, tools: Tools) -> None:
-        """Raise BadRequest if an answer could not call these tools, or need not and must."""
+        """Raise BadRequest if an answer cannot call these tools, or need not where it must."""
         kind = self._kind(True)
         if kind is None or not kind.has_tools:
             raise BadRequest("this model's chat template has no place for tools", "tools")
@@ -229,7 +228,8 @@ class ChatTemplate:
             try:
                 found[name] = self._examined(source)
             except TemplateFailed as exc:
-                log.warning("the model's chat template %s is left alone: %s", name, exc)
+                which = name or "default"
+                log.warning("the model's chat template (%s) is left alone: %s", which, exc)
         if not found:
             log.warning("no chat template of the model's own: conversations use llama.cpp's")
         return found

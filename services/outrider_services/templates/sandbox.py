@@ -2,7 +2,7 @@
 
 Each line on stdin is a question, each on stdout its answer, both JSON. No template gets at anything
 but what the question gives it. One that takes more time or memory than it may have ends the
-process, and so does the end of stdin: it outlives nobody. It imports Jinja and nothing of ours.
+process; so do the end of stdin and of whoever started it. It imports Jinja and nothing of ours.
 
 The environment is the one of Hugging Face's `apply_chat_template`, for which templates are written.
 """
@@ -10,6 +10,7 @@ The environment is the one of Hugging Face's `apply_chat_template`, for which te
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import json
 import os
@@ -28,6 +29,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 SECONDS = 1.0  # of computing that a question may take
 MEMORY = 64 << 20  # bytes that the process may grow by
 LONGEST = 1 << 20  # letters of a template
+PR_SET_PDEATHSIG = 1
 
 
 class Refusal(TemplateError):
@@ -109,8 +111,10 @@ def answer(question: dict[str, Any]) -> dict[str, Any]:
 
 
 def bound() -> None:
-    """Let the kernel end this process where a template goes too far."""
+    """Let the kernel end this process where a template goes too far, or nobody asks any more."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for whoever asks
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     with open("/proc/self/statm") as file:
         pages = int(file.read().split()[0])
     most = pages * os.sysconf("SC_PAGE_SIZE") + MEMORY
