@@ -81,7 +81,7 @@ def question(source: str) -> dict[str, object]:
 
 
 # why each of them fails; on a busy machine, the wait may end before the computing
-LONG = f"computes for more than 1 s|no text in {WAIT_S:.0f} s"
+LONG = f"computes for longer than it may|no text in {WAIT_S:.0f} s"
 REASONS = {
     "an-endless-loop": LONG,
     "a-large-number": LONG,
