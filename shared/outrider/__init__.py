@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from outrider.core.stats import Report
-from outrider.core.values import Drafted, Fragment, Span, Token, TopLogprob
+from outrider.core.values import Drafted, Fragment, Span, Token, ToolCallDelta, TopLogprob
 from outrider.errors import (
     BadRequest,
     ConfigError,
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
         Stream,
         SyncStream,
         TextPart,
+        ToolCall,
         Usage,
         connect,
     )
@@ -72,6 +73,8 @@ __all__ = [
     "SyncStream",
     "TextPart",
     "Token",
+    "ToolCall",
+    "ToolCallDelta",
     "TopLogprob",
     "UnknownRequest",
     "Usage",

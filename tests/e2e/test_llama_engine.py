@@ -23,7 +23,9 @@ from outrider.engines.llama import engine as llama
 from outrider.engines.llama.engine import LlamaEngine, LlamaSettings
 from outrider.engines.llama.setup import LONG, attention
 from outrider.errors import BadRequest, ModelNotFound, ModelUnusable
+from outrider.wire.messages import Turn
 from outrider_services.pipeline import conversation
+from outrider_services.templates.chat_template import ChatTemplate
 
 pytestmark = [pytest.mark.model, pytest.mark.timeout(180)]
 
@@ -389,11 +391,14 @@ def test_a_system_message_that_a_template_would_drop_is_refused(
     engine: LlamaEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(engine._text, "_template", b"<start_of_turn>")  # it is known by this
-    brief = ("system", "Be brief.")
-    assert "Be brief." not in engine.render([brief])
+    monkeypatch.setattr(LlamaEngine, "chat_template", lambda self, name="": None)
+    brief = Turn("system", "Be brief.")
+    assert "Be brief." not in engine.render([("system", "Be brief.")])
+    template = ChatTemplate(engine)
     with pytest.raises(BadRequest, match=r"leaves out messages\[0\]"):
-        conversation.token_ids(engine, [brief])
-    assert "Be brief.\n\nHi" in conversation.text(engine, [brief, ("user", "Hi")])
+        conversation.token_ids(engine, template, (brief,), None)
+    turns = (brief, Turn("user", "Hi"))
+    assert "Be brief.\n\nHi" in conversation.text(engine, template, turns, None)
 
 
 def test_the_default_pair_has_one_vocabulary_and_another_model_another(

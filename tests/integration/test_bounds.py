@@ -247,7 +247,7 @@ async def test_a_message_of_parts_that_come_slowly_is_cut_off_too(
 async def test_a_client_that_asks_and_never_reads_is_let_go(
     pipeline: Pipelines, oracle: Oracle
 ) -> None:
-    question = encode(wire.Render(1, (("user", "x" * 900_000),)))
+    question = encode(wire.Render(1, (wire.Turn("user", "x" * 900_000),)))
 
     async def ask(up: Pipeline) -> None:
         async with dealer(address(up)) as one:

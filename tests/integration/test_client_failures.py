@@ -24,7 +24,7 @@ from outrider import (
     WorkerLost,
     connect,
 )
-from outrider.engines.toy import SMALLEST
+from outrider.engines.toy_text import SMALLEST
 
 if TYPE_CHECKING:
     from tests.integration.conftest import Oracle, Pipeline, Serve, Served

@@ -28,7 +28,8 @@ from outrider.core.events import Commit, OpenDraft, Prefill
 from outrider.core.sampling import Sampling
 from outrider.core.values import Drafted, Proposal, Verdict, Verify
 from outrider.engines.drafter import ModelDrafter
-from outrider.engines.toy import SMALLEST, ToyEngine
+from outrider.engines.toy import ToyEngine
+from outrider.engines.toy_text import SMALLEST
 from outrider.errors import ConnectionFailed, IncompatiblePair, Overloaded, WorkerLost
 from outrider.wire import messages as wire
 from outrider.wire.codec import decode, encode

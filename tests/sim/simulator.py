@@ -59,7 +59,8 @@ from outrider.core.values import (
     Verify,
     ids_of,
 )
-from outrider.engines.toy import END, SMALLEST, ToyEngine, ToySettings
+from outrider.engines.toy import ToyEngine, ToySettings
+from outrider.engines.toy_text import END, SMALLEST
 
 ENDS = frozenset({END})
 CONTEXT = 160  # at most, and no prompt is cut into chunks

@@ -36,7 +36,7 @@ from outrider.core.session import Phase, Session
 from outrider.core.stats import Stats
 from outrider.core.stock import Judged, Stock
 from outrider.core.values import Mode, Proposal, TokenId
-from outrider.engines.toy import SMALLEST
+from outrider.engines.toy_text import SMALLEST
 
 quiet = settings(
     derandomize=True,

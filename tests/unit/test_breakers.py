@@ -12,7 +12,8 @@ from outrider.core.penalties import LONGEST_TAIL, NO_BREAKERS, Tail
 from outrider.core.sampling import Sampling
 from outrider.core.values import TokenId
 from outrider.engines.breakers import REMEMBERED, KnownBreakers
-from outrider.engines.toy import CONTROLS, ToyEngine
+from outrider.engines.toy import ToyEngine
+from outrider.engines.toy_text import CONTROLS
 
 quiet = settings(derandomize=True, database=None, deadline=None, max_examples=150)
 

@@ -11,7 +11,8 @@ import pytest
 import outrider
 from outrider import BadRequest, CompletionSettings
 from outrider.client import samplers, settings
-from outrider.client.settings import conversation, files, prompt_of, submit, token_ids
+from outrider.client.chat import conversation
+from outrider.client.settings import files, prompt_of, submit, token_ids
 from outrider.core.sampling import Sampling
 from outrider.wire.codec import check
 from outrider.wire.messages import Submit
@@ -348,7 +349,7 @@ def test_only_ids_can_be_detokenized(tokens: Any) -> None:
     ids=["text", "parts", "iterables", "fields-of-none", "a-name", "an-object"],
 )  # fmt: skip
 def test_a_message_has_text_or_parts(messages: Any, pairs: tuple[tuple[str, str], ...]) -> None:
-    assert conversation(messages) == pairs
+    assert [(turn.role, turn.content) for turn in conversation(messages)] == list(pairs)
 
 
 @pytest.mark.parametrize(
@@ -363,7 +364,8 @@ def test_a_message_has_text_or_parts(messages: Any, pairs: tuple[tuple[str, str]
         ([{"role": 5, "content": "Hello"}], r"messages\[0\].role must be"),
         ([{"role": "us<|end|>er", "content": "Hello"}], r"messages\[0\].role must be one of sys"),
         ([*user("Hi"), {"role": "wizard", "content": "Hello"}], r"messages\[1\].role must be one"),
-        ([{"role": "user", "content": "x", "tool_calls": []}], "unknown field 'tool_calls'"),
+        ([{"role": "user", "content": "x", "tool_calls": []}], "for the role 'assistant'"),
+        ([{"role": "user", "content": "x", "audio": {}}], "unknown field 'audio'"),
         (user(None), r"messages\[0\].content must be"),
         (user(5), r"messages\[0\].content must be"),
         (user(TEXT), r"messages\[0\].content must be"),

@@ -658,7 +658,7 @@ async def test_the_target_answers_what_a_client_asks(up: Pipeline) -> None:
 
 
 async def test_a_question_that_fails_is_answered_so(up: Pipeline) -> None:
-    await up.says(CLIENT, wire.Render(77, (("judge", "x"),)))
+    await up.says(CLIENT, wire.Render(77, (wire.Turn("judge", "x"),)))
     (question,) = up.to(TARGET, wire.Render)
     await up.says(TARGET, wire.Failed(question.call, "invalid_request", "no role judge"))
     await up.says(b"other", wire.Tokenize(5, "x", True))

@@ -13,7 +13,8 @@ from outrider.core.stream import AT_ONCE
 from outrider.core.values import TokenId
 from outrider.engines.breakers import KnownBreakers
 from outrider.engines.drafter import ModelDrafter
-from outrider.engines.toy import SMALLEST, ToyEngine, ToySettings
+from outrider.engines.toy import ToyEngine, ToySettings
+from outrider.engines.toy_text import SMALLEST
 
 GREEDY = Sampling(temperature=0)
 WARM = Sampling(temperature=0.8, top_k=40, seed=7)

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from outrider.core.engine import ModelInfo
-from outrider.engines.toy import FIM, ToyEngine, ToySettings
+from outrider.engines.toy import ToyEngine, ToySettings
+from outrider.engines.toy_text import FIM
 from outrider.errors import BadRequest
 from outrider.wire.messages import Infill
 from outrider_services.pipeline import infill

@@ -15,7 +15,8 @@ from outrider.core.reference import generate
 from outrider.core.sampling import Sampling
 from outrider.core.values import Drafted, TokenId
 from outrider.engines.drafter import ModelDrafter
-from outrider.engines.toy import END, SMALLEST, ToyEngine, ToySettings
+from outrider.engines.toy import ToyEngine, ToySettings
+from outrider.engines.toy_text import END, SMALLEST
 
 PROMPT = tuple(b"the old river ")
 COUNT = 150

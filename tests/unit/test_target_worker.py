@@ -39,6 +39,9 @@ class Beginning(ToyEngine):
     def tokenize(self, text: str, *, special: bool) -> list[int]:
         return [BOS, *super().tokenize(text, special=special)]
 
+    def chat_template(self, name: str = "") -> str | None:
+        return None
+
     def render(self, messages: Sequence[tuple[str, str]]) -> str:
         turns = "".join(f"<|{role}|>{content}" for role, content in messages) + "<|assistant|>"
         return BOS_LABEL + turns if self.template_begins else turns
@@ -58,7 +61,7 @@ async def test_a_conversation_begins_once(
     assert isinstance(worker.model, Beginning)
     worker.model.template_begins = template_begins
     content = f"a{typed}b"
-    reply = worker._reply(wire.Chat(1, (("user", content), ("user", "c"))))
+    reply = worker._reply(wire.Chat(1, (wire.Turn("user", content), wire.Turn("user", "c"))))
     plain = list(content.encode())
     assert reply == wire.Tokens(1, (BOS, USER, *plain, USER, ord("c"), ASSISTANT))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import itertools
 import statistics
 import threading
 import time
@@ -11,11 +12,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.oracle import alone
 
 from outrider.core.engine import Cancelled, Engine
 from outrider.core.sampling import Sampling, Scores, choose, propose
 from outrider.core.values import TokenId
-from outrider.engines.toy import CONTROLS, END, SMALLEST, ToyCosts, ToyEngine, ToySettings
+from outrider.engines.toy import MOST_SAID, SPACE, WORDS, ToyCosts, ToyEngine, ToySettings
+from outrider.engines.toy_text import ASSISTANT, CONTROLS, END, SAY, SMALLEST
 from outrider.errors import BadRequest
 
 quiet = settings(derandomize=True, database=None, deadline=None)
@@ -329,3 +332,27 @@ def test_labels_are_distinct_and_a_larger_vocabulary_has_more_of_them() -> None:
     assert len(set(labels)) == 300
     assert tuple(labels[256:SMALLEST]) == CONTROLS
     assert engine.extend(0, [299], 1).shape == (1, 300)
+
+
+def test_it_says_what_its_template_has_it_say_and_then_ends() -> None:
+    engine = ToyEngine()
+    said = b'<tool_call>{"a": 1}'
+    start = [*b"Hi", SAY, *said, ASSISTANT]
+    answer = list(itertools.islice(alone(engine, start, Sampling(temperature=0.0)), 100))
+    assert bytes(answer[:-1]) == said
+    assert answer[-1] == END
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        [SAY, *b"abc", END, *b"def", ASSISTANT],  # something else came in between
+        [SAY, *b"abc", ASSISTANT, *b"ax"],  # it said something else
+        [SAY, *b"a" * (MOST_SAID + 1), ASSISTANT],
+    ],
+    ids=["not-at-once", "not-followed", "too-much"],
+)
+def test_it_goes_on_with_words_where_it_does_not_say_it(start: list[int]) -> None:
+    engine = ToyEngine(ToySettings(context=8192, chunk=8192))
+    row = engine.extend(0, start, 1)[0]
+    assert int(row.argmax()) in {word[0] for word in WORDS} | {SPACE}

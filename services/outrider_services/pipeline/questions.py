@@ -123,8 +123,10 @@ def length(question: wire.Message) -> int:
             return len(text)
         case wire.Detokenize(_, tokens):
             return 4 * len(tokens)
-        case wire.Render(_, messages) | wire.Chat(_, messages):
-            return sum(len(content) for _, content in messages)
         case wire.Infill(_, prefix, suffix, start, extra):
             return sum(map(len, (prefix, suffix, start, *(text for _, text in extra))))
+        case wire.Render(_, turns, tools) | wire.Chat(_, turns, tools):
+            said = sum(len(turn.content) for turn in turns)
+            called = sum(len(call.arguments) for turn in turns for call in turn.tool_calls)
+            return said + called + (len(tools.functions) if tools else 0)
     return 0

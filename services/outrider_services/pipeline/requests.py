@@ -88,9 +88,10 @@ class Request:
 
     async def prepare(self, target: wire.Hello, ask: Ask) -> None:
         """Have `target` turn the prompt into tokens, and its stop strings if they are tokens."""
-        prompt, messages = self.submit.prompt, self.submit.messages
+        prompt, messages, tools = self.submit.prompt, self.submit.messages, self.submit.tools
         if messages is not None:
-            self.tokens = (await ask(lambda call: wire.Chat(call, messages), wire.Tokens)).tokens
+            asked = await ask(lambda call: wire.Chat(call, messages, tools), wire.Tokens)
+            self.tokens = asked.tokens
         elif isinstance(prompt, str):
             asked = await ask(lambda call: wire.Tokenize(call, prompt, True), wire.Tokens)
             self.tokens = asked.tokens

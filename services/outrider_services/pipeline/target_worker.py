@@ -26,7 +26,8 @@ from outrider.wire import messages as wire
 from outrider.wire.codec import check
 from outrider_services.pipeline import conversation, infill
 from outrider_services.pipeline.slots import Taken
-from outrider_services.pipeline.worker import Measured, Worker
+from outrider_services.pipeline.worker import Connection, Measured, Status, Worker
+from outrider_services.templates.chat_template import ChatTemplate
 
 CHUNK = 128  # most tokens of one prefill pass: a cancellation may have to wait for it
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16)  # rows of the passes that are measured at load
@@ -78,11 +79,20 @@ class TargetWorker(Worker[Engine]):
         self._running: list[Sequence] = []
         self._stragglers = Stragglers[int]()
         self._questions: set[asyncio.Task[None]] = set()
+        self._template = ChatTemplate(model)
         self._reading = asyncio.Lock()  # many threads that read would leave little to the model's
 
     @staticmethod
     def measure(model: Engine) -> Measured:
         return Measured(calibrate(model, ROWS), calibrate_crowd(model))
+
+    async def run(self, connection: Connection, status: Status) -> None:
+        preparing = asyncio.ensure_future(asyncio.to_thread(self._template.prepare))
+        try:
+            await super().run(connection, status)
+        finally:
+            self._template.close()
+            await asyncio.wait([preparing])
 
     def handle(self, message: wire.Message) -> None:
         match message:
@@ -367,16 +377,17 @@ class TargetWorker(Worker[Engine]):
         return answer
 
     def _reply(self, question: Question) -> wire.Message:
-        engine = self.model
+        engine, template = self.model, self._template
         match question:
             case wire.Tokenize(call, text, special):
                 return wire.Tokens(call, tuple(engine.tokenize(text, special=special)))
             case wire.Detokenize(call, tokens):
                 return wire.Rendered(call, self._text(tokens))
-            case wire.Render(call, messages):
-                return wire.Rendered(call, conversation.text(engine, messages))
-            case wire.Chat(call, messages):
-                return wire.Tokens(call, tuple(conversation.token_ids(engine, messages)))
+            case wire.Render(call, turns, tools):
+                return wire.Rendered(call, conversation.text(engine, template, turns, tools))
+            case wire.Chat(call, turns, tools):
+                ids = conversation.token_ids(engine, template, turns, tools)
+                return wire.Tokens(call, tuple(ids))
             case wire.Infill(call):
                 return wire.Tokens(call, tuple(infill.token_ids(engine, question)))
 

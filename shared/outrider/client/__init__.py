@@ -1,8 +1,10 @@
 """The client library: `connect()` gives an asynchronous client, `Client` is its sync twin."""
 
 from outrider.client.asynchronous import AsyncClient, connect
+from outrider.client.chat import ChatMessage, TextPart
+from outrider.client.hermes import ToolCall
 from outrider.client.results import Completion, CompletionChoice, FinishReason, Usage
-from outrider.client.settings import ChatMessage, CompletionSettings, TextPart
+from outrider.client.settings import CompletionSettings
 from outrider.client.stream import Stream
 from outrider.client.synchronous import Client, SyncStream
 
@@ -17,6 +19,7 @@ __all__ = [
     "Stream",
     "SyncStream",
     "TextPart",
+    "ToolCall",
     "Usage",
     "connect",
 ]

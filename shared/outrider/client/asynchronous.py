@@ -8,11 +8,14 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any, Literal, TypeVar, Unpack, overload
 
 from outrider.client import settings as asked
+from outrider.client.chat import Messages, Tool, ToolChoice, conversation, names_of, tools_of
+from outrider.client.hermes import Parser
 from outrider.client.results import Completion
-from outrider.client.settings import CompletionSettings, Ids, Messages, Prompt
+from outrider.client.settings import CompletionSettings, Ids, Prompt
 from outrider.client.stream import Inbox, Stream
 from outrider.errors import (
     BadRequest,
@@ -141,38 +144,61 @@ class AsyncClient:
         self,
         messages: Messages,
         *,
+        tools: Sequence[Tool] | None = None,
+        tool_choice: ToolChoice | None = None,
         stream: Literal[False] | None = None,
         **settings: Unpack[CompletionSettings],
     ) -> Completion: ...
     @overload
     async def create_chat_completion(
-        self, messages: Messages, *, stream: Literal[True], **settings: Unpack[CompletionSettings]
+        self,
+        messages: Messages,
+        *,
+        tools: Sequence[Tool] | None = None,
+        tool_choice: ToolChoice | None = None,
+        stream: Literal[True],
+        **settings: Unpack[CompletionSettings],
     ) -> Stream: ...
     @overload
     async def create_chat_completion(
-        self, messages: Messages, *, stream: bool | None, **settings: Unpack[CompletionSettings]
+        self,
+        messages: Messages,
+        *,
+        tools: Sequence[Tool] | None = None,
+        tool_choice: ToolChoice | None = None,
+        stream: bool | None,
+        **settings: Unpack[CompletionSettings],
     ) -> Completion | Stream: ...
     async def create_chat_completion(
         self,
         messages: Messages,
         *,
+        tools: Sequence[Tool] | None = None,
+        tool_choice: ToolChoice | None = None,
         stream: bool | None = None,
         **settings: Unpack[CompletionSettings],
     ) -> Completion | Stream:
-        """As `create_completion`, with `messages` in the model's chat template as the prompt."""
-        return await self._answer("", asked.conversation(messages), stream, settings)
+        """As `create_completion`, with `messages` in the model's chat template as the prompt.
+
+        The answer may call the functions of `tools`. With `tool_choice` "none" it is told of none;
+        that it must call one can be asked of few templates.
+        """
+        turns, offered = conversation(messages), tools_of(tools, tool_choice)
+        return await self._answer("", turns, stream, settings, offered)
 
     async def _answer(
         self,
         prompt: str | tuple[int, ...],
-        messages: tuple[tuple[str, str], ...] | None,
+        messages: wire.Conversation | None,
         stream: bool | None,
         settings: Mapping[str, object],
+        tools: wire.Tools | None = None,
     ) -> Completion | Stream:
         streamed = stream is not None and asked.flag("stream", stream)
         call = next(self._calls)
-        submit = asked.submit(call, prompt, messages, settings)
-        answer = Stream(self, call, traced=submit.trace)
+        submit = asked.submit(call, prompt, messages, settings, tools)
+        parser = Parser(names_of(tools), in_pieces=streamed) if tools else None
+        answer = Stream(self, call, traced=submit.trace, parser=parser)
         try:
             self._send(submit)
         except OutriderError:
@@ -197,10 +223,17 @@ class AsyncClient:
         ids = asked.token_ids("tokens", tokens)
         return (await self._ask(lambda call: wire.Detokenize(call, ids), wire.Rendered)).text
 
-    async def apply_template(self, messages: Messages) -> str:
+    async def apply_template(
+        self,
+        messages: Messages,
+        *,
+        tools: Sequence[Tool] | None = None,
+        tool_choice: ToolChoice | None = None,
+    ) -> str:
         """`messages` in the model's chat template, up to where the answer begins."""
-        pairs = asked.conversation(messages)
-        return (await self._ask(lambda call: wire.Render(call, pairs), wire.Rendered)).text
+        turns, offered = conversation(messages), tools_of(tools, tool_choice)
+        question = partial(wire.Render, messages=turns, tools=offered)
+        return (await self._ask(question, wire.Rendered)).text
 
     async def infill_prompt(
         self,

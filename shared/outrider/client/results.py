@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from outrider.client.hermes import ToolCall
 from outrider.core.stats import Report
 from outrider.core.values import Reason, Span, Token, TopLogprob
 
-FinishReason = Reason
+FinishReason = Reason | Literal["tool_calls"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +18,7 @@ class CompletionChoice:
 
     `top_logprobs` has for each token the likeliest ones at its position, if they were asked for.
     All are the target's own, before penalties, filters and temperature.
+    If it may call tools, its calls are in `tool_calls` and not in `text`.
     """
 
     text: str
@@ -24,6 +26,7 @@ class CompletionChoice:
     finish_reason: FinishReason
     logprobs: tuple[float, ...] | None
     top_logprobs: tuple[tuple[TopLogprob, ...], ...] | None
+    tool_calls: tuple[ToolCall, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,3 +57,8 @@ class Completion:
     def text(self) -> str:
         """The text of the answer."""
         return self.choices[0].text
+
+    @property
+    def tool_calls(self) -> tuple[ToolCall, ...]:
+        """The tools that the answer calls."""
+        return self.choices[0].tool_calls

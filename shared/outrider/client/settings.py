@@ -10,14 +10,14 @@ import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from difflib import get_close_matches
 from numbers import Integral, Real
-from typing import Any, Literal, TypeAlias, TypedDict, get_args
+from typing import Any, TypeAlias, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from outrider.client.samplers import Number, SamplerSettings, Whole, only
 from outrider.core.sampling import Sampling
-from outrider.core.values import CHAT_ROLES, MOST_TOP_LOGPROBS, AskedMode
+from outrider.core.values import MOST_TOP_LOGPROBS, AskedMode
 from outrider.errors import BadRequest
 from outrider.wire import messages as wire
 
@@ -28,23 +28,6 @@ LogitBias: TypeAlias = Mapping[int, Number] | Mapping[str, Number] | Mapping[np.
 
 MOST_STOPS, LONGEST_STOP = 16, 256
 YEAR_S = 365 * 86_400.0
-
-
-class TextPart(TypedDict):
-    """A part of a message's content; text is the only type."""
-
-    type: Literal["text"]
-    text: str
-
-
-class ChatMessage(TypedDict):
-    """One message of a conversation; the parts of `content` are joined."""
-
-    role: str
-    content: str | Sequence[TextPart]
-
-
-Messages: TypeAlias = Sequence[ChatMessage | Mapping[str, str]]
 
 
 class CompletionSettings(SamplerSettings, total=False):
@@ -107,133 +90,86 @@ class CompletionSettings(SamplerSettings, total=False):
 def flag(name: str, value: object) -> bool:
     """True or False."""
     if not isinstance(value, bool | np.bool_):
-        raise _wrong(name, "must be True or False", value)
+        raise wrong(name, "must be True or False", value)
     return bool(value)
 
 
 def text(name: str, value: object) -> str:
     """A string that UTF-8 can express, as a plain str."""
     if not isinstance(value, str):
-        raise _wrong(name, "must be a string", value)
+        raise wrong(name, "must be a string", value)
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise _wrong(name, "must be a string that UTF-8 can express", value) from None
+        raise wrong(name, "must be a string that UTF-8 can express", value) from None
     return str.__str__(value)
 
 
 def whole(name: str, value: object) -> int:
     """A whole number, as a plain int."""
     if isinstance(value, bool) or not isinstance(value, Integral):
-        raise _wrong(name, "must be a whole number", value)
+        raise wrong(name, "must be a whole number", value)
     plain = operator.index(value)
     if not -(1 << 63) <= plain < 1 << 63:  # the bounds of each setting are checked later
-        raise BadRequest(f"{name} is out of range", _param(name))
+        raise BadRequest(f"{name} is out of range", param_of(name))
     return plain
 
 
 def number(name: str, value: object) -> float:
     """A number, as a plain float."""
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise _wrong(name, "must be a number", value)
+        raise wrong(name, "must be a number", value)
     try:
         return float(value)
     except OverflowError:
-        raise BadRequest(f"{name} is out of range", _param(name)) from None
+        raise BadRequest(f"{name} is out of range", param_of(name)) from None
 
 
 def seconds(name: str, value: object) -> float:
     """A time to wait, as a plain float; the longest is a year."""
     plain = number(name, value)
     if not plain >= 0.0:  # nor is NaN
-        raise BadRequest(f"{name} must be a number of seconds, not {plain}", _param(name))
+        raise BadRequest(f"{name} must be a number of seconds, not {plain}", param_of(name))
     return min(plain, YEAR_S)
 
 
 def token_ids(name: str, value: object) -> tuple[int, ...]:
     """Token ids, from a sequence or an array."""
-    value = _listed(value)
+    value = listed(value)
     if not isinstance(value, list | tuple):
-        raise _wrong(name, "must be a sequence of token ids", value)
+        raise wrong(name, "must be a sequence of token ids", value)
     return tuple(whole(f"{name}[{n}]", one) for n, one in enumerate(value))
 
 
 def prompt_of(value: object) -> str | tuple[int, ...]:
     """A prompt: text or token ids."""
-    value = _listed(value)
+    value = listed(value)
     if isinstance(value, str):
         return text("prompt", value)
     if not isinstance(value, list | tuple):
-        raise _wrong("prompt", "must be a string or a sequence of token ids", value)
+        raise wrong("prompt", "must be a string or a sequence of token ids", value)
     return token_ids("prompt", value)
-
-
-def conversation(value: object) -> tuple[tuple[str, str], ...]:
-    """Messages as (role, content) pairs."""
-    value = _listed(value)
-    if not isinstance(value, list | tuple):
-        raise _wrong("messages", "must be a sequence of messages", value)
-    return tuple(_message(f"messages[{n}]", one) for n, one in enumerate(value))
 
 
 def files(name: str, value: object) -> tuple[tuple[str, str], ...]:
     """Files as (name, text) pairs."""
-    value = _listed(value)
+    value = listed(value)
     if not isinstance(value, list | tuple):
-        raise _wrong(name, "must be a sequence of (name, text) pairs", value)
+        raise wrong(name, "must be a sequence of (name, text) pairs", value)
     for n, one in enumerate(value):
         if not isinstance(one, list | tuple) or len(one) != 2:
-            raise _wrong(f"{name}[{n}]", "must be a (name, text) pair", one)
+            raise wrong(f"{name}[{n}]", "must be a (name, text) pair", one)
     return tuple(
         (text(f"{name}[{n}]", a), text(f"{name}[{n}]", b)) for n, (a, b) in enumerate(value)
     )
 
 
-def _message(place: str, value: object) -> tuple[str, str]:
-    if dump := getattr(value, "model_dump", None):  # an object of OpenAI's library
-        value = dump(exclude_none=True)
-    # a name is for the application: chat templates have no place for it
-    message = _fields(place, value, ("role", "content"), ignored="name")
-    role, content = (message[key] for key in ("role", "content"))
-    if not isinstance(content, str):
-        parts = _listed(content)
-        if not isinstance(parts, list | tuple):
-            raise _wrong(f"{place}.content", "must be a string or a list of parts", content)
-        content = "".join(_part(f"{place}.content[{n}]", one) for n, one in enumerate(parts))
-    role = text(f"{place}.role", role)
-    if role not in CHAT_ROLES:
-        raise _wrong(f"{place}.role", f"must be one of {', '.join(CHAT_ROLES)}", role)
-    return role, text(f"{place}.content", content)
-
-
-def _part(place: str, value: object) -> str:
-    if isinstance(value, Mapping) and value.get("type", "text") != "text":  # an image, say
-        raise _wrong(f"{place}.type", "must be 'text'", value["type"])
-    part = _fields(place, value, ("type", "text"))
-    return text(f"{place}.text", part["text"])
-
-
-def _fields(
-    place: str, value: object, names: tuple[str, str], ignored: str = ""
-) -> Mapping[object, object]:
-    """`value`, if it has these fields and all others are None, as OpenAI's objects have some."""
-    if not isinstance(value, Mapping):
-        raise _wrong(place, "must be a mapping", value)
-    for name in names:
-        if name not in value:
-            raise BadRequest(f"{place} has no {name!r}", _param(place))
-    for name in value:
-        if name not in (*names, ignored) and value[name] is not None:
-            raise BadRequest(f"{place} has an unknown field {name!r:.80}", _param(place))
-    return value
-
-
 def _stop(name: str, value: object) -> tuple[str, ...]:
-    value = _listed(value)
+    value = listed(value)
     if isinstance(value, str):
         value = (value,)
     if not isinstance(value, list | tuple):
-        raise _wrong(name, "must be a string or a sequence of strings", value)
+        raise wrong(name, "must be a string or a sequence of strings", value)
     if len(value) > MOST_STOPS:
         raise BadRequest(f"{name} has {len(value)} texts, more than {MOST_STOPS}", name)
     stops = tuple(text(f"{name}[{n}]", one) for n, one in enumerate(value))
@@ -244,9 +180,9 @@ def _stop(name: str, value: object) -> tuple[str, ...]:
 
 
 def _breakers(name: str, value: object) -> tuple[str, ...]:
-    value = _listed(value)
+    value = listed(value)
     if not isinstance(value, list | tuple):
-        raise _wrong(name, "must be a sequence of strings", value)
+        raise wrong(name, "must be a sequence of strings", value)
     return tuple(text(f"{name}[{n}]", one) for n, one in enumerate(value))
 
 
@@ -261,20 +197,20 @@ def _logprobs(name: str, value: object) -> bool | int:
 def _top_logprobs(name: str, value: object) -> int:
     count = whole(name, value)
     if not 0 <= count <= MOST_TOP_LOGPROBS:
-        raise _wrong(name, f"must be a whole number from 0 to {MOST_TOP_LOGPROBS}", value)
+        raise wrong(name, f"must be a whole number from 0 to {MOST_TOP_LOGPROBS}", value)
     return count
 
 
 def _mode(name: str, value: object) -> str:
     mode = text(name, value)
     if mode not in get_args(AskedMode):
-        raise _wrong(name, f"must be one of {', '.join(get_args(AskedMode))}", mode)
+        raise wrong(name, f"must be one of {', '.join(get_args(AskedMode))}", mode)
     return mode
 
 
 def _logit_bias(name: str, value: object) -> tuple[tuple[int, float], ...]:
     if not isinstance(value, Mapping):
-        raise _wrong(name, "must be a mapping from token ids to numbers", value)
+        raise wrong(name, "must be a mapping from token ids to numbers", value)
     biases = {_bias_id(name, token): bias for token, bias in value.items()}
     return tuple((token, number(f"{name}[{token}]", biases[token])) for token in sorted(biases))
 
@@ -286,7 +222,7 @@ def _bias_id(name: str, value: object) -> int:
     return whole(f"a token id of {name}", value)
 
 
-def _listed(value: object) -> object:
+def listed(value: object) -> object:
     """Make arrays and other iterables lists of plain values; leave single values and text alone."""
     if isinstance(value, str | bytes | bytearray | memoryview | Mapping | Set | list | tuple):
         return value
@@ -296,14 +232,14 @@ def _listed(value: object) -> object:
     return list(value) if isinstance(value, Iterable) else value
 
 
-def _wrong(place: str, rule: str, value: object) -> BadRequest:
+def wrong(place: str, rule: str, value: object) -> BadRequest:
     found = repr(value) if isinstance(value, str | float | bool) else type(value).__name__
-    return BadRequest(f"{place} {rule}, not {found:.80}", _param(place))
+    return BadRequest(f"{place} {rule}, not {found:.80}", param_of(place))
 
 
-def _param(place: str) -> str:
+def param_of(place: str) -> str:
     """The argument that `place` is a part of."""
-    return place.removeprefix("a token id of ").partition("[")[0]
+    return place.removeprefix("a token id of ").partition("[")[0].partition(".")[0]
 
 
 CHECKS: dict[str, Callable[[str, object], Any]] = {
@@ -347,8 +283,9 @@ CHECKS: dict[str, Callable[[str, object], Any]] = {
 def submit(
     call: int,
     prompt: str | tuple[int, ...],
-    messages: tuple[tuple[str, str], ...] | None,
+    messages: wire.Conversation | None,
     settings: Mapping[str, object],
+    tools: wire.Tools | None = None,
 ) -> wire.Submit:
     """The request as the wire has it. Raises BadRequest, which names the setting."""
     for name in settings.keys() - CHECKS.keys():
@@ -379,6 +316,7 @@ def submit(
         p_min=given.get("p_min"),
         cache=given.get("cache_key", "") if given.get("cache_prompt", True) else None,
         top_logprobs=top_logprobs,
+        tools=tools,
     )
 
 

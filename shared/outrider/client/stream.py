@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import suppress
 from typing import Protocol
 
+from outrider.client.hermes import Parser, gathered
 from outrider.client.results import Completion, CompletionChoice, FinishReason, Usage
 from outrider.core.stats import Report
 from outrider.core.values import Fragment, Span
@@ -29,10 +30,13 @@ class Feeder(Protocol):
 class Stream:
     """An answer as it is committed: iterate over its fragments.
 
-    Leaving `async with` cancels it; so does dropping it, for nobody can read it any more.
+    Leaving `async with` cancels it; so does dropping it, for nobody can read it any more. If the
+    answer may call tools, its calls come in the fragments' `tool_calls`, and not in their texts.
     """
 
-    def __init__(self, client: Feeder, call: int, *, traced: bool = False) -> None:
+    def __init__(
+        self, client: Feeder, call: int, *, traced: bool = False, parser: Parser | None = None
+    ) -> None:
         self.model = ""
         self.prompt_token_ids: tuple[int, ...] = ()
         self.fragments: list[Fragment] = []
@@ -41,6 +45,7 @@ class Stream:
         self.trace: tuple[Span, ...] | None = None
         self.finish_reason: FinishReason | None = None
         self._client, self._call, self._traced = client, call, traced
+        self._parser = parser
         self._error: OutriderError | None = None
         self._inbox: Inbox = client._open(call)
 
@@ -63,19 +68,40 @@ class Stream:
                 case wire.Started(_, model, _, prompt):
                     self.model, self.prompt_token_ids = model, prompt
                 case wire.Progress(_, fragment, stats, spans):
-                    self.fragments.append(fragment)
                     self.stats = stats
                     self.spans += spans
-                    return fragment
+                    return self._kept(fragment)
                 case wire.Finished(_, reason, stats, spans):
                     self.finish_reason, self.stats = reason, stats
                     if self._traced:
                         self.trace = (*self.spans, *spans)
+                    if rest := self._rest():
+                        return rest
                 case wire.Failed(_, code, words, param):
                     self._error = from_code(code, words, param)
                 case OutriderError() as error:
                     self._error = error
         raise StopAsyncIteration
+
+    def _kept(self, fragment: Fragment) -> Fragment:
+        """The fragment, kept; with what its text has brought of tool calls apart."""
+        if self._parser:
+            text, calls = self._parser.feed(fragment.text)
+            fragment = fragment.changed(text=text, tool_calls=calls)
+        self.fragments.append(fragment)
+        return fragment
+
+    def _rest(self) -> Fragment | None:
+        """The answer has ended: what was held back of it, if anything was."""
+        if self._parser is None:
+            return None
+        text, calls = self._parser.end()
+        if text or calls:
+            last = self.fragments[-1].round if self.fragments else 0
+            self.fragments.append(Fragment(last, text, (), (), calls))
+        if self.finish_reason == "stop" and any(one.tool_calls for one in self.fragments):
+            self.finish_reason = "tool_calls"
+        return self.fragments[-1] if text or calls else None
 
     async def cancel(self) -> None:
         """Stop generating; iteration ends normally. Does nothing when called again or too late."""
@@ -91,6 +117,7 @@ class Stream:
     def _whole(self) -> Completion:
         tokens = tuple(token for fragment in self.fragments for token in fragment.tokens)
         text = "".join(fragment.text for fragment in self.fragments)
+        calls = gathered(delta for fragment in self.fragments for delta in fragment.tool_calls)
         logprobs = tuple(t.logprob for t in tokens if t.logprob is not None)
         tops = tuple(t.top_logprobs for t in tokens if t.top_logprobs)
         prompt = len(self.prompt_token_ids)
@@ -102,7 +129,9 @@ class Stream:
             created=int(time.time()),
             model=self.model,
             choices=(
-                CompletionChoice(text, 0, self.finish_reason, logprobs or None, tops or None),
+                CompletionChoice(
+                    text, 0, self.finish_reason, logprobs or None, tops or None, calls
+                ),
             ),
             usage=Usage(prompt, len(tokens), prompt + len(tokens)),
             tokens=tokens,

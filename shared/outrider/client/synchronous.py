@@ -12,8 +12,9 @@ from contextlib import suppress
 from typing import Any, Generic, Literal, TypeVar, Unpack, overload
 
 from outrider.client.asynchronous import ANSWER_S, FORKED, AsyncClient
+from outrider.client.chat import Messages, Tool, ToolChoice
 from outrider.client.results import Completion, FinishReason
-from outrider.client.settings import CompletionSettings, Ids, Messages, Prompt
+from outrider.client.settings import CompletionSettings, Ids, Prompt
 from outrider.client.stream import Stream
 from outrider.core.stats import Report
 from outrider.core.values import Fragment, Span
@@ -154,27 +155,49 @@ class Client:
         self,
         messages: Messages,
         *,
+        tools: Sequence[Tool] | None = None,
+        tool_choice: ToolChoice | None = None,
         stream: Literal[False] | None = None,
         **settings: Unpack[CompletionSettings],
     ) -> Completion: ...
     @overload
     def create_chat_completion(
-        self, messages: Messages, *, stream: Literal[True], **settings: Unpack[CompletionSettings]
+        self,
+        messages: Messages,
+        *,
+        tools: Sequence[Tool] | None = None,
+        tool_choice: ToolChoice | None = None,
+        stream: Literal[True],
+        **settings: Unpack[CompletionSettings],
     ) -> SyncStream: ...
     @overload
     def create_chat_completion(
-        self, messages: Messages, *, stream: bool | None, **settings: Unpack[CompletionSettings]
+        self,
+        messages: Messages,
+        *,
+        tools: Sequence[Tool] | None = None,
+        tool_choice: ToolChoice | None = None,
+        stream: bool | None,
+        **settings: Unpack[CompletionSettings],
     ) -> Completion | SyncStream: ...
     def create_chat_completion(
         self,
         messages: Messages,
         *,
+        tools: Sequence[Tool] | None = None,
+        tool_choice: ToolChoice | None = None,
         stream: bool | None = None,
         **settings: Unpack[CompletionSettings],
     ) -> Completion | SyncStream:
-        """As `create_completion`, with `messages` in the model's chat template as the prompt."""
+        """As `create_completion`, with `messages` in the model's chat template as the prompt.
+
+        The answer may call the functions of `tools`. With `tool_choice` "none" it is told of none;
+        that it must call one can be asked of few templates.
+        """
         return self._answer(
-            lambda: self._client.create_chat_completion(messages, stream=stream, **settings)
+            lambda: self._client.create_chat_completion(
+                messages, tools=tools, tool_choice=tool_choice, stream=stream, **settings
+            )
         )
 
     def tokenize(self, text: str, *, special: bool = True) -> tuple[int, ...]:
@@ -185,9 +208,17 @@ class Client:
         """The text of these token ids."""
         return self._wait(lambda: self._client.detokenize(tokens))
 
-    def apply_template(self, messages: Messages) -> str:
+    def apply_template(
+        self,
+        messages: Messages,
+        *,
+        tools: Sequence[Tool] | None = None,
+        tool_choice: ToolChoice | None = None,
+    ) -> str:
         """`messages` in the model's chat template, up to where the answer begins."""
-        return self._wait(lambda: self._client.apply_template(messages))
+        return self._wait(
+            lambda: self._client.apply_template(messages, tools=tools, tool_choice=tool_choice)
+        )
 
     def infill_prompt(
         self,

@@ -120,8 +120,14 @@ class Engine(Protocol):
     def label(self, token: TokenId) -> str:
         """The vocabulary's own text of `token`, also of control tokens: to compare, to show."""
 
+    def chat_template(self, name: str = "") -> str | None:
+        """The model's own template, written in Jinja; None if it has none of this name."""
+
     def render(self, messages: Sequence[tuple[str, str]]) -> str:
-        """The chat template applied to (role, content) pairs; it ends where the answer begins."""
+        """(role, content) pairs as the engine itself lays them out, up to where the answer begins.
+
+        For models without a template of their own; it knows no tools.
+        """
 
     def close(self) -> None:
         """Free the model and its cache."""

@@ -179,16 +179,27 @@ class Token(Value, frozen=True):
         return self.piece.decode("utf-8", "replace")
 
 
+class ToolCallDelta(Value, frozen=True):
+    """More of the call of a tool: `id` and `name` come first, then `arguments` in pieces."""
+
+    index: Count  # of the call in the answer
+    id: Word = ""
+    name: Text = ""
+    arguments: Text = ""
+
+
 class Fragment(Value, frozen=True):
     """What one round committed. `text` has whole characters only, so it may lag behind `tokens`.
 
-    `drafted` is the block that was verified in that round.
+    `drafted` is the block that was verified in that round. `tool_calls` is the client's finding:
+    what stands in there is not in `text`.
     """
 
     round: Count
     text: Text
     tokens: Annotated[tuple[Token, ...], Meta(max_length=BLOCK_LIMIT)]
     drafted: Stretch
+    tool_calls: Annotated[tuple[ToolCallDelta, ...], Meta(max_length=BLOCK_LIMIT)] = ()
 
 
 class Span(Value, frozen=True):

@@ -20,16 +20,24 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from outrider.core.engine import Cancelled, Markers, ModelInfo, Part, Vocabulary
+from outrider.core.engine import Cancelled, Markers, ModelInfo, Part
 from outrider.core.sampling import Scores
 from outrider.core.values import TokenId
+from outrider.engines.toy_text import (
+    ASSISTANT,
+    CONTROLS,
+    END,
+    FIM,
+    ROLES,
+    SAY,
+    SMALLEST,
+    TEMPLATE,
+    labels,
+    vocabulary,
+)
 from outrider.errors import BadRequest
 
-END = 256
-ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
-FIM = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>", "<|repo_name|>", "<|file_sep|>")
-CONTROLS = ("<|end|>", *ROLES, *FIM)
-SMALLEST = 256 + len(CONTROLS)
+MOST_SAID = 4096  # bytes
 
 _TEXT = (
     "a after almost amber and anchor before behind beyond bright candle carries distant drift "
@@ -110,6 +118,8 @@ class _State(NamedTuple):
     prefix: bytes  # rolling hash of the whole prefix
     word_from: bytes  # the same at the start of the current word
     word: bytes  # its bytes so far, at most one more than any word has
+    to_say: bytes | None = None  # what the prompt has it say: all of it until `said`, see below
+    said: int = -1  # how much of that the answer has; -1: the prompt is not at its end
 
 
 class ToyEngine:
@@ -117,7 +127,7 @@ class ToyEngine:
 
     def __init__(self, settings: ToySettings | None = None) -> None:
         self.settings = settings = settings or ToySettings()
-        self._labels = _labels(settings)
+        self._labels = labels(settings.vocabulary_size, settings.vocabulary_variant)
         self._controls = {label: 256 + n for n, label in enumerate(self._labels[256:])}
         self._control = re.compile("|".join(map(re.escape, self._controls)))
         root = _digest(b"toy", settings.seed.to_bytes(16, "little", signed=True))
@@ -131,7 +141,7 @@ class ToyEngine:
         self._closed = False
         self.info = ModelInfo(
             name=f"toy-{settings.role}",
-            vocabulary=_vocabulary(self._labels),
+            vocabulary=vocabulary(self._labels),
             context=settings.context,
             slots=settings.slots,
             chunk=settings.chunk,
@@ -218,6 +228,8 @@ class ToyEngine:
 
     def _favourite(self, state: _State) -> TokenId:
         """The token that the target finds likeliest."""
+        if state.to_say is not None and state.said >= 0:
+            return state.to_say[state.said] if state.said < len(state.to_say) else END
         if not state.word and _below(state, b"end", self.settings.end_probability):
             return END
         draw = int.from_bytes(state.word_from[:4], "little")
@@ -264,6 +276,9 @@ class ToyEngine:
         _require(0 <= token < self.settings.vocabulary_size, f"no token {token}")
         return self._labels[token]
 
+    def chat_template(self, name: str = "") -> str | None:
+        return None if name else TEMPLATE
+
     def render(self, messages: Sequence[tuple[str, str]]) -> str:
         for role, _ in messages:
             if f"<|{role}|>" not in ROLES:
@@ -291,10 +306,26 @@ def _below(state: _State, purpose: bytes, probability: float) -> bool:
 
 def _advance(state: _State, token: TokenId) -> _State:
     prefix = _digest(state.prefix, token.to_bytes(4, "little"))
+    to_say = _to_say(state, token)
     if token in BREAKS or token >= 256:
-        return _State(prefix, prefix, b"")
+        return _State(prefix, prefix, b"", *to_say)
     word = state.word if len(state.word) > LONGEST else state.word + bytes((token,))
-    return _State(prefix, state.word_from, word)
+    return _State(prefix, state.word_from, word, *to_say)
+
+
+def _to_say(state: _State, token: TokenId) -> tuple[bytes | None, int]:
+    """The last two fields of the state behind `token`."""
+    if token == SAY:
+        return b"", -1
+    if state.to_say is None:
+        return None, -1
+    if token == ASSISTANT:
+        return state.to_say, 0
+    if state.said < 0:
+        fits = token < 256 and len(state.to_say) < MOST_SAID
+        return (state.to_say + bytes((token,)), -1) if fits else (None, -1)
+    goes_on = state.said < len(state.to_say) and token == state.to_say[state.said]
+    return (state.to_say, state.said + 1) if goes_on else (None, -1)
 
 
 def _alternatives(word: bytes, noise: bytes) -> list[tuple[TokenId, float]]:
@@ -320,31 +351,3 @@ def _is_text(word: bytes) -> bool:
     except UnicodeDecodeError:
         return False
     return True
-
-
-def _labels(settings: ToySettings) -> list[str]:
-    byte_labels = [
-        chr(n) if chr(n).isprintable() and n < 128 else f"<0x{n:02X}>" for n in range(256)
-    ]
-    reserved = [f"<|reserved_{n}|>" for n in range(settings.vocabulary_size - SMALLEST)]
-    labels = [*byte_labels, *CONTROLS, *reserved]
-    if settings.vocabulary_variant:
-        labels[-1] = f"<|variant_{settings.vocabulary_variant}|>"
-    return labels
-
-
-def _vocabulary(labels: Sequence[str]) -> Vocabulary:
-    digest = hashlib.sha256()
-    for label in labels:
-        text = label.encode()
-        digest.update(len(text).to_bytes(4, "little") + text)
-    return Vocabulary(
-        kind="bytes",
-        size=len(labels),
-        bos=None,
-        eos=END,
-        adds_bos=False,
-        adds_eos=False,
-        ends=(END,),
-        digest=digest.hexdigest(),
-    )

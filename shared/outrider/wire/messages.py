@@ -9,7 +9,7 @@ worker (`Hello`), so later messages on it need not repeat that.
 
 from __future__ import annotations
 
-from typing import Annotated, TypeAlias
+from typing import Annotated, Literal, TypeAlias
 
 from outrider.core import events, values
 from outrider.core.engine import Vocabulary
@@ -37,7 +37,6 @@ PROTOCOL = 5
 FRAME_LIMIT = 1 << 20  # bytes; a prompt of 200,000 tokens fits
 
 Line: TypeAlias = Annotated[str, Meta(max_length=4096)]
-Conversation: TypeAlias = Annotated[tuple[tuple[Word, Text], ...], Meta(max_length=1024)]
 Files: TypeAlias = Annotated[tuple[tuple[Word, Text], ...], Meta(max_length=256)]
 Spans: TypeAlias = Annotated[tuple[Span, ...], Meta(max_length=4096)]
 Leaf: TypeAlias = bool | int | float | Line | None
@@ -45,6 +44,35 @@ Table: TypeAlias = Annotated[dict[Word, Leaf], Meta(max_length=256)]
 Tables: TypeAlias = Annotated[dict[Word, Leaf | Table], Meta(max_length=256)]
 State: TypeAlias = Annotated[dict[Word, Leaf | Tables], Meta(max_length=256)]
 Curve: TypeAlias = Annotated[tuple[Seconds, ...], Meta(min_length=1, max_length=64)]
+
+
+class FunctionCall(Value, frozen=True):
+    """What the assistant has called; `arguments` is the text of a JSON object."""
+
+    id: Word
+    name: Word
+    arguments: Text
+
+
+class Turn(Value, frozen=True):
+    """One message of a conversation."""
+
+    role: Word
+    content: Text
+    tool_calls: Annotated[tuple[FunctionCall, ...], Meta(max_length=128)] = ()
+    tool_call_id: Word = ""  # of the call that it answers
+    name: Word = ""  # of the function that was called
+
+
+class Tools(Value, frozen=True):
+    """The functions that the answer may call."""
+
+    functions: Text  # a JSON array, each as OpenAI's `tools` has it
+    choice: Literal["auto", "required"] = "auto"  # whether it must call one
+    name: Word = ""  # of the one that it must call
+
+
+Conversation: TypeAlias = Annotated[tuple[Turn, ...], Meta(max_length=1024)]
 
 
 class Tagged(Value, frozen=True, tag_field="type", tag=str.lower):
@@ -180,10 +208,11 @@ class Detokenize(Tagged, frozen=True):
 
 
 class Render(Tagged, frozen=True):
-    """Apply the chat template to (role, content) pairs."""
+    """Apply the chat template."""
 
     call: Id
     messages: Conversation
+    tools: Tools | None = None
 
 
 class Chat(Tagged, frozen=True):
@@ -191,6 +220,7 @@ class Chat(Tagged, frozen=True):
 
     call: Id
     messages: Conversation
+    tools: Tools | None = None
 
 
 class Infill(Tagged, frozen=True):
@@ -258,6 +288,7 @@ class Submit(Tagged, frozen=True):
     p_min: Probability | None = None
     top_logprobs: TopCount = 0
     cache: Word | None = ""  # texts of the same name may share what was read; None: with no other
+    tools: Tools | None = None
 
 
 class Cancel(Tagged, frozen=True):

@@ -221,6 +221,10 @@ class LlamaEngine:
     def label(self, token: TokenId) -> str:
         return self._text.label(token)
 
+    def chat_template(self, name: str = "") -> str | None:
+        key = "tokenizer.chat_template" + (f".{name}" if name else "")
+        return metadata(self._lib, self._model, key)
+
     def render(self, messages: Sequence[tuple[str, str]]) -> str:
         return self._text.render(messages)
 

@@ -188,9 +188,13 @@ def check_kind(lib: Any, path: Path, model: Any) -> None:
 
 def metadata(lib: Any, model: Any, key: str) -> str | None:
     """The value of `key` in the model's file; None if it has none."""
-    buffer = ctypes.create_string_buffer(256)
-    length = lib.llama_model_meta_val_str(model, key.encode(), buffer, len(buffer))
-    return buffer.value.decode("utf-8", "replace") if length >= 0 else None
+    size = 256
+    while True:
+        buffer = ctypes.create_string_buffer(size)
+        length = lib.llama_model_meta_val_str(model, key.encode(), buffer, size)
+        if length < size:  # as of snprintf: how long it is, even if cut
+            return buffer.value.decode("utf-8", "replace") if length >= 0 else None
+        size = length + 1
 
 
 def cache_size(lib: Any, model: Any, settings: LlamaSettings) -> float:
