@@ -93,6 +93,11 @@ class CoordinatorOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class ServerOptions:
+    allow_grammar: bool = opt(False, "--allow-grammar", "take grammars in GBNF from clients; JSON schemas are always taken")
+
+
+@dataclass(frozen=True, slots=True)
 class ToyOptions:
     agreement: float = opt(0.8, "--toy-agreement", "how often the made-up draft agrees with its target", "P")
     step_ms: float = opt(20.0, "--toy-step-ms", "milliseconds of a made-up target pass", "MS")
@@ -114,6 +119,7 @@ class Settings:
     sampling: SamplingOptions = SamplingOptions()
     pipeline: PipelineOptions = PipelineOptions()
     coordinator: CoordinatorOptions = CoordinatorOptions()
+    server: ServerOptions = ServerOptions()
     toy: ToyOptions = ToyOptions()
     log: LogOptions = LogOptions()
 

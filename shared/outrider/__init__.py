@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from outrider.core.constraints import Constraint
 from outrider.core.stats import Report
 from outrider.core.values import Drafted, Fragment, Span, Token
 from outrider.errors import (
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
         TextPart,
         Usage,
         connect,
+        tool_calls,
     )
 
 __all__ = [
@@ -55,6 +57,7 @@ __all__ = [
     "CompletionSettings",
     "ConfigError",
     "ConnectionFailed",
+    "Constraint",
     "Drafted",
     "FinishReason",
     "Fragment",
@@ -76,6 +79,7 @@ __all__ = [
     "Usage",
     "WorkerLost",
     "connect",
+    "tool_calls",
 ]
 
 

@@ -36,7 +36,7 @@ QUICK = ("--backend=toy", "--toy-step-ms=2", "--toy-draft-ms=0.2", "--toy-row-ms
 GREEDY = ("--temperature", "0")
 HELP = {
     "run": ("target", "draft", "sampling", "pipeline", "toy", "log"),
-    "serve": ("target", "draft", "pipeline", "coordinator", "toy", "log"),
+    "serve": ("target", "draft", "pipeline", "coordinator", "server", "toy", "log"),
     "worker draft": ("target", "pipeline", "toy", "log"),
     "worker target": ("target", "pipeline", "toy", "log"),
     "pull": ("pipeline",),

@@ -23,6 +23,7 @@ from typing import Literal
 from tests.oracle import alone
 
 from outrider.core import decoding
+from outrider.core.constraints import Constraint, Matcher, constrained
 from outrider.core.estimates import CostModel
 from outrider.core.events import (
     Cancel,
@@ -57,6 +58,7 @@ from outrider.core.values import (
     Verify,
     ids_of,
 )
+from outrider.engines.constraints import Constraints
 from outrider.engines.toy import END, SMALLEST, ToyEngine, ToySettings
 
 ENDS = frozenset({END})
@@ -84,10 +86,19 @@ class Asked:
     sampling: Sampling = GREEDY
     language: int = 0
     end_probability: float = 0.0
+    constraint: Constraint | None = None
 
     @property
     def tokens(self) -> tuple[TokenId, ...]:
         return tuple(self.prompt.encode())
+
+    def matcher(self) -> Matcher | None:
+        return all_constraints().matcher(self.constraint) if self.constraint else None
+
+    def constrained(self, row: Scores, matcher: Matcher | None, text: Sequence[TokenId]) -> Scores:
+        """The logits behind `text` that the constraint leaves; none has a say in the prompt."""
+        begins = len(self.tokens)
+        return constrained(row, matcher, text[begins:]) if len(text) >= begins else row
 
     def engine(self) -> ToyEngine:
         return self._toy(ToySettings(end_probability=self.end_probability))
@@ -100,6 +111,11 @@ class Asked:
         return ToyEngine(
             replace(settings, seed=self.language, context=context, chunk=context, slots=1)
         )
+
+
+@cache
+def all_constraints() -> Constraints:
+    return Constraints(ToyEngine())
 
 
 ASKED = Asked()
@@ -161,6 +177,7 @@ class World:
     from_target_s: tuple[float, ...] = (0.0,)
     to_draft_s: tuple[float, ...] = (0.0,)
     from_draft_s: tuple[float, ...] = (0.0,)
+    knows: bool = True  # the draft worker knows what constraints allow
     cut_short: bool = True  # a cancelled draft step ends at once, or has just been too far
     events: tuple[Event, ...] = ()
 
@@ -191,7 +208,7 @@ def plain(asked: Asked) -> Answer:
     longest = asked.context - len(asked.tokens)
     if asked.n_predict is not None:
         longest = min(longest, asked.n_predict)
-    for token in alone(asked.engine(), asked.tokens, asked.sampling):
+    for token in alone(asked.engine(), asked.tokens, asked.sampling, asked.matcher()):
         answer.append(token)
         text = text_of(answer)
         if token in ENDS:
@@ -252,13 +269,14 @@ class Target:
     def __init__(self, asked: Asked) -> None:
         self.asked = asked
         self.tokens = list(asked.tokens)
-        self.engine = asked.engine()
+        self.engine, self.matcher = asked.engine(), asked.matcher()
         if self.tokens[:-1]:
             self.engine.extend(0, self.tokens[:-1], 0)
 
     def verify(self, order: Verify) -> Verdict:
         base, drafted = order.base, order.drafted
         assert base == len(self.tokens), "the target is asked to verify behind another text"
+        drafted = self.legal(drafted)
         rows = self.engine.extend(0, [self.tokens[-1], *drafted], len(drafted) + 1)
         verdict = decoding.verify(drafted, self.choices(order.round, drafted, rows), ENDS)
         self.rewind(base + verdict.accepted)
@@ -268,11 +286,19 @@ class Target:
             base=base,
             pieces=tuple(map(self.engine.piece, verdict.tokens)),
             margins=(FAR,) * len(verdict.tokens),
+            forbidden=len(order.drafted) - len(drafted),
         )
+
+    def legal(self, drafted: tuple[TokenId, ...]) -> tuple[TokenId, ...]:
+        """The drafted tokens up to the first that the constraint forbids."""
+        if self.matcher is None:
+            return drafted
+        return drafted[: self.matcher.legal(self.tokens[len(self.asked.tokens) :], drafted)]
 
     def choices(self, round_: int, drafted: tuple[TokenId, ...], rows: Scores) -> Iterator[TokenId]:
         history = list(self.tokens)
         for at, row in enumerate(rows):
+            row = self.asked.constrained(row, self.matcher, history)
             yield choose(row, self.asked.sampling, history, self.position(round_, at))
             history += drafted[at : at + 1]
 
@@ -293,6 +319,7 @@ class Ride:
     stream: Stream
     asked: float  # when there was something to draft
     skip: int  # tokens at the beginning that are not read: the engine's position 0 is behind them
+    matcher: Matcher | None
     unsent: Proposal | None = None
 
 
@@ -341,21 +368,30 @@ class Draft:
             return
         engine = run.asked.draft_engine(world.agreement)
         stream = Stream.opened(order, world.draft_context)
+        assert (order.constraint, order.begins) == (run.asked.constraint, len(run.asked.tokens))
+        matcher = run.asked.matcher() if world.knows else None
+        ride = Ride(run, engine, stream, self.sim.clock.now, order.skip, matcher)
         if order.recall:
-            self._recall(run, engine, stream, order.recall)
-        self.rides.append(Ride(run, engine, stream, self.sim.clock.now, order.skip))
+            self._recall(ride, order.recall)
+        self.rides.append(ride)
 
-    def _recall(self, run: Run, engine: ToyEngine, stream: Stream, count: int) -> None:
+    def _recall(self, ride: Ride, count: int) -> None:
         """Read the text and say what would have been drafted for its last tokens."""
+        run, engine, stream = ride.run, ride.engine, ride.stream
         text, start = stream.tokens, stream.read
         rows = engine.extend(0, text[start:-1], count)
         ends, stream.read = range(len(text) - count, len(text)), len(text) - 1
         recalled = tuple(
-            propose(row, run.asked.sampling, text[:end], end, n_vocab=SMALLEST)
-            for end, row in zip(ends, rows, strict=True)
+            self._propose(ride, row, text[:end]) for end, row in zip(ends, rows, strict=True)
         )
         proposal = Proposal(stream.lineage, len(text), (), 0.001, recalled=recalled)
         self.sim.send_drafted(self, run, proposal)
+
+    @staticmethod
+    def _propose(ride: Ride, row: Scores, text: Sequence[TokenId]) -> Drafted:
+        asked = ride.run.asked
+        row = asked.constrained(row, ride.matcher, text)
+        return propose(row, asked.sampling, text, len(text), n_vocab=SMALLEST)
 
     def commit(self, run: Run, order: Commit) -> None:
         ride = self.of(run)
@@ -396,7 +432,7 @@ class Draft:
         if ride.engine.length(0) > start - ride.skip:
             ride.engine.rewind(0, start - ride.skip)
         row = ride.engine.extend(0, text[start:], 1)[0]
-        drafted = propose(row, ride.run.asked.sampling, text, len(text), n_vocab=SMALLEST)
+        drafted = self._propose(ride, row, text)
         step = self.step = Step(ride, begun, drafted, now, now - ride.asked)
         done = now + next(self.sim.token_s)
         self.sim.clock.at(done, lambda: self.take(lambda: self._finish(step)))
@@ -586,6 +622,8 @@ class Run:
         for kind in ("corrected", "bonus", "plain"):
             assert kinds[kind] == stats.own[kind]
         reasons = {"correction", "miss", "stop", "cancelled", "stale", "dismissed"}
+        if self.asked.constraint and (self.lied or not self.sim.world.knows):
+            reasons.add("grammar")
         assert set(+stats.discarded) <= reasons
         assert stats.discarded["cancelled"] == 0 or reason == "cancelled"
         # one pass a round, no round twice; the last one's verdict may have come too late
@@ -680,6 +718,7 @@ class Simulation:
             vocabulary=SMALLEST,
             sampling=asked.sampling,
             trace=True,
+            constraint=asked.constraint,
         )
         made: Rule = rule if isinstance(rule, FixedRule) else self._priced(rule)
         session = self.make_session(task, made, Stats(rule.mode, asked.sampling.seed))
@@ -794,7 +833,8 @@ class Simulation:
 
         def end() -> None:
             self._passing = False
-            run.passes.append(Pass(order.round, len(order.drafted), began, self.clock.now))
+            drafted = len(order.drafted) - verdict.forbidden
+            run.passes.append(Pass(order.round, drafted, began, self.clock.now))
             self.from_target.send(lambda: run.on_verdict(verdict))
             self._next_pass()
 

@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import asyncio
 import math
+import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 
+from outrider.core.constraints import Constraint
 from outrider.core.drafter import DrafterInfo
 from outrider.core.engine import Cancelled, EngineFault
 from outrider.core.events import Commit, OpenDraft
 from outrider.core.sampling import BadScores, Sampling
 from outrider.core.values import Drafted, Proposal, TokenId, ids_of
+from outrider.errors import BadRequest
 from outrider.wire import messages as wire
 from outrider_services.pipeline import draft_worker, worker
 from outrider_services.pipeline.draft_worker import DraftWorker
@@ -57,9 +61,30 @@ class ByHeart:
         self.asked: list[tuple[int, tuple[TokenId, ...]]] = []
         self.cuts: list[tuple[int, int]] = []
         self.is_cut = False
+        self.prepared: list[Constraint] = []
+        self.preparing = threading.Event()  # a constraint is not prepared before this is set
+        self.unknown: BadRequest | None = None  # it says so of any constraint
+        self.held_to: list[tuple[Constraint | None, int]] = []
 
-    def open(self, slot: int, sampling: Sampling, vocabulary: int, skip: int = 0) -> None:
+    def prepare(self, constraint: Constraint) -> None:
+        self.prepared.append(constraint)
+        self.preparing.wait(5)
+        if self.unknown:
+            raise self.unknown
+
+    def open(
+        self,
+        slot: int,
+        sampling: Sampling,
+        vocabulary: int,
+        skip: int = 0,
+        constraint: Constraint | None = None,
+        begins: int = 0,
+    ) -> None:
         assert sampling is SAMPLING
+        if constraint and self.unknown:
+            raise self.unknown
+        self.held_to.append((constraint, begins))
         self.texts[slot] = skip
         self.opened.append((slot, vocabulary))
 
@@ -125,7 +150,7 @@ class Desk:
         until: int = 10,
         floors: tuple[float, ...] = (),
         base: int | None = None,
-        **more: int,
+        **more: Any,
     ) -> None:
         base = len(text) if base is None else base
         order = OpenDraft(1, base, text, SAMPLING, 200, (END,), until, floors, **more)

@@ -58,7 +58,8 @@ PREFILL = Prefill(PROMPT, TASK.sampling, False)
 
 
 def opened(lineage: int, base: int, tokens: tuple[TokenId, ...], until: int) -> OpenDraft:
-    return OpenDraft(lineage, base, tokens, TASK.sampling, VOCABULARY, (END,), until)
+    begins = len(TASK.prompt)
+    return OpenDraft(lineage, base, tokens, TASK.sampling, VOCABULARY, (END,), until, begins=begins)
 
 
 class Ride:

@@ -12,9 +12,11 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import ClassVar
 
+from outrider.core.constraints import Constraint
 from outrider.core.drafter import Drafter
 from outrider.core.engine import Cancelled, EngineFault
 from outrider.core.events import Commit, OpenDraft
@@ -38,12 +40,15 @@ class Ride:
     skip: int  # tokens at the beginning of its text that are not read
     recall: int  # tokens at the end of its text for which it is to say what it would have drafted
     asked: float  # `computed_s` when it began to wait for its turn
+    constraint: Constraint | None
+    begins: int  # the answer, to which the constraint applies, begins here
+    is_ready: bool  # the drafter has prepared the constraint
     is_new: bool = True  # the drafter does not know its text yet
     is_open: bool = True
 
     @property
     def has_work(self) -> bool:
-        return self.is_open and (self.recall > 0 or self.stream.has_work)
+        return self.is_open and self.is_ready and (self.recall > 0 or self.stream.has_work)
 
 
 class DraftWorker(Worker[Drafter]):
@@ -55,6 +60,7 @@ class DraftWorker(Worker[Drafter]):
         self._turns: deque[Ride] = deque()  # the same; the first has the next turn
         self._running: Ride | None = None
         self._lock = threading.Lock()
+        self._preparing: set[asyncio.Task[None]] = set()
 
     @staticmethod
     def measured(model: Drafter) -> Curve:
@@ -107,9 +113,23 @@ class DraftWorker(Worker[Drafter]):
             skip=stream.read,
             recall=order.recall,
             asked=self.computed_s,
+            constraint=order.constraint,
+            begins=order.begins,
+            is_ready=order.constraint is None,
         )
+        if order.constraint:
+            task = asyncio.ensure_future(self._prepare(ride, order.constraint))
+            self._preparing.add(task)
+            task.add_done_callback(self._preparing.discard)
         self._rides[request] = ride
         self._turns.append(ride)
+        self.wake()
+
+    async def _prepare(self, ride: Ride, constraint: Constraint) -> None:
+        """Have the drafter prepare the constraint; the others' rides go on meanwhile."""
+        with suppress(OutriderError):  # `open` will say it again
+            await asyncio.to_thread(self.model.prepare, constraint)
+        ride.is_ready, ride.asked = True, self.computed_s
         self.wake()
 
     def _close(self, request: int) -> None:
@@ -224,7 +244,9 @@ class DraftWorker(Worker[Drafter]):
     def _know(self, ride: Ride) -> None:
         """Tell the drafter of the text, if it does not know it yet."""
         if ride.is_new:
-            self.model.open(ride.slot, ride.sampling, ride.vocabulary, ride.skip)
+            self.model.open(
+                ride.slot, ride.sampling, ride.vocabulary, ride.skip, ride.constraint, ride.begins
+            )
             ride.is_new = False
 
     def _propose(self, ride: Ride, read: int, text: tuple[TokenId, ...]) -> tuple[Drafted, ...]:

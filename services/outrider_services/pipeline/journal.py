@@ -10,7 +10,9 @@ from outrider.core.events import OpenDraft, Prefill
 from outrider.core.values import Value
 
 SHOWN = 16  # most items of a tuple to write out; of a longer one only their number is written
-HIDDEN = {"piece", "pieces", "text", "sampling", "logprobs", "margins", "floors", "ends"}
+HIDDEN = {
+    "piece", "pieces", "text", "sampling", "logprobs", "margins", "floors", "ends", "constraint",
+}  # fmt: skip
 
 
 def line(number: int, event: Any, commands: Iterable[Any], state: str) -> str:

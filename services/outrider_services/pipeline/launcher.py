@@ -81,7 +81,7 @@ class Launcher:
 
     def _plan(self, draft: bool) -> list[Child]:
         settings, address = self.settings, f"ipc://{self._socket}"
-        sections = ("draft", "pipeline", "coordinator", "log")
+        sections = ("draft", "pipeline", "coordinator", "server", "log")
         places = {"target": settings.target.place}
         if draft:
             places["draft"] = settings.draft.place

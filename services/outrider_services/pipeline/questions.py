@@ -19,7 +19,7 @@ MOST_CHARACTERS = 8 << 20  # in all these
 AT_ONCE = 2  # of one client's questions that the worker has; so others are soon in turn
 
 Asked = wire.Tokenize | wire.Detokenize | wire.Render
-Answer = TypeVar("Answer", wire.Tokens, wire.Rendered)
+Answer = TypeVar("Answer", wire.Tokens, wire.Rendered, wire.Constrainable)
 
 
 @dataclass(slots=True)
@@ -124,4 +124,6 @@ def length(question: wire.Message) -> int:
             return 4 * len(tokens)
         case wire.Render(_, messages) | wire.Chat(_, messages):
             return sum(len(content) for _, content in messages)
+        case wire.Constrain(_, constraint):
+            return len(constraint.text)
     return 0

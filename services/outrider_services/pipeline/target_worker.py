@@ -5,17 +5,19 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import ClassVar, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 from outrider.core import decoding
+from outrider.core.constraints import Constraint, Matcher, constrained
 from outrider.core.engine import Cancelled, Engine, EngineFault
 from outrider.core.events import Prefill
 from outrider.core.sampling import Sampling, Scores, decide, logprob
 from outrider.core.values import MOST_TOKENS, Role, TokenId, Verdict, Verify
 from outrider.engines.calibration import calibrate
+from outrider.engines.constraints import Constraints
 from outrider.errors import BadRequest, OutriderError, ProtocolError
 from outrider.wire import messages as wire
 from outrider.wire.codec import check
@@ -25,7 +27,7 @@ from outrider_services.pipeline.worker import Curve, Worker
 CHUNK = 128  # most tokens of one prefill pass: a cancellation may have to wait for it
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16)  # rows of the passes that are measured at load
 
-Question: TypeAlias = wire.Tokenize | wire.Detokenize | wire.Render | wire.Chat
+Question: TypeAlias = wire.Tokenize | wire.Detokenize | wire.Render | wire.Chat | wire.Constrain
 
 
 @dataclass(slots=True)
@@ -37,6 +39,8 @@ class Sequence:
     sampling: Sampling
     logprobs: bool
     asked: float  # `computed_s` when it was queued last
+    begins: int  # the answer begins here
+    matcher: Matcher | None = None  # of the answer's constraint
     round: int = 0
     drafted: tuple[TokenId, ...] | None = ()  # None: nothing to do
     elapsed_s: float = 0.0
@@ -56,6 +60,8 @@ class TargetWorker(Worker[Engine]):
         self._running: int | None = None
         self._questions: set[asyncio.Task[None]] = set()
         self._reading = asyncio.Lock()  # many threads that read would leave little to the model's
+        self._compiling = asyncio.Lock()  # the same; and who compiles does not delay who reads
+        self._constraints = Constraints(model)
 
     @staticmethod
     def measured(model: Engine) -> Curve:
@@ -69,10 +75,15 @@ class TargetWorker(Worker[Engine]):
                 self._open(request, order)
             case wire.Close(request):
                 self._close(request)
-            case wire.Tokenize() | wire.Detokenize() | wire.Render() | wire.Chat():
-                task = asyncio.ensure_future(self._answer(message))
-                self._questions.add(task)
-                task.add_done_callback(self._questions.discard)
+            case (
+                wire.Tokenize() | wire.Detokenize() | wire.Render() | wire.Chat() | wire.Constrain()
+            ):
+                self._spawn(self._answer(message))
+
+    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.ensure_future(coroutine)
+        self._questions.add(task)
+        task.add_done_callback(self._questions.discard)
 
     def forget(self) -> None:
         for request in list(self._sequences):
@@ -87,13 +98,34 @@ class TargetWorker(Worker[Engine]):
         except OutriderError as exc:
             self.send(wire.failure(request, exc))
             return
-        self._sequences[request] = Sequence(
+        sequence = self._sequences[request] = Sequence(
             slot=slot,
             tokens=list(order.tokens),
             sampling=order.sampling,
             logprobs=order.logprobs,
             asked=self.computed_s,
+            begins=len(order.tokens),
         )
+        if order.constraint:
+            self._spawn(self._constrain(request, sequence, order.constraint))
+        else:
+            self._queue(request)
+
+    async def _constrain(self, request: int, sequence: Sequence, constraint: Constraint) -> None:
+        """Queue a new request once its constraint is compiled, as it usually is already."""
+        try:
+            async with self._compiling:
+                matcher = await asyncio.to_thread(self._constraints.matcher, constraint)
+        except Exception as exc:  # no constraint may end the worker
+            if sequence.is_open:
+                self.send(wire.failure(request, exc))
+                self._close(request)
+            return
+        if sequence.is_open:
+            sequence.matcher = matcher
+            self._queue(request)
+
+    def _queue(self, request: int) -> None:
         self._turns.append(request)
         self.wake()
 
@@ -115,8 +147,7 @@ class TargetWorker(Worker[Engine]):
             return
         sequence.round, sequence.drafted = order.round, order.drafted
         sequence.asked = self.computed_s
-        self._turns.append(request)
-        self.wake()
+        self._queue(request)
 
     def _close(self, request: int) -> None:
         sequence = self._sequences.pop(request, None)
@@ -189,6 +220,10 @@ class TargetWorker(Worker[Engine]):
             self.model.extend(slot, ahead, 0)
             sequence.elapsed_s += time.perf_counter() - began
             return None
+        asked = len(drafted)
+        if sequence.matcher:  # what it forbids is not verified
+            answer = sequence.tokens[sequence.begins :]
+            drafted = drafted[: sequence.matcher.legal(answer, drafted)]
         block = [*sequence.tokens[known:], *drafted]
         rows = self.model.extend(slot, block, len(drafted) + 1)
         margins: list[float] = []
@@ -208,6 +243,7 @@ class TargetWorker(Worker[Engine]):
             logprobs=logprobs,
             elapsed_s=sequence.elapsed_s + time.perf_counter() - began,
             waited_s=sequence.waited_s,
+            forbidden=asked - len(drafted),
         )
 
     @staticmethod
@@ -220,6 +256,7 @@ class TargetWorker(Worker[Engine]):
         """
         history = list(sequence.tokens)
         for at, row in enumerate(rows):
+            row = constrained(row, sequence.matcher, history[sequence.begins :])
             token, margin = decide(row, sequence.sampling, history, len(history))
             margins.append(margin)
             yield token
@@ -229,7 +266,8 @@ class TargetWorker(Worker[Engine]):
 
     async def _answer(self, question: Question) -> None:
         try:
-            async with self._reading:
+            is_heavy = isinstance(question, wire.Constrain)
+            async with self._compiling if is_heavy else self._reading:
                 answer = await asyncio.to_thread(self._checked_reply, question)
             self.send(answer)
         except Exception as exc:  # no text may end the worker
@@ -255,6 +293,9 @@ class TargetWorker(Worker[Engine]):
                 return wire.Rendered(call, self._text(tokens))
             case wire.Render(call, messages):
                 return wire.Rendered(call, conversation.text(engine, messages))
+            case wire.Constrain(call, constraint):
+                self._constraints.matcher(constraint)
+                return wire.Constrainable(call)
             case wire.Chat(call, messages):
                 return wire.Tokens(call, tuple(conversation.token_ids(engine, messages)))
 

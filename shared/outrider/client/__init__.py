@@ -1,6 +1,7 @@
 """The client library: `connect()` gives an asynchronous client, `Client` is its sync twin."""
 
 from outrider.client.asynchronous import AsyncClient, connect
+from outrider.client.formats import tool_calls
 from outrider.client.results import Completion, CompletionChoice, FinishReason, Usage
 from outrider.client.settings import ChatMessage, CompletionSettings, TextPart
 from outrider.client.stream import Stream
@@ -19,4 +20,5 @@ __all__ = [
     "TextPart",
     "Usage",
     "connect",
+    "tool_calls",
 ]

@@ -15,6 +15,8 @@ from typing import Any, Literal, TypeAlias, TypedDict, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from outrider.client import formats
+from outrider.core.constraints import Constraint
 from outrider.core.sampling import Sampling
 from outrider.core.values import CHAT_ROLES, AskedMode
 from outrider.errors import BadRequest
@@ -80,6 +82,16 @@ class CompletionSettings(TypedDict, total=False):
     """Whether tokens carry the logarithm of the probability that the target gave them."""
     ignore_eos: bool | None
     """Whether to go on after the model has ended its answer."""
+    response_format: Mapping[str, object] | None
+    """As OpenAI's: {"type": "json_object"}, or {"type": "json_schema", "json_schema": {"schema":
+    …}} for JSON that fits a schema. The prompt should ask for it, too."""
+    json_schema: Mapping[str, object] | bool | str | None
+    """The answer is JSON that fits this schema; or its text."""
+    grammar: str | None
+    """The answer is a text of this grammar, in llama.cpp's notation (GBNF), if the pipeline was
+    started with `--allow-grammar`."""
+    constraint: Constraint | None
+    """What the answer has to be, as `tool_calls` makes it."""
     mode: AskedMode | None
     """How target and draft share the work; the text does not depend on it. Default: the
     pipeline's own."""
@@ -279,6 +291,10 @@ CHECKS: dict[str, Callable[[str, object], Any]] = {
     "stop": _stop,
     "logprobs": flag,
     "ignore_eos": flag,
+    "response_format": formats.response_format,
+    "json_schema": formats.json_schema,
+    "grammar": formats.grammar,
+    "constraint": formats.made,
     "mode": _mode,
     "n_draft": whole,
     "n_min": whole,
@@ -316,4 +332,5 @@ def submit(
         trace=given.get("trace", False),
         n_min=given.get("n_min"),
         p_min=given.get("p_min"),
+        constraint=formats.constraint_of(given),
     )

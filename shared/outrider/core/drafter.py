@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from outrider.core.constraints import Constraint
 from outrider.core.engine import Vocabulary
 from outrider.core.sampling import Sampling
 from outrider.core.values import Drafted, TokenId
@@ -38,10 +39,22 @@ class Drafter(Protocol):
     token_s: float  # what one drafted token takes, measured when the drafter was made
     read_s: float  # and what each token of a long text takes that is only read
 
-    def open(self, slot: int, sampling: Sampling, vocabulary: int, skip: int = 0) -> None:
+    def prepare(self, constraint: Constraint) -> None:
+        """Do beforehand what `open` with this `constraint` would take long for; it may fail."""
+
+    def open(
+        self,
+        slot: int,
+        sampling: Sampling,
+        vocabulary: int,
+        skip: int = 0,
+        constraint: Constraint | None = None,
+        begins: int = 0,
+    ) -> None:
         """A text begins in `slot`, of which the first `skip` tokens are not to be read.
 
-        Ids from `vocabulary` on do not exist in the target.
+        Ids from `vocabulary` on do not exist in the target, which holds what is behind the first
+        `begins` tokens to the `constraint`. Who does not know it drafts what will not be verified.
         """
 
     def cut(self, slot: int, length: int) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, TypeAlias
 
+from outrider.core.constraints import Constraint
 from outrider.core.sampling import Sampling
 from outrider.core.values import (
     Count,
@@ -40,6 +41,12 @@ class Task:
     sampling: Sampling = DEFAULT_SAMPLING
     logprobs: bool = False
     trace: bool = False
+    constraint: Constraint | None = None
+
+    @property
+    def prefill(self) -> Prefill:
+        """The order that begins it."""
+        return Prefill(self.prompt, self.sampling, self.logprobs, self.constraint)
 
 
 # ---- events -------------------------------------------------------------------------------------
@@ -91,6 +98,7 @@ class Prefill(Order, frozen=True):
     tokens: TokenIds
     sampling: Sampling
     logprobs: bool
+    constraint: Constraint | None = None  # of the answer, which begins behind `tokens`
 
 
 class OpenDraft(Order, frozen=True):
@@ -109,6 +117,8 @@ class OpenDraft(Order, frozen=True):
     floors: Floors = ()
     skip: Count = 0  # tokens at the beginning that the draft is not to read
     recall: Count = 0  # it tells first what it would have drafted for so many tokens at the end
+    constraint: Constraint | None = None
+    begins: Count = 0  # the answer, to which the constraint applies, begins here
 
 
 class Commit(Order, frozen=True):

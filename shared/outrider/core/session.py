@@ -58,7 +58,6 @@ from outrider.core.events import (
     Fault,
     Finish,
     OpenDraft,
-    Prefill,
     Settle,
     Start,
     Task,
@@ -139,8 +138,7 @@ class Session:
 
     def _start(self, draft: bool, now: float) -> list[Command]:
         self.phase, self.stats.started = Phase.VERIFYING, now
-        prefill = Prefill(self.task.prompt, self.task.sampling, self.task.logprobs)
-        return [prefill, *(self._on_draft_ready() if draft else [])]
+        return [self.task.prefill, *(self._on_draft_ready() if draft else [])]
 
     def _on_draft_ready(self) -> list[Command]:
         """If the rule wants drafts, let the draft read the text; else it stays idle."""
@@ -169,6 +167,8 @@ class Session:
             floors=draft.floors,
             skip=draft.read,
             recall=reading.recall,
+            constraint=task.constraint,
+            begins=len(task.prompt),
         )
         return [order]
 
@@ -201,13 +201,13 @@ class Session:
             return []  # of a round that is over
         drafted = ids_of(self.stock.drafted[: self.block])
         if wrong := contradiction(verdict, drafted, self.task.ends, self.task.vocabulary):
-            message = f"the target worker broke the protocol: {wrong}"
-            return self._end(Fault(ProtocolError(message)))
+            return self._end(Fault(ProtocolError(f"the target worker broke the protocol: {wrong}")))
         self.phase, self.deadline = Phase.WAITING, None
+        self.block -= verdict.forbidden  # those were not evaluated
         self._measure(verdict, now)
         fragment, reason = self._commit(verdict)
         if reason:
-            self.stats.discarded["stop"] += len(self.stock) - self.block
+            self.stats.discarded["stop"] += len(self.stock) - self.block - verdict.forbidden
             self.rule.ended(len(self.tokens) - len(self.task.prompt))
             return [fragment, *self._end(Finish(reason))]
         judged = self.stock.commit(self.block, verdict, self.tokens)
@@ -337,7 +337,7 @@ class Session:
             if not block:  # only such a round shows what a pass over one row takes
                 stats.stepped(now - self._sent)
         self._waited_s = 0.0
-        stats.count(block, verdict.accepted, now)
+        stats.count(block, verdict.accepted, now, verdict.forbidden)
 
     # ---- the draft, and the next pass -----------------------------------------------------------
 

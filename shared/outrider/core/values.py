@@ -125,6 +125,9 @@ class Verdict(Order, frozen=True):
     logprobs: Floats | None = None
     elapsed_s: Seconds = 0.0  # the pass took this long
     waited_s: Seconds = 0.0  # before that, the target worked for other requests
+    # drafted tokens at the end of the block that were not evaluated: the constraint forbids the
+    # first of them
+    forbidden: Count = 0
 
 
 class Token(Value, frozen=True):

@@ -3,15 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+from outrider.core.constraints import Constraint, Matcher, constrained
 from outrider.core.drafter import DrafterInfo
 from outrider.core.engine import Engine
-from outrider.core.sampling import Sampling, propose
+from outrider.core.sampling import Sampling, Scores, propose
 from outrider.core.stream import AT_ONCE
 from outrider.core.values import Drafted, TokenId
 from outrider.engines.calibration import calibrate, calibrate_reading
+from outrider.engines.constraints import Constraints
 
 READ = 24, 12  # tokens read and recalled to see what reading costs: about as in a first trial
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a text is drafted by."""
+
+    sampling: Sampling
+    vocabulary: int  # ids from here on are not drafted
+    matcher: Matcher | None
+    begins: int  # the answer, which the matcher knows about, begins here
+
+    def propose(self, row: Scores, text: Sequence[TokenId]) -> Drafted:
+        """The token behind `text`, chosen from its logits as the target would choose."""
+        if len(text) >= self.begins:  # else it is recalled within the prompt
+            row = constrained(row, self.matcher, text[self.begins :])
+        return propose(row, self.sampling, text, len(text), n_vocab=self.vocabulary)
 
 
 class ModelDrafter:
@@ -30,13 +49,27 @@ class ModelDrafter:
         self.read_s = min(calibrate_reading(engine, *READ), self.token_s)
         self._engine = engine
         self._chunk = min(AT_ONCE, info.chunk)  # a cancellation may have to wait for so many tokens
-        self._asked: dict[int, tuple[Sampling, int]] = {}  # by slot: settings, number of ids
+        self._constraints = Constraints(engine)
+        self._asked: dict[int, Asked] = {}  # by slot
         self._skipped: dict[int, int] = {}  # by slot: the engine's position 0 is this one
 
-    def open(self, slot: int, sampling: Sampling, vocabulary: int, skip: int = 0) -> None:
+    def prepare(self, constraint: Constraint) -> None:
+        self._constraints.matcher(constraint)
+
+    def open(
+        self,
+        slot: int,
+        sampling: Sampling,
+        vocabulary: int,
+        skip: int = 0,
+        constraint: Constraint | None = None,
+        begins: int = 0,
+    ) -> None:
         self._engine.rewind(slot, 0)
         self._skipped[slot] = skip
-        self._asked[slot] = sampling, min(vocabulary, self._engine.info.vocabulary.size)
+        vocabulary = min(vocabulary, self._engine.info.vocabulary.size)
+        matcher = self._constraints.matcher(constraint) if constraint else None
+        self._asked[slot] = Asked(sampling, vocabulary, matcher, begins)
 
     def cut(self, slot: int, length: int) -> None:
         kept = max(0, length - self._skipped[slot])
@@ -47,7 +80,6 @@ class ModelDrafter:
         return self._skipped[slot] + self._engine.length(slot)
 
     def propose(self, slot: int, text: Sequence[TokenId]) -> tuple[Drafted, ...]:
-        sampling, vocabulary = self._asked[slot]
         self.cut(slot, len(text) - 1)  # its last token's logits are needed
         known = self.read(slot)
         ahead = text[known : known + self._chunk]
@@ -55,10 +87,9 @@ class ModelDrafter:
         rows = self._engine.extend(slot, ahead, 1 if is_last else 0)
         if not is_last:
             return ()
-        return (propose(rows[0], sampling, text, len(text), n_vocab=vocabulary),)
+        return (self._asked[slot].propose(rows[0], text),)
 
     def recall(self, slot: int, text: Sequence[TokenId], count: int) -> tuple[Drafted, ...]:
-        sampling, vocabulary = self._asked[slot]
         known = self.read(slot)
         ahead = text[known : len(text) - 1]
         if not 0 < count <= len(ahead) <= self._chunk:
@@ -66,8 +97,7 @@ class ModelDrafter:
         rows = self._engine.extend(slot, ahead, count)
         ends = range(len(text) - count, len(text))
         return tuple(
-            propose(row, sampling, text[:end], end, n_vocab=vocabulary)
-            for end, row in zip(ends, rows, strict=True)
+            self._asked[slot].propose(row, text[:end]) for end, row in zip(ends, rows, strict=True)
         )
 
     def forget(self, slot: int) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import Annotated, TypeAlias
 
 from outrider.core import events, values
+from outrider.core.constraints import Constraint
 from outrider.core.engine import Vocabulary
 from outrider.core.sampling import Sampling
 from outrider.core.stats import Report
@@ -32,7 +33,7 @@ from outrider.core.values import (
 )
 from outrider.errors import BadRequest, InternalError, OutriderError
 
-PROTOCOL = 4
+PROTOCOL = 5
 FRAME_LIMIT = 1 << 20  # bytes; a prompt of 200,000 tokens fits
 
 Line: TypeAlias = Annotated[str, Meta(max_length=4096)]
@@ -171,6 +172,13 @@ class Chat(Tagged, frozen=True):
     messages: Conversation
 
 
+class Constrain(Tagged, frozen=True):
+    """Ask whether answers can be held to this: it is read and compiled, and kept for a while."""
+
+    call: Id
+    constraint: Constraint
+
+
 class Labels(Tagged, frozen=True):
     """Ask for the vocabulary's texts of ids start … start + count - 1."""
 
@@ -191,6 +199,12 @@ class Rendered(Tagged, frozen=True):
 
     call: Id
     text: Text
+
+
+class Constrainable(Tagged, frozen=True):
+    """The answer to `Constrain`, if it is yes."""
+
+    call: Id
 
 
 class LabelTexts(Tagged, frozen=True):
@@ -219,6 +233,7 @@ class Submit(Tagged, frozen=True):
     trace: bool
     n_min: Count | None = None
     p_min: Probability | None = None
+    constraint: Constraint | None = None
 
 
 class Cancel(Tagged, frozen=True):
@@ -268,6 +283,7 @@ class HealthReport(Tagged, frozen=True):
 Message: TypeAlias = (
     Hello | Welcome | Refused | Who | Beat | Ping
     | Do | Done | Close | Failed
-    | Tokenize | Detokenize | Render | Chat | Labels | Tokens | Rendered | LabelTexts
+    | Tokenize | Detokenize | Render | Chat | Constrain | Labels
+    | Tokens | Rendered | Constrainable | LabelTexts
     | Submit | Cancel | Health | Stop | Started | Progress | Finished | HealthReport
 )  # fmt: skip
