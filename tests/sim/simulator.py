@@ -23,7 +23,7 @@ from typing import Literal
 from tests.oracle import alone
 
 from outrider.core import decoding
-from outrider.core.constraints import Constraint, Matcher, constrained
+from outrider.core.constraints import Constraint, Matcher, constrained, propose
 from outrider.core.estimates import CostModel
 from outrider.core.events import (
     Cancel,
@@ -44,7 +44,7 @@ from outrider.core.events import (
 from outrider.core.events import Event as SessionEvent
 from outrider.core.experience import Experience
 from outrider.core.rules import FixedRule, PricedRule, Rule
-from outrider.core.sampling import FAR, Sampling, Scores, choose, propose
+from outrider.core.sampling import FAR, Sampling, Scores, choose
 from outrider.core.session import Phase, Session
 from outrider.core.stats import Stats
 from outrider.core.stream import Begun, Stream
@@ -94,11 +94,6 @@ class Asked:
 
     def matcher(self) -> Matcher | None:
         return all_constraints().matcher(self.constraint) if self.constraint else None
-
-    def constrained(self, row: Scores, matcher: Matcher | None, text: Sequence[TokenId]) -> Scores:
-        """The logits behind `text` that the constraint leaves; none has a say in the prompt."""
-        begins = len(self.tokens)
-        return constrained(row, matcher, text[begins:]) if len(text) >= begins else row
 
     def engine(self) -> ToyEngine:
         return self._toy(ToySettings(end_probability=self.end_probability))
@@ -298,7 +293,8 @@ class Target:
     def choices(self, round_: int, drafted: tuple[TokenId, ...], rows: Scores) -> Iterator[TokenId]:
         history = list(self.tokens)
         for at, row in enumerate(rows):
-            row = self.asked.constrained(row, self.matcher, history)
+            if self.matcher:
+                row = constrained(row, self.matcher, history[len(self.asked.tokens) :])
             yield choose(row, self.asked.sampling, history, self.position(round_, at))
             history += drafted[at : at + 1]
 
@@ -390,8 +386,7 @@ class Draft:
     @staticmethod
     def _propose(ride: Ride, row: Scores, text: Sequence[TokenId]) -> Drafted:
         asked = ride.run.asked
-        row = asked.constrained(row, ride.matcher, text)
-        return propose(row, asked.sampling, text, len(text), n_vocab=SMALLEST)
+        return propose(row, asked.sampling, text, ride.matcher, len(asked.tokens), SMALLEST)
 
     def commit(self, run: Run, order: Commit) -> None:
         ride = self.of(run)

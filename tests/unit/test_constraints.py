@@ -241,6 +241,16 @@ def test_what_cannot_be_followed_is_refused_by_name(kind: Any, text: str) -> Non
     assert time.monotonic() - began < 2.0
 
 
+def test_a_long_chain_of_references_does_not_end_the_process() -> None:
+    """It is followed by recursion, which overflows a usual stack."""
+    rules = [f"r{n} ::= r{n + 1}" for n in range(4000)]
+    one = matcher("gbnf", "\n".join(("root ::= r0", *rules, 'r4000 ::= "a"')))
+    assert says(one, "a")
+    links = {f"{n}": {"items": {"$ref": f"#/$defs/{n + 1}"}} for n in range(1500)}
+    one = matcher("schema", json.dumps({"$ref": "#/$defs/0", "$defs": {**links, "1500": {}}}))
+    assert says(one, "[[[]]]")
+
+
 BOUNDED = 2.0  # seconds, on a slow machine
 
 
@@ -319,6 +329,7 @@ class Knowing(ModelDrafter):
 DRAFTER = Knowing(ToyEngine(ToySettings("draft", agreement=0.8)))
 
 
+@pytest.mark.timeout(180)
 @settings(quiet, max_examples=200)
 @given(schemas, st.integers(0, 3))
 def test_answers_fit_their_schema_and_do_not_depend_on_the_draft(schema: Any, seed: int) -> None:

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, TypeAlias
 
 from outrider.core import decoding
-from outrider.core.constraints import Constraint, Matcher, constrained
+from outrider.core.constraints import Constraint, Matcher, decide
 from outrider.core.engine import Cancelled, Engine, EngineFault
 from outrider.core.events import Prefill
-from outrider.core.sampling import Sampling, Scores, decide, logprob
+from outrider.core.sampling import Sampling, Scores, logprob
 from outrider.core.values import MOST_TOKENS, Role, TokenId, Verdict, Verify
 from outrider.engines.calibration import calibrate
 from outrider.engines.constraints import Constraints
@@ -256,8 +256,9 @@ class TargetWorker(Worker[Engine]):
         """
         history = list(sequence.tokens)
         for at, row in enumerate(rows):
-            row = constrained(row, sequence.matcher, history[sequence.begins :])
-            token, margin = decide(row, sequence.sampling, history, len(history))
+            token, margin = decide(
+                row, sequence.sampling, history, sequence.matcher, sequence.begins
+            )
             margins.append(margin)
             yield token
             history.extend(drafted[at : at + 1])

@@ -8,13 +8,15 @@ the same constraint, agrees more often. `outrider.engines.constraints` makes the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Literal, Protocol, TypeAlias
+from functools import partial
+from typing import Annotated, Any, Literal, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from outrider.core.sampling import Scores
-from outrider.core.values import Meta, TokenId, Value, Word
+from outrider.core import sampling as sampling_
+from outrider.core.sampling import Sampling, Scores
+from outrider.core.values import Drafted, Meta, TokenId, Value, Word
 from outrider.errors import BadRequest
 
 CONSTRAINT_LIMIT = 1 << 16  # bytes of a schema or a grammar
@@ -49,6 +51,8 @@ class Matcher(Protocol):
     last tokens with the one before.
     """
 
+    is_slow: bool  # to say what is allowed takes much longer than to say whether one token is
+
     def allowed(self, answer: Sequence[TokenId]) -> Mask:
         """Which tokens may follow `answer`; end tokens where it may end.
 
@@ -59,9 +63,79 @@ class Matcher(Protocol):
         """How many of the `drafted` tokens are allowed behind `answer`, one behind the other."""
 
 
-def constrained(row: Scores, matcher: Matcher | None, answer: Sequence[TokenId]) -> Scores:
+def constrained(row: Scores, matcher: Matcher, answer: Sequence[TokenId]) -> Scores:
     """The logits of `row`, at minus infinity for tokens that may not follow `answer`."""
-    if matcher is None:
-        return row
     scores: Scores = np.where(matcher.allowed(answer)[: row.size], row, np.float32(-np.inf))
     return scores
+
+
+def decide(
+    row: Scores,
+    sampling: Sampling,
+    history: Sequence[TokenId],
+    matcher: Matcher | None,
+    begins: int,
+) -> tuple[TokenId, float]:
+    """As `sampling.decide`, among what may follow the answer, which begins at `begins`.
+
+    Where rivals were not asked about, the margin counts those that are not allowed, too.
+    """
+    if matcher is None:
+        return sampling_.decide(row, sampling, history, len(history))
+    answer = history[begins:]
+    if _may_be_asked_afterwards(matcher, sampling):
+        token, margin = sampling_.decide(row, sampling, history, len(history))
+        if matcher.legal(answer, (token,)):
+            return token, margin
+    row = constrained(row, matcher, answer)
+    return sampling_.decide(row, sampling, history, len(history))
+
+
+def propose(
+    row: Scores,
+    sampling: Sampling,
+    history: Sequence[TokenId],
+    matcher: Matcher | None,
+    begins: int,
+    n_vocab: int,
+) -> Drafted:
+    """As `sampling.propose`, in the way of `decide`; nothing is forbidden before `begins`."""
+    plain = partial(
+        sampling_.propose,
+        sampling=sampling,
+        history=history,
+        position=len(history),
+        n_vocab=n_vocab,
+    )
+    if matcher is None or len(history) < begins:
+        return plain(row)
+    answer = history[begins:]
+    if _may_be_asked_afterwards(matcher, sampling):
+        drafted = plain(row)
+        if matcher.legal(answer, (drafted.token,)):
+            return drafted
+    return plain(constrained(row, matcher, answer))
+
+
+def _may_be_asked_afterwards(matcher: Matcher, sampling: Sampling) -> bool:
+    """Whether to choose first, and to ask what is allowed only if the choice is not.
+
+    The likeliest token of all is the likeliest of the allowed ones, if it is allowed. But filters
+    judge a token by all others.
+    """
+    return matcher.is_slow and sampling.changed(**_OF_ONE_TOKEN) == Sampling()
+
+
+# what changes the score of a token whatever those of others are
+_OF_ONE_TOKEN: dict[str, Any] = {
+    name: getattr(Sampling(), name)
+    for name in (
+        "temperature",
+        "seed",
+        "logit_bias",
+        "repeat_penalty",
+        "repeat_last_n",
+        "presence_penalty",
+        "frequency_penalty",
+    )
+}

@@ -10,10 +10,12 @@ All work is bounded by what is counted, not by a clock: what one worker refuses,
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -26,11 +28,17 @@ from outrider.errors import BadRequest
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
+T = TypeVar("T")
+_threads = threading.Lock()  # the size of stacks is set for all threads that are started
+
 KEPT = 32  # compiled constraints
 
 # else, where only one text can follow, it would have to be in the tokens of a tokenizer
 ALL_SPELLINGS = '%llguidance {"no_forcing": true}'
+# where in our own notation, which nobody has seen, the library found a mistake
+PLACE = re.compile(r"^(?:at )?\d+\(\d+\): |failed to compile JSON schema: |<non-verbose/>")
 DEAD_END = "there is no text by which it could go on"
+STACK = 512 << 20  # bytes, of which only those in use are taken
 ANY_OBJECT = '{"type": "object"}'
 TAIL = "}\n</tool_call>"
 
@@ -48,7 +56,7 @@ class Constraints:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._lock = threading.Lock()
+        self._lock, self._making = threading.Lock(), threading.Lock()
         self._made: LLTokenizer | None = None
         self._compiled: OrderedDict[tuple[str, str], LLMatcher] = OrderedDict()
 
@@ -58,12 +66,15 @@ class Constraints:
         The first one takes up to a second. Constraints are compiled once, and kept for a while.
         """
         key = constraint.kind, constraint.text
-        with self._lock:  # compiling many at once would leave little to the model's threads
-            compiled = self._compiled.pop(key, None) or self._compile(constraint)
+        with self._lock:
+            compiled = self._compiled.pop(key, None)
+        if compiled is None:
+            compiled = roomy(lambda: self._compile(constraint))
+        with self._lock:
             self._compiled[key] = compiled
             if len(self._compiled) > KEPT:
                 self._compiled.popitem(last=False)
-            return TokenMatcher(compiled.deep_copy(), self._engine, constraint.argument)
+            return self._follower(compiled, constraint)
 
     def _compile(self, constraint: Constraint) -> LLMatcher:
         from llguidance import LLMatcher, LLParserLimits
@@ -71,24 +82,29 @@ class Constraints:
         grammar = written(constraint)
         limits = LLParserLimits(max_lexer_states=50_000, verbose_errors=False)
         compiled = LLMatcher(self._tokenizer(), grammar, log_level=0, limits=limits)
-        TokenMatcher(compiled.deep_copy(), self._engine, constraint.argument).allowed(())
+        self._follower(compiled, constraint).allowed(())
         return compiled
 
-    def _tokenizer(self) -> LLTokenizer:
-        if self._made is None:
-            from llguidance import LLTokenizer, TokenizerWrapper
+    def _follower(self, compiled: LLMatcher, constraint: Constraint) -> TokenMatcher:
+        return TokenMatcher(compiled.deep_copy(), self._engine, constraint)
 
-            if not self._engine.info.vocabulary.ends:
-                raise BadRequest("this model has no end token, so it cannot be held to a form")
-            self._made = LLTokenizer(TokenizerWrapper(Spelling(self._engine)))
-        return self._made
+    def _tokenizer(self) -> LLTokenizer:
+        from llguidance import LLTokenizer, TokenizerWrapper
+
+        with self._making:
+            if self._made is None:
+                if not self._engine.info.vocabulary.ends:
+                    raise BadRequest("this model has no end token, so it cannot be held to a form")
+                self._made = LLTokenizer(TokenizerWrapper(Spelling(self._engine)))
+            return self._made
 
 
 class TokenMatcher:
     """A `Matcher`: follows one answer through a compiled constraint."""
 
-    def __init__(self, matcher: LLMatcher, engine: Engine, argument: str) -> None:
-        self._matcher, self._argument = matcher, argument
+    def __init__(self, matcher: LLMatcher, engine: Engine, constraint: Constraint) -> None:
+        self.is_slow = constraint.kind == "gbnf"  # 10 ms for 150,000 tokens, for JSON 0.1
+        self._matcher, self._argument = matcher, constraint.argument
         vocabulary = engine.info.vocabulary
         self._check()
         self._size, self._ends = vocabulary.size, list(vocabulary.ends)
@@ -204,7 +220,31 @@ def hermes(functions: Mapping[str, Any], several: bool) -> str:
     return "\n".join(rules)
 
 
+def roomy(function: Callable[[], T]) -> T:
+    """What `function` returns or raises, on a thread whose stack does not overflow.
+
+    The library follows references of references by recursion. Half of what fits a constraint
+    overflows a usual stack, which would end the process.
+    """
+    done: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(function())
+        except BaseException as exc:
+            done.set_exception(exc)
+
+    with _threads:
+        usual = threading.stack_size(STACK)
+        try:
+            thread = threading.Thread(target=run, name="constraint", daemon=True)
+            thread.start()
+        finally:
+            threading.stack_size(usual)
+    return done.result()
+
+
 def refusal(argument: str, reason: str) -> BadRequest:
     """The error for a constraint that cannot be used; the reason may be the library's."""
-    reason = " ".join(reason.removesuffix("<non-verbose/>").split())
+    reason = PLACE.sub("", reason.strip().partition("\n")[0])
     return BadRequest(f"{argument} cannot be followed: {reason:.300}", argument)

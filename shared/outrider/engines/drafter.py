@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from outrider.core.constraints import Constraint, Matcher, constrained
+from outrider.core.constraints import Constraint, Matcher, propose
 from outrider.core.drafter import DrafterInfo
 from outrider.core.engine import Engine
-from outrider.core.sampling import Sampling, Scores, propose
+from outrider.core.sampling import Sampling, Scores
 from outrider.core.stream import AT_ONCE
 from outrider.core.values import Drafted, TokenId
 from outrider.engines.calibration import calibrate, calibrate_reading
@@ -28,9 +28,7 @@ class Asked:
 
     def propose(self, row: Scores, text: Sequence[TokenId]) -> Drafted:
         """The token behind `text`, chosen from its logits as the target would choose."""
-        if len(text) >= self.begins:  # else it is recalled within the prompt
-            row = constrained(row, self.matcher, text[self.begins :])
-        return propose(row, self.sampling, text, len(text), n_vocab=self.vocabulary)
+        return propose(row, self.sampling, text, self.matcher, self.begins, self.vocabulary)
 
 
 class ModelDrafter:

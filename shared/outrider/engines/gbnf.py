@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-DEEPEST = 64  # brackets inside each other
 MOST_REPEATED = 2000  # as in llama.cpp
 
 WORD = re.compile(
@@ -82,8 +81,6 @@ def _check(kind: str, word: str, last: str, depth: int) -> None:
         raise ValueError(f"{word!r:.80} is not where it can be: a rule is `name ::= …`")
     if depth < 0 or (kind == "rule" and depth):
         raise ValueError("a bracket is not closed, or closes nothing")
-    if depth > DEEPEST:
-        raise ValueError(f"more than {DEEPEST} brackets are inside each other")
     if kind == "many" and last not in ("name", "text", "chars", "any", "close"):
         raise ValueError(f"nothing is repeated by {word!r}")
 
