@@ -112,7 +112,7 @@ class ByHeart:
         return tuple(Drafted(token, self.confidence) for token in SONG[at : at + self.many])
 
     def forget(self, slot: int) -> None:
-        del self.texts[slot]
+        self.texts.pop(slot, None)  # it may never have been opened
         self.forgotten.append(slot)
 
     def cancel(self) -> None:
@@ -561,3 +561,40 @@ async def test_nothing_is_recalled_for_a_request_that_has_just_been_closed(desk:
     posted: list[Proposal] = []
     desk.worker._draft(ride, 0.0, posted.append)
     assert (posted, desk.drafter.opened) == ([], [])
+
+
+# ---- constraints --------------------------------------------------------------------------------
+
+HELD = Constraint("json")
+
+
+async def test_a_constraint_is_prepared_while_others_ride(desk: Desk) -> None:
+    desk.open(1, until=10, constraint=HELD, begins=3)
+    desk.open(2, text=SONG[20:24], until=6)
+    assert tokens(await desk.proposals()) == [(4, SONG[24:26])]  # the first is not ready yet
+    assert desk.drafter.held_to == [(None, 0)]
+    desk.drafter.preparing.set()
+    await asyncio.gather(*desk.worker._preparing)
+    assert desk.drafter.prepared == [HELD]
+    assert tokens(await desk.proposals())[0] == (4, SONG[4:7])
+    assert desk.drafter.held_to[-1] == (HELD, 3)
+
+
+async def test_a_constraint_that_the_drafter_cannot_follow_is_told_once(desk: Desk) -> None:
+    desk.drafter.unknown = BadRequest("no such form", "json_schema")
+    desk.drafter.preparing.set()
+    desk.open(constraint=HELD, begins=3)
+    await asyncio.gather(*desk.worker._preparing)
+    assert await desk.work() == [wire.Failed(1, "invalid_request", "no such form", "json_schema")]
+    assert desk.drafter.texts == {}
+
+
+async def test_a_ride_that_is_closed_before_its_constraint_is_prepared_does_nothing(
+    desk: Desk,
+) -> None:
+    desk.open(constraint=HELD, begins=3)
+    desk.worker.handle(wire.Close(1))
+    desk.drafter.preparing.set()
+    await asyncio.gather(*desk.worker._preparing)
+    assert await desk.work() == []
+    assert desk.drafter.held_to == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,9 +11,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from outrider.core.constraints import Constraint
 from outrider.core.events import Prefill
 from outrider.core.sampling import Sampling, Scores
-from outrider.core.values import Verdict
+from outrider.core.values import Verdict, Verify
 from outrider.engines.toy import ToyEngine
 from outrider.wire import messages as wire
 from outrider_services.pipeline.target_worker import TargetWorker
@@ -112,3 +114,82 @@ async def test_after_a_pass_that_went_wrong_once_the_text_is_evaluated_again() -
         assert isinstance(said.done, Verdict)
     tokens = [said.done.tokens for (said,) in (usual, again)]  # type: ignore[union-attr]
     assert tokens[0] == tokens[1]
+
+
+# ---- constraints --------------------------------------------------------------------------------
+
+ANY_OBJECT = Constraint("json")
+
+
+async def at_work(worker: TargetWorker) -> None:
+    """Until nothing is left to compile or to compute."""
+    while worker._questions:
+        await asyncio.gather(*worker._questions)
+    while await worker.compute():
+        pass
+
+
+@pytest.fixture
+async def desk() -> AsyncIterator[tuple[TargetWorker, list[wire.Message]]]:
+    """A worker, and what it has sent."""
+    sent: list[wire.Message] = []
+    with ThreadPoolExecutor(1) as owner:
+        made = TargetWorker(ToyEngine(), owner, (0.1,))
+        setattr(made, "send", sent.append)  # noqa: B010
+        yield made, sent
+
+
+Desk = tuple[TargetWorker, list[wire.Message]]
+PREFILL = Prefill((1, 2, 3), Sampling(temperature=0), False, ANY_OBJECT)
+
+
+async def test_drafted_tokens_behind_a_forbidden_one_are_not_evaluated(desk: Desk) -> None:
+    worker, sent = desk
+    worker.handle(wire.Do(5, PREFILL))
+    await at_work(worker)
+    (first,) = sent
+    assert isinstance(first, wire.Done)
+    assert isinstance(first.done, Verdict)
+    assert (first.done.tokens, first.done.forbidden) == ((ord("{"),), 0)
+    worker.handle(wire.Do(5, Verify(1, 4, tuple(b'"x{}'))))  # nothing is forbidden
+    worker.handle(wire.Do(6, PREFILL))
+    await at_work(worker)
+    worker.handle(wire.Do(6, Verify(1, 4, tuple(b'}}"'))))
+    await at_work(worker)
+    whole, _, cut = (one.done for one in sent[1:] if isinstance(one, wire.Done))
+    assert isinstance(whole, Verdict)
+    assert whole.forbidden == 0
+    assert isinstance(cut, Verdict)
+    assert cut.forbidden == 2
+    assert len(cut.tokens) == cut.accepted + 1
+    assert worker.model.length(1) == 3 + 1 + cut.accepted
+
+
+async def test_whether_a_form_can_be_kept_is_asked_beforehand(desk: Desk) -> None:
+    worker, sent = desk
+    worker.handle(wire.Constrain(1, ANY_OBJECT))
+    worker.handle(wire.Constrain(2, Constraint("schema", '{"enum": []}', "json_schema")))
+    await at_work(worker)
+    assert sent[0] == wire.Constrainable(1)
+    assert isinstance(sent[1], wire.Failed)
+    assert (sent[1].id, sent[1].code, sent[1].param) == (2, "invalid_request", "json_schema")
+
+
+async def test_a_form_that_cannot_be_kept_fails_its_request_alone(desk: Desk) -> None:
+    worker, sent = desk
+    wrong = Constraint("gbnf", "root ::= root", "grammar")
+    worker.handle(wire.Do(5, Prefill((1, 2, 3), Sampling(), False, wrong)))
+    worker.handle(wire.Do(6, Prefill((1, 2, 3), Sampling(), False)))
+    await at_work(worker)
+    failed = next(one for one in sent if isinstance(one, wire.Failed))
+    assert (failed.id, failed.param) == (5, "grammar")
+    assert [one.request for one in sent if isinstance(one, wire.Done)] == [6]
+    assert len(worker.slots._free) == worker.model.info.slots - 1
+
+
+async def test_a_request_closed_while_its_form_is_compiled_does_nothing(desk: Desk) -> None:
+    worker, sent = desk
+    worker.handle(wire.Do(5, PREFILL))
+    worker.handle(wire.Close(5))
+    await at_work(worker)
+    assert sent == []
