@@ -74,6 +74,8 @@ class SamplingOptions:
     seed: int = opt(-1, "-s --seed -seed", "seed of the sampling; -1: random, and shown", "N")
     stop: tuple[str, ...] = opt((), "--stop -r --reverse-prompt", "stop before this text, or at this control token (repeatable)", "TEXT")
     ignore_eos: bool = opt(False, "--ignore-eos", "never choose an end token")
+    json_schema: str | None = opt(None, "-j --json-schema", "the answer is JSON that fits this schema; {}: any JSON", "SCHEMA")
+    grammar: str | None = opt(None, "--grammar", "the answer is a text of this grammar in GBNF", "GBNF")
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,15 +19,18 @@ FLAGS = (
 SCIENTIST = {
     "type": "object",
     "properties": {
-        "full_name": {"type": "string"},
+        "full_name": {"type": "string", "maxLength": 40},
         "field_of_research": {"enum": ["physics", "mathematics", "biology"]},
         "year_of_birth": {"type": "integer", "minimum": 1500, "maximum": 2000},
-        "known_for": {"type": "string", "maxLength": 60},
+        "is_alive": {"type": "boolean"},
+        "received_a_nobel_prize": {"type": "boolean"},
     },
-    "required": ["full_name", "field_of_research", "year_of_birth", "known_for"],
+    "required": [
+        "full_name", "field_of_research", "year_of_birth", "is_alive", "received_a_nobel_prize",
+    ],
     "additionalProperties": False,
-}
-CHAT = [{"role": "user", "content": "Tell me about a famous scientist. Answer in JSON."}]
+}  # fmt: skip
+CHAT = [{"role": "user", "content": "Tell me about a famous scientist."}]
 GREEDY: dict[str, Any] = {"temperature": 0.0}
 SAMPLED: dict[str, Any] = {"temperature": 0.8, "seed": 7}
 MODES: tuple[Any, ...] = ("plain", "pipelined")

@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jsonschema
@@ -20,7 +21,7 @@ from outrider.engines.constraints import Constraints
 from outrider.engines.toy import END, ToyEngine
 
 if TYPE_CHECKING:
-    from tests.integration.conftest import Pipeline, Served
+    from tests.integration.conftest import Cli, Pipeline, Served
 
 PROMPT = "Quiet rain over"
 MODES = ("plain", "sync", "pipelined")
@@ -139,7 +140,8 @@ async def test_a_grammar_that_comes_to_nothing_ends_with_one_error(pipeline: Sta
 
 
 async def test_who_reads_a_heavy_schema_does_not_keep_others_waiting(served: Served) -> None:
-    heavy = {"type": "object", "properties": {f"p{n}": {"type": "integer"} for n in range(1500)}}
+    links = {f"{n}": {"items": {"$ref": f"#/$defs/{n + 1}"}} for n in range(1500)}
+    heavy = {"$ref": "#/$defs/0", "$defs": {**links, "1500": {}}}
 
     async def compile_it(n: int) -> None:
         async with served.connect() as client:
@@ -157,3 +159,16 @@ async def test_who_reads_a_heavy_schema_does_not_keep_others_waiting(served: Ser
         assert not all(task.done() for task in waiting)
         await asyncio.gather(*waiting)
     assert slowest < 1.0
+
+
+@pytest.mark.timeout(90)
+def test_the_command_holds_its_answer_to_a_form(cli: Cli, tmp_path: Path) -> None:
+    own = ("run", "--backend=toy", "--toy-step-ms=1", "--no-stats", "-n=30")
+    held = cli(*own, "-j", '{"const": "a song"}', PROMPT)
+    assert (held.returncode, held.stdout.strip()) == (0, '"a song"'), held.stderr
+    (tmp_path / "song.gbnf").write_text('root ::= "la"{3} "!"')
+    held = cli(*own, "--grammar-file=song.gbnf", PROMPT)
+    assert (held.returncode, held.stdout.strip()) == (0, "lalala!"), held.stderr
+    refused = cli(*own, "-j", '{"enum": []}', PROMPT)
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert "json_schema cannot be followed" in refused.stderr
