@@ -232,13 +232,13 @@ def nested(opening: str, closing: str, depth: int) -> str:
     ],
 )
 def test_what_cannot_be_followed_is_refused_by_name(kind: Any, text: str) -> None:
-    began = time.monotonic()
+    began = time.process_time()
     with pytest.raises(BadRequest) as found:
         TOY.matcher(Constraint(kind, text, "the_argument"))
     assert found.value.param == "the_argument"
     assert "the_argument" in str(found.value)
     assert len(str(found.value)) < 400
-    assert time.monotonic() - began < 2.0
+    assert time.process_time() - began < 2.0
 
 
 def test_a_long_chain_of_references_does_not_end_the_process() -> None:
@@ -251,7 +251,7 @@ def test_a_long_chain_of_references_does_not_end_the_process() -> None:
     assert says(one, "[[[]]]")
 
 
-BOUNDED = 2.0  # seconds, on a slow machine
+BOUNDED = 2.0  # seconds of computing
 
 
 @pytest.mark.parametrize(
@@ -270,7 +270,7 @@ BOUNDED = 2.0  # seconds, on a slow machine
     ids=range(9),
 )
 def test_a_schema_that_costs_much_is_used_or_refused_in_time(schema: dict[str, Any]) -> None:
-    began = time.monotonic()
+    began = time.process_time()
     answer: list[TokenId] = []
     try:
         one = matcher("schema", json.dumps(schema))
@@ -280,7 +280,7 @@ def test_a_schema_that_costs_much_is_used_or_refused_in_time(schema: dict[str, A
                 break
     except BadRequest:
         pass
-    assert time.monotonic() - began < BOUNDED
+    assert time.process_time() - began < BOUNDED
 
 
 # ---- whole answers ------------------------------------------------------------------------------
@@ -340,3 +340,23 @@ def test_answers_fit_their_schema_and_do_not_depend_on_the_draft(schema: Any, se
         jsonschema.validate(json.loads(bytes(answer[:-1])), schema)
         for knows in (True, False):
             assert drafted_answer(sampling, constraint, knows) == answer
+
+
+class Panic(BaseException):
+    """What the library's own mistakes are raised as: no Exception."""
+
+
+class Panicking:
+    """In the place of the library's matcher."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise Panic("index out of bounds")
+
+
+def test_a_mistake_of_the_library_is_an_error_of_the_request() -> None:
+    one = matcher("json")
+    one._matcher = Panicking()  # type: ignore[assignment]
+    with pytest.raises(BadRequest, match="index out of bounds"):
+        one.allowed([])
+    with pytest.raises(BadRequest, match="index out of bounds"):
+        one.legal([], [1])

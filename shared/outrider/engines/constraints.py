@@ -13,8 +13,9 @@ import json
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -23,7 +24,7 @@ from outrider.core.constraints import Constraint, Mask
 from outrider.core.engine import Engine
 from outrider.core.values import TokenId
 from outrider.engines.gbnf import to_lark
-from outrider.errors import BadRequest
+from outrider.errors import BadRequest, OutriderError
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -79,10 +80,11 @@ class Constraints:
     def _compile(self, constraint: Constraint) -> LLMatcher:
         from llguidance import LLMatcher, LLParserLimits
 
-        grammar = written(constraint)
-        limits = LLParserLimits(max_lexer_states=50_000, verbose_errors=False)
-        compiled = LLMatcher(self._tokenizer(), grammar, log_level=0, limits=limits)
-        self._follower(compiled, constraint).allowed(())
+        limits = LLParserLimits(max_lexer_states=10_000, verbose_errors=False)
+        with failing(constraint.argument):
+            made = self._tokenizer()
+            compiled = LLMatcher(made, written(constraint), log_level=0, limits=limits)
+            self._follower(compiled, constraint).allowed(())
         return compiled
 
     def _follower(self, compiled: LLMatcher, constraint: Constraint) -> TokenMatcher:
@@ -112,6 +114,14 @@ class TokenMatcher:
         self._taken: list[TokenId] = []
 
     def allowed(self, answer: Sequence[TokenId]) -> Mask:
+        with failing(self._argument):
+            return self._allowed(answer)
+
+    def legal(self, answer: Sequence[TokenId], drafted: Sequence[TokenId]) -> int:
+        with failing(self._argument):
+            return self._legal(answer, drafted)
+
+    def _allowed(self, answer: Sequence[TokenId]) -> Mask:
         self._follow(answer)
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         self._check()
@@ -122,7 +132,7 @@ class TokenMatcher:
             raise refusal(self._argument, DEAD_END)
         return allowed
 
-    def legal(self, answer: Sequence[TokenId], drafted: Sequence[TokenId]) -> int:
+    def _legal(self, answer: Sequence[TokenId], drafted: Sequence[TokenId]) -> int:
         if not drafted:
             return 0
         self._follow(answer)
@@ -182,20 +192,17 @@ class Spelling:
 
 
 def written(constraint: Constraint) -> str:
-    """The constraint in the library's own notation, Lark's. Raises BadRequest."""
+    """The constraint in the library's own notation, Lark's."""
     text = constraint.text
-    try:
-        match constraint.kind:
-            case "json":
-                rules = f"start: {schema(ANY_OBJECT)}"
-            case "schema":
-                rules = f"start: {schema(text)}"
-            case "tools":
-                rules = hermes(**json.loads(text))
-            case "gbnf":
-                rules = to_lark(text)
-    except (ValueError, TypeError, AttributeError, RecursionError) as exc:
-        raise refusal(constraint.argument, str(exc)) from None
+    match constraint.kind:
+        case "json":
+            rules = f"start: {schema(ANY_OBJECT)}"
+        case "schema":
+            rules = f"start: {schema(text)}"
+        case "tools":
+            rules = hermes(**json.loads(text))
+        case "gbnf":
+            rules = to_lark(text)
     return f"{ALL_SPELLINGS}\n{rules}"
 
 
@@ -218,6 +225,17 @@ def hermes(functions: Mapping[str, Any], several: bool) -> str:
         rules.append(f"{call}: {json.dumps(head)} {call}_arguments {json.dumps(TAIL)}")
         rules.append(f"{call}_arguments: {schema(json.dumps(parameters))}")
     return "\n".join(rules)
+
+
+@contextmanager
+def failing(argument: str) -> Iterator[None]:
+    """Raise BadRequest for whatever goes wrong: a panic of the library must not end a worker."""
+    try:
+        yield
+    except OutriderError:
+        raise
+    except BaseException as exc:
+        raise refusal(argument, f"{exc}") from exc
 
 
 def roomy(function: Callable[[], T]) -> T:
