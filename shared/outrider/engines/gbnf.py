@@ -77,7 +77,8 @@ def _words(grammar: str) -> Iterator[tuple[str, str]]:
 
 def _check(kind: str, word: str, last: str, depth: int) -> None:
     """Raise ValueError for a word that cannot stand behind one of the kind `last`."""
-    if (last in ("", "rule")) != (kind == {"": "rule", "rule": "is"}.get(last)):
+    expected = {"": "rule", "rule": "is"}.get(last, "")
+    if kind != expected if expected else kind == "is":
         raise ValueError(f"{word!r:.80} is not where it can be: a rule is `name ::= …`")
     if depth < 0 or (kind == "rule" and depth):
         raise ValueError("a bracket is not closed, or closes nothing")
