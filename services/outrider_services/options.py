@@ -91,6 +91,8 @@ class SamplingOptions:
     seed: int = opt(-1, "-s --seed -seed", "seed of the sampling; -1: random, and shown", "N")
     stop: tuple[str, ...] = opt((), "--stop -r --reverse-prompt", "stop before this text, or at this control token (repeatable)", "TEXT")
     ignore_eos: bool = opt(False, "--ignore-eos", "never choose an end token")
+    json_schema: str | None = opt(None, "-j --json-schema", "the answer is JSON that fits this schema; {}: any JSON", "SCHEMA")
+    grammar: str | None = opt(None, "--grammar", "the answer is a text of this grammar in GBNF", "GBNF")
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +125,7 @@ class ServerOptions:
     timeout_s: float = opt(600.0, "--timeout", "longest wait for the next block of an answer over HTTP, in seconds", "S")
     metrics_compat: Compat = opt("none", "--metrics-compat", "/metrics tells what vLLM counts, too, once more by its names there")
     sse_ping_s: float = opt(15.0, "--sse-ping-interval", "a streamed answer that is silent for so many seconds gets a comment; 0: never", "S")
+    allow_grammar: bool = opt(False, "--allow-grammar", "take grammars in GBNF from clients; JSON schemas are always taken")
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from outrider.core.constraints import Constraint
 from outrider.core.stats import Report
 from outrider.core.values import Drafted, Fragment, Span, Token, ToolCallDelta, TopLogprob
 from outrider.errors import (
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
         ToolCall,
         Usage,
         connect,
+        tool_calls,
     )
 
 __all__ = [
@@ -56,6 +58,7 @@ __all__ = [
     "CompletionSettings",
     "ConfigError",
     "ConnectionFailed",
+    "Constraint",
     "Drafted",
     "FinishReason",
     "Fragment",
@@ -80,6 +83,7 @@ __all__ = [
     "Usage",
     "WorkerLost",
     "connect",
+    "tool_calls",
 ]
 
 

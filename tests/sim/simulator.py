@@ -23,6 +23,7 @@ from typing import Literal, NamedTuple
 from tests.oracle import alone
 
 from outrider.core import decoding
+from outrider.core.constraints import Constraint, Matcher, constrained, propose
 from outrider.core.estimates import CostModel
 from outrider.core.events import (
     Cancel,
@@ -44,7 +45,7 @@ from outrider.core.events import Event as SessionEvent
 from outrider.core.experience import Experience
 from outrider.core.gathering import Gathering
 from outrider.core.rules import FixedRule, PricedRule, Rule
-from outrider.core.sampling import FAR, Sampling, Scores, choose, propose
+from outrider.core.sampling import FAR, Sampling, Scores, choose
 from outrider.core.session import Phase, Session
 from outrider.core.stats import Stats
 from outrider.core.stragglers import Stragglers
@@ -59,6 +60,7 @@ from outrider.core.values import (
     Verify,
     ids_of,
 )
+from outrider.engines.constraints import Constraints
 from outrider.engines.toy import ToyEngine, ToySettings
 from outrider.engines.toy_text import END, SMALLEST
 
@@ -87,10 +89,14 @@ class Asked:
     sampling: Sampling = GREEDY
     language: int = 0
     end_probability: float = 0.0
+    constraint: Constraint | None = None
 
     @property
     def tokens(self) -> tuple[TokenId, ...]:
         return tuple(self.prompt.encode())
+
+    def matcher(self) -> Matcher | None:
+        return all_constraints().matcher(self.constraint) if self.constraint else None
 
     def engine(self) -> ToyEngine:
         return self._toy(ToySettings(end_probability=self.end_probability))
@@ -103,6 +109,11 @@ class Asked:
         return ToyEngine(
             replace(settings, seed=self.language, context=context, chunk=context, slots=1)
         )
+
+
+@cache
+def all_constraints() -> Constraints:
+    return Constraints(ToyEngine())
 
 
 ASKED = Asked()
@@ -164,6 +175,7 @@ class World:
     from_target_s: tuple[float, ...] = (0.0,)
     to_draft_s: tuple[float, ...] = (0.0,)
     from_draft_s: tuple[float, ...] = (0.0,)
+    knows: bool = True  # the draft worker knows what constraints allow
     cut_short: bool = True  # a cancelled draft step ends at once, or has just been too far
     events: tuple[Event, ...] = ()
 
@@ -197,7 +209,7 @@ def plain(asked: Asked) -> Answer:
     longest = asked.context - len(asked.tokens)
     if asked.n_predict is not None:
         longest = min(longest, asked.n_predict)
-    for token in alone(asked.engine(), asked.tokens, asked.sampling):
+    for token in alone(asked.engine(), asked.tokens, asked.sampling, asked.matcher()):
         answer.append(token)
         text = text_of(answer)
         if token in ENDS:
@@ -258,13 +270,14 @@ class Target:
     def __init__(self, asked: Asked) -> None:
         self.asked = asked
         self.tokens = list(asked.tokens)
-        self.engine = asked.engine()
+        self.engine, self.matcher = asked.engine(), asked.matcher()
         if self.tokens[:-1]:
             self.engine.extend(0, self.tokens[:-1], 0)
 
     def verify(self, order: Verify) -> Verdict:
         base, drafted = order.base, order.drafted
         assert base == len(self.tokens), "the target is asked to verify behind another text"
+        drafted = self.legal(drafted)
         rows = self.engine.extend(0, [self.tokens[-1], *drafted], len(drafted) + 1)
         verdict = decoding.verify(drafted, self.choices(order.round, drafted, rows), ENDS)
         self.rewind(base + verdict.accepted)
@@ -274,11 +287,20 @@ class Target:
             base=base,
             pieces=tuple(map(self.engine.piece, verdict.tokens)),
             margins=(FAR,) * len(verdict.tokens),
+            forbidden=len(order.drafted) - len(drafted),
         )
+
+    def legal(self, drafted: tuple[TokenId, ...]) -> tuple[TokenId, ...]:
+        """The drafted tokens up to the first that the constraint forbids."""
+        if self.matcher is None:
+            return drafted
+        return drafted[: self.matcher.legal(self.tokens[len(self.asked.tokens) :], drafted)]
 
     def choices(self, round_: int, drafted: tuple[TokenId, ...], rows: Scores) -> Iterator[TokenId]:
         history = list(self.tokens)
         for at, row in enumerate(rows):
+            if self.matcher:
+                row = constrained(row, self.matcher, history[len(self.asked.tokens) :])
             yield choose(row, self.asked.sampling, history, self.position(round_, at))
             history += drafted[at : at + 1]
 
@@ -299,6 +321,7 @@ class Ride:
     stream: Stream
     asked: float  # when there was something to draft
     skip: int  # tokens at the beginning that are not read: the engine's position 0 is behind them
+    matcher: Matcher | None
     unsent: Proposal | None = None
 
 
@@ -357,21 +380,29 @@ class Draft:
             return
         engine = run.asked.draft_engine(world.agreement)
         stream = Stream.opened(order, world.draft_context)
+        assert (order.constraint, order.begins) == (run.asked.constraint, len(run.asked.tokens))
+        matcher = run.asked.matcher() if world.knows else None
+        ride = Ride(run, engine, stream, self.sim.clock.now, order.skip, matcher)
         if order.recall:
-            self._recall(run, engine, stream, order.recall)
-        self.rides.append(Ride(run, engine, stream, self.sim.clock.now, order.skip))
+            self._recall(ride, order.recall)
+        self.rides.append(ride)
 
-    def _recall(self, run: Run, engine: ToyEngine, stream: Stream, count: int) -> None:
+    def _recall(self, ride: Ride, count: int) -> None:
         """Read the text and say what would have been drafted for its last tokens."""
+        run, engine, stream = ride.run, ride.engine, ride.stream
         text, start = stream.tokens, stream.read
         rows = engine.extend(0, text[start:-1], count)
         ends, stream.read = range(len(text) - count, len(text)), len(text) - 1
         recalled = tuple(
-            propose(row, run.asked.sampling, text[:end], end, n_vocab=SMALLEST)
-            for end, row in zip(ends, rows, strict=True)
+            self._propose(ride, row, text[:end]) for end, row in zip(ends, rows, strict=True)
         )
         proposal = Proposal(stream.lineage, len(text), (), 0.001, recalled=recalled)
         self.sim.send_drafted(self, run, proposal)
+
+    @staticmethod
+    def _propose(ride: Ride, row: Scores, text: Sequence[TokenId]) -> Drafted:
+        asked = ride.run.asked
+        return propose(row, asked.sampling, text, ride.matcher, len(asked.tokens), SMALLEST)
 
     def commit(self, run: Run, order: Commit) -> None:
         ride = self.of(run)
@@ -415,8 +446,7 @@ class Draft:
         if ride.engine.length(0) > start - ride.skip:
             ride.engine.rewind(0, start - ride.skip)
         row = ride.engine.extend(0, text[start:], 1)[0]
-        drafted = propose(row, ride.run.asked.sampling, text, len(text), n_vocab=SMALLEST)
-        return Part(ride, begun, drafted, now - ride.asked)
+        return Part(ride, begun, self._propose(ride, row, text), now - ride.asked)
 
     def _finish(self, step: Step) -> None:
         if self.step is not step:
@@ -612,6 +642,8 @@ class Run:
         for kind in ("corrected", "bonus", "plain"):
             assert kinds[kind] == stats.own[kind]
         reasons = {"correction", "miss", "stop", "cancelled", "stale", "dismissed"}
+        if self.asked.constraint and (self.lied or not self.sim.world.knows):
+            reasons.add("grammar")
         assert set(+stats.discarded) <= reasons
         assert stats.discarded["cancelled"] == 0 or reason == "cancelled"
         # one pass a round, no round twice; the last one's verdict may have come too late
@@ -709,6 +741,7 @@ class Simulation:
             vocabulary=SMALLEST,
             sampling=asked.sampling,
             trace=True,
+            constraint=asked.constraint,
         )
         made: Rule = rule if isinstance(rule, FixedRule) else self._priced(rule)
         session = self.make_session(task, made, Stats(rule.mode, asked.sampling.seed))
@@ -846,23 +879,28 @@ class Simulation:
             return
         began, elapsed_s = self.clock.now, next(self.pass_s)
         self._passing = True
+        found = [run.target.verify(order) for run, order, _ in shares]
+        drafted = [
+            len(order.drafted) - one.forbidden
+            for (_, order, _), one in zip(shares, found, strict=True)
+        ]
         reads = any(order.round == 0 for _, order, _ in shares)
-        rows = 0 if reads else sum(len(order.drafted) + 1 for _, order, _ in shares)
+        rows = 0 if reads else sum(drafted) + len(shares)
         verdicts: list[tuple[Run, Verdict]] = []
-        for run, order, asked in shares:
+        for (run, _, asked), verdict in zip(shares, found, strict=True):
             self.seen["waited for a pass"] += began > asked
-            verdict = run.target.verify(order).changed(
+            told = verdict.changed(
                 elapsed_s=elapsed_s, waited_s=began - asked, rows=rows, requests=len(shares)
             )
-            verdicts.append((run, verdict))
+            verdicts.append((run, told))
         self.seen["shared a pass"] += len(shares) > 1
 
         def end() -> None:
             self._passing = False
             self._stragglers.passed(elapsed_s)
-            for run, order, _ in shares:
+            for (run, order, _), count in zip(shares, drafted, strict=True):
                 self._stragglers.answered(id(run), self.clock.now)
-                run.passes.append(Pass(order.round, len(order.drafted), began, self.clock.now))
+                run.passes.append(Pass(order.round, count, began, self.clock.now))
             self.from_target.send(lambda: self._deliver(verdicts))
             self._next_pass()
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from outrider.core.constraints import Constraint
 from outrider.core.engine import Vocabulary
 from outrider.core.events import Commit, OpenDraft, Prefill
 from outrider.core.rules import FixedRule
@@ -253,6 +254,35 @@ async def test_what_cannot_be_served_fails_before_it_starts(
     assert up.outcomes() == {1: ["invalid_request"]}
     assert up.orders(TARGET) == []
     assert up.core.health()["requests"] == {"running": 0, "waiting": 0}
+
+
+ANY_OBJECT = Constraint("json")
+GRAMMAR = Constraint("gbnf", "root ::= [a-z]+", "grammar")
+
+
+async def test_the_target_says_first_whether_it_can_hold_an_answer_to_a_form(up: Pipeline) -> None:
+    await up.says(CLIENT, submit(1, constraint=ANY_OBJECT), submit(2, constraint=ANY_OBJECT))
+    first, second = up.to(TARGET, wire.Constrain)
+    assert (first.constraint, up.started()) == (ANY_OBJECT, [])
+    wrong = wire.Failed(second.call, "invalid_request", "no such form", "json_schema")
+    await up.says(TARGET, wire.Constrainable(first.call), wrong)
+    assert up.started() == [1]
+    assert up.outcomes() == {2: ["invalid_request"]}
+    (prefill,) = up.orders(TARGET, Prefill)
+    (opened,) = up.orders(DRAFT, OpenDraft)
+    assert prefill.order.constraint == opened.order.constraint == ANY_OBJECT
+    assert opened.order.begins == len(PROMPT)
+
+
+async def test_a_grammar_is_taken_where_it_is_allowed(up: Pipeline) -> None:
+    await up.says(CLIENT, submit(constraint=GRAMMAR))
+    (failed,) = up.to(CLIENT, wire.Failed)
+    assert (failed.code, failed.param) == ("invalid_request", "grammar")
+    assert "--allow-grammar" in failed.message
+    assert up.to(TARGET, wire.Constrain) == []
+    up.core._defaults = Defaults(allow_grammar=True)
+    await up.says(CLIENT, submit(2, constraint=GRAMMAR))
+    assert len(up.to(TARGET, wire.Constrain)) == 1
 
 
 async def test_a_call_that_is_submitted_twice_runs_once(up: Pipeline) -> None:

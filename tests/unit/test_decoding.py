@@ -77,3 +77,26 @@ def test_the_committed_tokens_are_always_a_prefix_of_the_targets_choices(
 
 def test_the_examples_in_the_docstrings_hold() -> None:
     assert doctest.testmod(decoding) == doctest.TestResults(failed=0, attempted=5)
+
+
+@pytest.mark.parametrize(
+    ("accepted", "tokens", "forbidden", "wrong"),
+    [
+        (0, (9,), 2, None),
+        (1, (1, 9), 2, None),
+        (0, (9,), 3, None),
+        (0, (9,), 4, "0 accepted of -1"),
+        (2, (1, 2, 9), 2, "2 accepted of 1"),
+        (1, (1, 2), 2, "a correction that was drafted"),
+    ],
+)
+def test_what_a_constraint_forbids_cannot_be_accepted_nor_chosen(
+    accepted: int, tokens: tuple[TokenId, ...], forbidden: int, wrong: str | None
+) -> None:
+    many = len(tokens)
+    verdict = Verdict(
+        accepted, tokens, pieces=(b"",) * many, margins=(1.0,) * many, forbidden=forbidden
+    )
+    told = decoding.contradiction(verdict, (1, 2, 3), frozenset({0}), 100)
+    assert (told or "").startswith(wrong or "")
+    assert (told is None) == (wrong is None)

@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import asyncio
 import math
+import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 
+from outrider.core.constraints import Constraint
 from outrider.core.drafter import DrafterInfo
 from outrider.core.engine import Cancelled, EngineFault
 from outrider.core.events import Commit, OpenDraft
 from outrider.core.sampling import BadScores, Sampling
 from outrider.core.values import Drafted, Proposal, TokenId, ids_of
+from outrider.errors import BadRequest
 from outrider.wire import messages as wire
 from outrider_services.pipeline import draft_worker, worker
 from outrider_services.pipeline.draft_worker import DraftWorker
@@ -60,6 +63,16 @@ class ByHeart:
         self.asked: list[tuple[int, tuple[TokenId, ...]]] = []
         self.cuts: list[tuple[int, int]] = []
         self.is_cut = False
+        self.prepared: list[Constraint] = []
+        self.preparing = threading.Event()  # a constraint is not prepared before this is set
+        self.unknown: BadRequest | None = None  # it says so of any constraint
+        self.held_to: list[tuple[Constraint | None, int]] = []
+
+    def prepare(self, constraint: Constraint) -> None:
+        self.prepared.append(constraint)
+        self.preparing.wait(5)
+        if self.unknown:
+            raise self.unknown
 
     def open(
         self,
@@ -69,8 +82,13 @@ class ByHeart:
         skip: int = 0,
         known: int = 0,
         source: int = -1,
+        constraint: Constraint | None = None,
+        begins: int = 0,
     ) -> None:
         assert sampling is SAMPLING
+        if constraint and self.unknown:
+            raise self.unknown
+        self.held_to.append((constraint, begins))
         self.texts[slot] = max(skip, min(known, self.texts.get(source, 0)))
         self.opened.append((slot, vocabulary))
 
@@ -557,3 +575,40 @@ async def test_nothing_is_recalled_for_a_request_that_has_just_been_closed(desk:
     desk.worker.handle(wire.Close(1))
     assert not ride.has_work
     assert (await desk.work(), desk.drafter.opened) == ([], [])
+
+
+# ---- constraints --------------------------------------------------------------------------------
+
+HELD = Constraint("json")
+
+
+async def test_a_constraint_is_prepared_while_others_ride(desk: Desk) -> None:
+    desk.open(1, until=10, constraint=HELD, begins=3)
+    desk.open(2, text=SONG[20:24], until=6)
+    assert tokens(await desk.proposals()) == [(4, SONG[24:26])]  # the first is not ready yet
+    assert desk.drafter.held_to == [(None, 0)]
+    desk.drafter.preparing.set()
+    await asyncio.gather(*desk.worker._preparing)
+    assert desk.drafter.prepared == [HELD]
+    assert tokens(await desk.proposals())[0] == (4, SONG[4:7])
+    assert desk.drafter.held_to[-1] == (HELD, 3)
+
+
+async def test_a_constraint_that_the_drafter_cannot_follow_is_told_once(desk: Desk) -> None:
+    desk.drafter.unknown = BadRequest("no such form", "json_schema")
+    desk.drafter.preparing.set()
+    desk.open(constraint=HELD, begins=3)
+    await asyncio.gather(*desk.worker._preparing)
+    assert await desk.work() == [wire.Failed(1, "invalid_request", "no such form", "json_schema")]
+    assert desk.drafter.texts == {}
+
+
+async def test_a_ride_that_is_closed_before_its_constraint_is_prepared_does_nothing(
+    desk: Desk,
+) -> None:
+    desk.open(constraint=HELD, begins=3)
+    desk.worker.handle(wire.Close(1))
+    desk.drafter.preparing.set()
+    await asyncio.gather(*desk.worker._preparing)
+    assert await desk.work() == []
+    assert desk.drafter.held_to == []

@@ -36,7 +36,7 @@ TOKEN = Token(17, SECRET, 40, "bonus", 1.25, -0.5)
         pytest.param(
             Verdict(1, (7, 8), 3, 40, (SECRET, SECRET), (1.0, 2.0), elapsed_s=0.0123456),
             "Verdict(accepted=1, tokens=[7, 8], round=3, base=40, elapsed_s=0.01235, waited_s=0, "
-            "rows=0, requests=1, cached=0)",
+            "forbidden=0, rows=0, requests=1, cached=0)",
             id="verdict",
         ),
         pytest.param(

@@ -12,12 +12,13 @@ from typing import Any
 
 import pytest
 
+from outrider.client.settings import submit
 from outrider.core.stats import Report, Stats
 from outrider.core.values import Span
 from outrider.errors import BadRequest, ConfigError
 from outrider_services.commands import run
 from outrider_services.commands.printing import chrome_trace, measured, statistics, write_trace
-from outrider_services.options import PipelineOptions, Settings
+from outrider_services.options import PipelineOptions, SamplingOptions, Settings
 from outrider_services.tuning import advice
 from outrider_services.tuning.decisions import Decision
 
@@ -218,6 +219,38 @@ def test_the_line_is_told_unless_its_own_question_was_asked(
     assert capsys.readouterr().err == ""
 
 
+# ---- the form of its answer ---------------------------------------------------------------------
+
+
+def form(tmp_path: Path, **sampling: Any) -> Any:
+    """What the answer has to be, by settings and a file with a grammar, if there is one."""
+    file = tmp_path / "song.gbnf"
+    parsed = Namespace(
+        verbose="false", trace=None, grammar_file=str(file) if file.exists() else None
+    )
+    asked = run.arguments(Settings(sampling=SamplingOptions(**sampling)), parsed)
+    return submit(0, "x", None, asked).constraint
+
+
+def test_an_answer_may_be_held_to_a_schema_or_to_a_grammar(tmp_path: Path) -> None:
+    assert form(tmp_path) is None
+    assert form(tmp_path, json_schema='{"const": 1}').text == '{"const": 1}'
+    assert form(tmp_path, grammar="root ::= [a]").text == "root ::= [a]"
+    (tmp_path / "song.gbnf").write_text('root ::= "la"')
+    assert form(tmp_path).text == 'root ::= "la"'
+    with pytest.raises(BadRequest, match="cannot be asked for together"):
+        form(tmp_path, json_schema="true")
+    (tmp_path / "song.gbnf").write_bytes(b"\xff")
+    with pytest.raises(BadRequest, match="is not UTF-8 text"):
+        form(tmp_path)
+
+
+def test_a_grammar_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    with pytest.raises(BadRequest, match=r"cannot read the grammar from .*none") as found:
+        run.read_text(str(tmp_path / "none"), "grammar")
+    assert found.value.param == "grammar"
+
+
 # ---- its pipeline -------------------------------------------------------------------------------
 
 
@@ -234,4 +267,5 @@ async def test_its_pipeline_has_caches_for_one_answer(monkeypatch: pytest.Monkey
     async with AsyncExitStack() as stack:
         await run._start(stack, given, "mine")
     assert given.pipeline.parallel > 1
-    assert started == [replace(given, pipeline=replace(given.pipeline, parallel=1))]
+    server = replace(given.server, allow_grammar=True)  # it is the user's own
+    assert started == [replace(given, pipeline=replace(given.pipeline, parallel=1), server=server)]

@@ -59,7 +59,8 @@ PREFILL = Prefill(PROMPT, TASK.sampling, False)
 
 
 def opened(lineage: int, base: int, tokens: tuple[TokenId, ...], until: int) -> OpenDraft:
-    return OpenDraft(lineage, base, tokens, TASK.sampling, VOCABULARY, (END,), until)
+    begins = len(TASK.prompt)
+    return OpenDraft(lineage, base, tokens, TASK.sampling, VOCABULARY, (END,), until, begins=begins)
 
 
 class Ride:
@@ -289,7 +290,7 @@ def test_top_logprobs_go_with_their_tokens() -> None:
 
 def test_the_target_is_told_which_logprobs_are_wanted() -> None:
     ride = Ride(replace(TASK, logprobs=True, top_logprobs=3))
-    assert ride.commands[0] == Prefill(PROMPT, TASK.sampling, True, 3)
+    assert ride.commands[0] == Prefill(PROMPT, TASK.sampling, True, top_logprobs=3)
 
 
 def test_the_workers_are_told_before_the_client() -> None:

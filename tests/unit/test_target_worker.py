@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from outrider.core.constraints import Constraint
 from outrider.core.engine import EngineFault, Part
 from outrider.core.events import Prefill
 from outrider.core.logprobs import top_logprobs
@@ -61,7 +63,9 @@ async def test_a_conversation_begins_once(
     assert isinstance(worker.model, Beginning)
     worker.model.template_begins = template_begins
     content = f"a{typed}b"
-    reply = worker._reply(wire.Chat(1, (wire.Turn("user", content), wire.Turn("user", "c"))))
+    reply = worker._answers.reply(
+        wire.Chat(1, (wire.Turn("user", content), wire.Turn("user", "c")))
+    )
     plain = list(content.encode())
     assert reply == wire.Tokens(1, (BOS, USER, *plain, USER, ord("c"), ASSISTANT))
 
@@ -90,7 +94,8 @@ async def answered(
     with ThreadPoolExecutor(1) as owner:
         worker = TargetWorker(engine, owner, Measured((0.1,)))
         setattr(worker, "send", sent.append)  # noqa: B010
-        worker.handle(wire.Do(5, Prefill((1, 2, 3), sampling, logprobs, top_logprobs)))
+        order = Prefill((1, 2, 3), sampling, logprobs, top_logprobs=top_logprobs)
+        worker.handle(wire.Do(5, order))
         while await worker.compute():
             pass
         assert engine.length(0) in (0, 3)
@@ -157,6 +162,13 @@ class Desk:
         while await self.worker.compute():
             pass
         return list(self.sent)
+
+    async def settle(self) -> None:
+        """Until nothing is left to compile or to compute; what was sent stays."""
+        while self.worker._answers.tasks:
+            await asyncio.gather(*self.worker._answers.tasks)
+        while await self.worker.compute():
+            pass
 
     def open(self, request: int, text: tuple[int, ...] = TEXT, cache: str | None = "") -> None:
         self.worker.handle(wire.Do(request, Prefill(text, GREEDY, False, cache=cache)))
@@ -314,3 +326,64 @@ async def test_sequence_breakers_are_those_of_its_own_vocabulary() -> None:
             known = worker._breakers.of(given)
             chosen += worker._choices(sequence, (), rows, [], known)
     assert chosen[0] != chosen[1] == likeliest
+
+
+# ---- constraints --------------------------------------------------------------------------------
+
+ANY_OBJECT = Constraint("json")
+
+
+PREFILL = Prefill((1, 2, 3), Sampling(temperature=0), False, ANY_OBJECT)
+
+
+async def test_drafted_tokens_behind_a_forbidden_one_are_not_evaluated(desk: Desk) -> None:
+    worker, sent = desk.worker, desk.sent
+    worker.handle(wire.Do(5, PREFILL))
+    await desk.settle()
+    (first,) = sent
+    assert isinstance(first, wire.Done)
+    assert isinstance(first.done, Verdict)
+    assert (first.done.tokens, first.done.forbidden) == ((ord("{"),), 0)
+    worker.handle(wire.Do(5, Verify(1, 4, tuple(b'"x{}'))))  # nothing is forbidden
+    await desk.settle()
+    worker.handle(wire.Do(6, PREFILL))
+    await desk.settle()
+    worker.handle(wire.Do(6, Verify(1, 4, tuple(b'}}"'))))
+    await desk.settle()
+    whole, _, cut = (one.done for one in sent[1:] if isinstance(one, wire.Done))
+    assert isinstance(whole, Verdict)
+    assert whole.forbidden == 0
+    assert isinstance(cut, Verdict)
+    assert cut.forbidden == 2
+    assert len(cut.tokens) == cut.accepted + 1
+    assert worker.model.length(1) == 3 + 1 + cut.accepted
+
+
+async def test_whether_a_form_can_be_kept_is_asked_beforehand(desk: Desk) -> None:
+    worker, sent = desk.worker, desk.sent
+    worker.handle(wire.Constrain(1, ANY_OBJECT))
+    worker.handle(wire.Constrain(2, Constraint("schema", '{"enum": []}', "json_schema")))
+    await desk.settle()
+    assert sent[0] == wire.Constrainable(1)
+    assert isinstance(sent[1], wire.Failed)
+    assert (sent[1].id, sent[1].code, sent[1].param) == (2, "invalid_request", "json_schema")
+
+
+async def test_a_form_that_cannot_be_kept_fails_its_request_alone(desk: Desk) -> None:
+    worker, sent = desk.worker, desk.sent
+    wrong = Constraint("gbnf", "root ::= root", "grammar")
+    worker.handle(wire.Do(5, Prefill((1, 2, 3), Sampling(), False, wrong)))
+    worker.handle(wire.Do(6, Prefill((1, 2, 3), Sampling(), False)))
+    await desk.settle()
+    failed = next(one for one in sent if isinstance(one, wire.Failed))
+    assert (failed.id, failed.param) == (5, "grammar")
+    assert [one.request for one in sent if isinstance(one, wire.Done)] == [6]
+    assert sum(one.is_free for one in worker.slots._holders) == worker.model.info.slots - 1
+
+
+async def test_a_request_closed_while_its_form_is_compiled_does_nothing(desk: Desk) -> None:
+    worker, sent = desk.worker, desk.sent
+    worker.handle(wire.Do(5, PREFILL))
+    worker.handle(wire.Close(5))
+    await desk.settle()
+    assert sent == []

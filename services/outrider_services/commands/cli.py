@@ -108,7 +108,7 @@ VERBS = (
         "coordinator",
         "",
         children.coordinator,
-        ("draft", "pipeline", "coordinator", "log"),
+        ("draft", "pipeline", "coordinator", "server", "log"),
         children.coordinator_flags,
         hidden=True,
     ),

@@ -43,6 +43,7 @@ def flags(parser: Parser) -> None:
     )
     add("-p", "--prompt", "-prompt", dest="prompt_flag", metavar="TEXT", help="the prompt")
     add("-f", "--file", metavar="FILE", help="read the prompt from a file")
+    add("--grammar-file", metavar="FILE", help="read the grammar from a file")
     add("--chat", action="store_true", help="apply the model's chat template to the prompt")
     add(
         "-v",
@@ -131,6 +132,16 @@ def read_prompt(parsed: Any, stdin: TextIO | None) -> str:
     return text
 
 
+def read_text(source: str, what: str) -> str:
+    """The text of a file; its line ends stay as they are. Raises BadRequest."""
+    try:
+        return Path(source).read_bytes().decode("utf-8-sig")
+    except OSError as exc:
+        raise BadRequest(f"cannot read the {what} from {source}: {exc.strerror}", what) from None
+    except UnicodeError:
+        raise BadRequest(f"the {what} from {source} is not UTF-8 text", what) from None
+
+
 def piped(stdin: TextIO | None) -> str:
     """What was piped in, byte for byte but for a mark of the byte order; else the default."""
     if stdin is None or stdin.isatty():
@@ -149,6 +160,8 @@ def arguments(settings: Settings, parsed: Any) -> dict[str, Any]:
     if parsed.verbose not in ("true", "false"):
         raise ConfigError(f"--verbose must be true or false, not {parsed.verbose!r}")
     names, breakers = sampling["samplers"], sampling["dry_sequence_breakers"]
+    if parsed.grammar_file is not None:
+        sampling["grammar"] = read_text(parsed.grammar_file, "grammar")
     return {
         **sampling,
         "logit_bias": dict(map(read_bias, sampling["logit_bias"])),
@@ -259,7 +272,11 @@ async def _answer(
 
 async def _start(stack: AsyncExitStack, settings: Settings, name: str) -> None:
     """A private pipeline, for as long as `stack` lives; its caches hold one answer."""
-    settings = replace(settings, pipeline=replace(settings.pipeline, parallel=1))
+    settings = replace(
+        settings,
+        pipeline=replace(settings.pipeline, parallel=1),
+        server=replace(settings.server, allow_grammar=True),
+    )
     news = News(as_json=settings.log.format == "json")
     with news:
         launcher = Launcher(settings, name, news.report, news.log, draft=has_draft(settings))

@@ -224,6 +224,7 @@ class Coordinator:
                 raise Overloaded("the pipeline is stopping")
             self._requests.check_room()
             Lengths.of(request.submit, self._defaults)
+            self._defaults.check(request.submit)
         except OutriderError as exc:
             self._sessions.fail(request, exc)
         else:

@@ -12,9 +12,11 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import ClassVar
 
+from outrider.core.constraints import Constraint
 from outrider.core.drafter import Drafter
 from outrider.core.engine import Cancelled, EngineFault
 from outrider.core.events import Commit, OpenDraft
@@ -44,13 +46,16 @@ class Ride:
     waited_s: float = 0.0  # for others, since it sent something
     began: float | None = None  # when it began to read for the token that comes next
     unsent: Proposal | None = None
+    constraint: Constraint | None = None
+    begins: int = 0  # the answer, to which the constraint applies, begins here
+    is_ready: bool = True  # the drafter has prepared the constraint
     is_new: bool = True  # the drafter does not know its text yet
     is_alone: bool = False  # a step that it shared has failed
     is_open: bool = True
 
     @property
     def has_work(self) -> bool:
-        return self.is_open and (self.recall > 0 or self.stream.has_work)
+        return self.is_open and self.is_ready and (self.recall > 0 or self.stream.has_work)
 
     @property
     def shares(self) -> bool:
@@ -68,6 +73,7 @@ class DraftWorker(Worker[Drafter]):
         self._turns: deque[Ride] = deque()  # the same; the first has the next turn
         self._running: list[Ride] = []
         self._lock = threading.Lock()
+        self._preparing: set[asyncio.Task[None]] = set()
 
     @staticmethod
     def measure(model: Drafter) -> Measured:
@@ -124,9 +130,23 @@ class DraftWorker(Worker[Drafter]):
             taken=taken,
             recall=order.recall,
             asked=self.computed_s,
+            constraint=order.constraint,
+            begins=order.begins,
+            is_ready=order.constraint is None,
         )
+        if order.constraint:
+            task = asyncio.ensure_future(self._prepare(ride, order.constraint))
+            self._preparing.add(task)
+            task.add_done_callback(self._preparing.discard)
         self._rides[request] = ride
         self._turns.append(ride)
+        self.wake()
+
+    async def _prepare(self, ride: Ride, constraint: Constraint) -> None:
+        """Have the drafter prepare the constraint; the others' rides go on meanwhile."""
+        with suppress(OutriderError):  # `open` will say it again
+            await asyncio.to_thread(self.model.prepare, constraint)
+        ride.is_ready, ride.asked = True, self.computed_s
         self.wake()
 
     def _close(self, request: int) -> None:
@@ -288,7 +308,8 @@ class DraftWorker(Worker[Drafter]):
         slot, kept, source, skip, _ = taken = ride.taken
         with self._lock:
             known = kept if self.slots.still_holds(taken) else 0
-        self.model.open(slot, ride.sampling, ride.vocabulary, skip, known, source)
+        asked = ride.sampling, ride.vocabulary, skip, known, source
+        self.model.open(slot, *asked, ride.constraint, ride.begins)
         with self._lock:
             ride.is_new = False
             ride.stream.read = min(ride.stream.read, self.model.read(slot))

@@ -13,6 +13,7 @@ from outrider.wire.messages import Failed
 SHOWN = 16  # most items of a tuple to write out; of a longer one only their number is written
 HIDDEN = {
     "piece", "pieces", "text", "sampling", "logprobs", "top_logprobs", "margins", "floors", "ends",
+    "constraint",
 }  # fmt: skip
 
 

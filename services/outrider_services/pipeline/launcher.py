@@ -92,7 +92,7 @@ class Launcher:
     def _plan(self, draft: bool) -> list[Child]:
         address = f"ipc://{self._socket}"
         settings = replace(self.settings, log=replace(self.settings.log, format="json"))
-        sections = ("draft", "pipeline", "coordinator", "log")
+        sections = ("draft", "pipeline", "coordinator", "server", "log")
         places = {"target": settings.target.place}
         if draft:
             places["draft"] = settings.draft.place

@@ -78,7 +78,14 @@ def say(state: str, *details: float | str) -> None:
 
 async def _coordinate(settings: Settings, name: str, tokens: Mapping[Role, str]) -> None:
     mode, draft = settings.pipeline.mode, settings.draft
-    defaults = Defaults(mode, draft.n_max, draft.n_min, draft.p_min, tokens=tokens)
+    defaults = Defaults(
+        mode,
+        draft.n_max,
+        draft.n_min,
+        draft.p_min,
+        allow_grammar=settings.server.allow_grammar,
+        tokens=tokens,
+    )
     core = Coordinator(lambda peer, message: router.send(peer, message), defaults)
     router = Router(core.on_message, core.on_gone)
     path = socket_path(name)

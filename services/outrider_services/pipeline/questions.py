@@ -19,7 +19,7 @@ MOST_CHARACTERS = 8 << 20  # in all these
 AT_ONCE = 2  # of one client's questions that the worker has; so others are soon in turn
 
 Asked = wire.Tokenize | wire.Detokenize | wire.Render | wire.Infill
-Answer = TypeVar("Answer", wire.Tokens, wire.Rendered)
+Answer = TypeVar("Answer", wire.Tokens, wire.Rendered, wire.Constrainable)
 
 
 @dataclass(slots=True)
@@ -129,4 +129,6 @@ def length(question: wire.Message) -> int:
             said = sum(len(turn.content) for turn in turns)
             called = sum(len(call.arguments) for turn in turns for call in turn.tool_calls)
             return said + called + (len(tools.functions) if tools else 0)
+        case wire.Constrain(_, constraint):
+            return len(constraint.text)
     return 0

@@ -33,7 +33,17 @@ class Defaults:
     n_min: int = 0
     p_min: float = 0.0
     queue: int = 64  # requests that may run or wait at once
+    allow_grammar: bool = False  # whether a client may send a grammar of its own
     tokens: Mapping[Role, str] = field(default_factory=dict)  # of workers that the launcher starts
+
+    def check(self, submit: wire.Submit) -> None:
+        """Raise BadRequest for what is not to be asked of this pipeline."""
+        constraint = submit.constraint
+        if constraint and constraint.kind == "gbnf" and not self.allow_grammar:
+            raise BadRequest(
+                "this pipeline takes no grammars: start it with --allow-grammar, or send a schema",
+                constraint.argument,
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +107,8 @@ class Request:
             self.tokens = asked.tokens
         else:
             self.tokens = prompt
+        if constraint := self.submit.constraint:
+            await ask(lambda call: wire.Constrain(call, constraint), wire.Constrainable)
         for stop in dict.fromkeys(self.submit.stop):
             token = await control_token(stop, target, ask) if BRACKETS & set(stop) else None
             self.ends |= set() if token is None else {token}
@@ -138,6 +150,7 @@ class Request:
             trace=submit.trace,
             cache=submit.cache,
             top_logprobs=submit.top_logprobs,
+            constraint=submit.constraint,
         )
 
 

@@ -34,7 +34,7 @@ SILENT_S = 1.0  # four missing heartbeats: nobody waits for such a draft
 LOST_S = 10.0  # so long a worker may be paused, or its machine
 
 Tell = Callable[[bytes, wire.Message], None]
-Answer = TypeVar("Answer", wire.Tokens, wire.Rendered, wire.LabelTexts)
+Answer = TypeVar("Answer", wire.Tokens, wire.Rendered, wire.LabelTexts, wire.Constrainable)
 
 
 @dataclass(slots=True)
@@ -308,7 +308,12 @@ class Roster:
     def on_answer(self, peer: bytes, message: wire.Message) -> bool:
         """Whether `message` answers a question to `peer`; if so, give it to whoever asked."""
         match message:
-            case wire.Tokens(call) | wire.Rendered(call) | wire.LabelTexts(call):
+            case (
+                wire.Tokens(call)
+                | wire.Rendered(call)
+                | wire.LabelTexts(call)
+                | wire.Constrainable(call)
+            ):
                 result: Any = message
             case wire.Failed(call, code, reason, param) if call in self._answers:
                 result = from_code(code, reason, param)

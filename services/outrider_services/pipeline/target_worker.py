@@ -12,27 +12,24 @@ from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, TypeAlias
 
 from outrider.core import decoding
+from outrider.core.constraints import Constraint, Matcher, decide
 from outrider.core.engine import Cancelled, Engine, EngineFault, Part
 from outrider.core.events import Prefill
 from outrider.core.logprobs import likelihoods
 from outrider.core.penalties import Breakers
-from outrider.core.sampling import Sampling, Scores, decide
+from outrider.core.sampling import Sampling, Scores
 from outrider.core.stragglers import Stragglers
-from outrider.core.values import MOST_TOKENS, Role, TokenId, Verdict, Verify
+from outrider.core.values import Role, TokenId, Verdict, Verify
 from outrider.engines.breakers import KnownBreakers
 from outrider.engines.calibration import calibrate, calibrate_crowd
-from outrider.errors import BadRequest, OutriderError, ProtocolError
+from outrider.errors import OutriderError, ProtocolError
 from outrider.wire import messages as wire
-from outrider.wire.codec import check
-from outrider_services.pipeline import conversation, infill
+from outrider_services.pipeline.answers import Answers
 from outrider_services.pipeline.slots import Taken
 from outrider_services.pipeline.worker import Connection, Measured, Status, Worker
-from outrider_services.templates.chat_template import ChatTemplate
 
 CHUNK = 128  # most tokens of one prefill pass: a cancellation may have to wait for it
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16)  # rows of the passes that are measured at load
-
-Question: TypeAlias = wire.Tokenize | wire.Detokenize | wire.Render | wire.Chat | wire.Infill
 
 
 @dataclass(slots=True)
@@ -48,6 +45,9 @@ class Sequence:
     taken: Taken | None = None  # what it gets from other texts; None: nothing, or it has it
     cached: int = 0  # how many tokens it got
     top_logprobs: int = 0
+    begins: int = 0  # the answer begins here
+    matcher: Matcher | None = None  # of the answer's constraint
+    forbidden: int = 0  # drafted tokens that it does not allow
     round: int = 0
     drafted: tuple[TokenId, ...] | None = ()  # None: nothing to do
     elapsed_s: float = 0.0
@@ -78,20 +78,18 @@ class TargetWorker(Worker[Engine]):
         self._turns: deque[Sequence] = deque()  # those with something to compute; the first is next
         self._running: list[Sequence] = []
         self._stragglers = Stragglers[int]()
-        self._questions: set[asyncio.Task[None]] = set()
-        self._template = ChatTemplate(model)
-        self._reading = asyncio.Lock()  # many threads that read would leave little to the model's
+        self._answers = Answers(model, lambda message: self.send(message))
 
     @staticmethod
     def measure(model: Engine) -> Measured:
         return Measured(calibrate(model, ROWS), calibrate_crowd(model))
 
     async def run(self, connection: Connection, status: Status) -> None:
-        preparing = asyncio.ensure_future(asyncio.to_thread(self._template.prepare))
+        preparing = asyncio.ensure_future(asyncio.to_thread(self._answers.template.prepare))
         try:
             await super().run(connection, status)
         finally:
-            self._template.close()
+            self._answers.template.close()
             await asyncio.wait([preparing])
 
     def handle(self, message: wire.Message) -> None:
@@ -105,10 +103,15 @@ class TargetWorker(Worker[Engine]):
                 self._open(request, order)
             case wire.Close(request):
                 self._close(request)
-            case wire.Tokenize() | wire.Detokenize() | wire.Render() | wire.Chat() | wire.Infill():
-                task = asyncio.ensure_future(self._answer(message))
-                self._questions.add(task)
-                task.add_done_callback(self._questions.discard)
+            case (
+                wire.Tokenize()
+                | wire.Detokenize()
+                | wire.Render()
+                | wire.Chat()
+                | wire.Infill()
+                | wire.Constrain()
+            ):
+                self._answers.take(message)
 
     def forget(self) -> None:
         for request in list(self._sequences):
@@ -132,7 +135,27 @@ class TargetWorker(Worker[Engine]):
             asked=self.computed_s,
             taken=taken,
             top_logprobs=order.top_logprobs,
+            begins=len(order.tokens),
         )
+        if order.constraint:
+            self._answers.spawn(self._constrain(sequence, order.constraint))
+        else:
+            self._queue(sequence)
+
+    async def _constrain(self, sequence: Sequence, constraint: Constraint) -> None:
+        """Queue a new request once its constraint is compiled, as it usually is already."""
+        try:
+            matcher = await self._answers.matcher(constraint)
+        except Exception as exc:  # no constraint may end the worker
+            if sequence.is_open:
+                self.send(wire.failure(sequence.request, exc))
+                self._close(sequence.request)
+            return
+        if sequence.is_open:
+            sequence.matcher = matcher
+            self._queue(sequence)
+
+    def _queue(self, sequence: Sequence) -> None:
         self._turns.append(sequence)
         self.wake()
 
@@ -155,8 +178,7 @@ class TargetWorker(Worker[Engine]):
         self._stragglers.asked(request, time.perf_counter())
         sequence.round, sequence.drafted = order.round, order.drafted
         sequence.asked = self.computed_s
-        self._turns.append(sequence)
-        self.wake()
+        self._queue(sequence)
 
     def _close(self, request: int) -> None:
         sequence = self._sequences.pop(request, None)
@@ -192,6 +214,7 @@ class TargetWorker(Worker[Engine]):
             if isinstance(outcome, Verdict):
                 sequence.tokens.extend(outcome.tokens)
                 sequence.drafted, sequence.elapsed_s, sequence.waited_s = None, 0.0, 0.0
+                sequence.forbidden = 0
                 self._stragglers.answered(sequence.request, time.perf_counter())
                 verdicts.append((sequence.request, outcome))
             else:
@@ -284,6 +307,7 @@ class TargetWorker(Worker[Engine]):
     def _evaluate(self, shares: list[Share]) -> list[Outcome]:
         """On the owner thread: one pass. Where it fails for a sequence, its slot is empty."""
         began = time.perf_counter()
+        shares = [self._legal(share) for share in shares]
         parts = [Part(sequence.slot, tokens, rows) for sequence, tokens, rows in shares]
         try:
             scores = self.model.extend_all(parts)
@@ -304,6 +328,22 @@ class TargetWorker(Worker[Engine]):
                 spent_s, requests = share.sequence.elapsed_s, len(shares)
                 found[at] = one.changed(elapsed_s=spent_s, rows=rows, requests=requests)
         return found
+
+    @staticmethod
+    def _legal(share: Share) -> Share:
+        """Without the drafted tokens that the constraint forbids: they are not evaluated."""
+        sequence, tokens, rows = share
+        drafted, matcher = sequence.drafted, sequence.matcher
+        if not (drafted and rows and matcher):
+            return share
+        try:
+            legal = matcher.legal(sequence.tokens[sequence.begins :], drafted)
+        except OutriderError:
+            legal = 0  # the choice behind the text will fail for the same reason
+        cut = len(drafted) - legal
+        sequence.forbidden += cut
+        sequence.drafted = drafted[:legal]
+        return Share(sequence, tokens[: len(tokens) - cut], rows - cut)
 
     def _judged(self, share: Share, rows: Scores) -> Outcome:
         """The verdict on the block of a sequence, if it had one."""
@@ -334,6 +374,7 @@ class TargetWorker(Worker[Engine]):
             top_logprobs=tops,
             waited_s=sequence.waited_s,
             cached=0 if sequence.round else sequence.cached,
+            forbidden=sequence.forbidden,
         )
 
     @staticmethod
@@ -350,48 +391,9 @@ class TargetWorker(Worker[Engine]):
         """
         history = list(sequence.tokens)
         for at, row in enumerate(rows):
-            token, margin = decide(row, sequence.sampling, history, len(history), breakers)
+            token, margin = decide(
+                row, sequence.sampling, history, sequence.matcher, sequence.begins, breakers
+            )
             margins.append(margin)
             yield token
             history.extend(drafted[at : at + 1])
-
-    # ---- questions about text -------------------------------------------------------------------
-
-    async def _answer(self, question: Question) -> None:
-        try:
-            async with self._reading:
-                answer = await asyncio.to_thread(self._checked_reply, question)
-            self.send(answer)
-        except Exception as exc:  # no text may end the worker
-            self.send(wire.failure(question.call, exc))
-
-    def _checked_reply(self, question: Question) -> wire.Message:
-        """The answer. Raises BadRequest for one that does not fit a message."""
-        answer = self._reply(question)
-        if isinstance(answer, wire.Tokens) and len(answer.tokens) > MOST_TOKENS:
-            raise BadRequest(f"the text has {len(answer.tokens)} tokens, more than {MOST_TOKENS}")
-        try:
-            check(answer)
-        except BadRequest as exc:
-            raise BadRequest(f"the answer is too long: {exc}") from None
-        return answer
-
-    def _reply(self, question: Question) -> wire.Message:
-        engine, template = self.model, self._template
-        match question:
-            case wire.Tokenize(call, text, special):
-                return wire.Tokens(call, tuple(engine.tokenize(text, special=special)))
-            case wire.Detokenize(call, tokens):
-                return wire.Rendered(call, self._text(tokens))
-            case wire.Render(call, turns, tools):
-                return wire.Rendered(call, conversation.text(engine, template, turns, tools))
-            case wire.Chat(call, turns, tools):
-                ids = conversation.token_ids(engine, template, turns, tools)
-                return wire.Tokens(call, tuple(ids))
-            case wire.Infill(call):
-                return wire.Tokens(call, tuple(infill.token_ids(engine, question)))
-
-    def _text(self, tokens: tuple[TokenId, ...]) -> str:
-        if any(token >= self.model.info.vocabulary.size for token in tokens):
-            raise BadRequest("a token id is not in the vocabulary", "tokens")
-        return b"".join(map(self.model.piece, tokens)).decode("utf-8", "replace")

@@ -2,6 +2,7 @@
 
 from outrider.client.asynchronous import AsyncClient, connect
 from outrider.client.chat import ChatMessage, TextPart
+from outrider.client.formats import tool_calls
 from outrider.client.hermes import ToolCall
 from outrider.client.results import Completion, CompletionChoice, FinishReason, Usage
 from outrider.client.settings import CompletionSettings
@@ -22,4 +23,5 @@ __all__ = [
     "ToolCall",
     "Usage",
     "connect",
+    "tool_calls",
 ]

@@ -15,7 +15,9 @@ from typing import Any, TypeAlias, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from outrider.client import formats
 from outrider.client.samplers import Number, SamplerSettings, Whole, only
+from outrider.core.constraints import Constraint
 from outrider.core.sampling import Sampling
 from outrider.core.values import MOST_TOP_LOGPROBS, AskedMode
 from outrider.errors import BadRequest
@@ -66,6 +68,16 @@ class CompletionSettings(SamplerSettings, total=False):
     the same. Default: 0."""
     ignore_eos: bool | None
     """Whether to go on after the model has ended its answer."""
+    response_format: Mapping[str, object] | None
+    """As OpenAI's: {"type": "json_object"}, or {"type": "json_schema", "json_schema": {"schema":
+    …}} for JSON that fits a schema. The prompt should ask for it, too."""
+    json_schema: Mapping[str, object] | bool | str | None
+    """The answer is JSON that fits this schema; or its text."""
+    grammar: str | None
+    """The answer is a text of this grammar, in llama.cpp's notation (GBNF), if the pipeline was
+    started with `--allow-grammar`."""
+    constraint: Constraint | None
+    """What the answer has to be, as `tool_calls` makes it."""
     mode: AskedMode | None
     """How target and draft share the work; the text does not depend on it. Default: the
     pipeline's own."""
@@ -270,6 +282,10 @@ CHECKS: dict[str, Callable[[str, object], Any]] = {
     "logprobs": _logprobs,
     "top_logprobs": _top_logprobs,
     "ignore_eos": flag,
+    "response_format": formats.response_format,
+    "json_schema": formats.json_schema,
+    "grammar": formats.grammar,
+    "constraint": formats.made,
     "mode": _mode,
     "n_draft": whole,
     "n_min": whole,
@@ -317,6 +333,7 @@ def submit(
         cache=given.get("cache_key", "") if given.get("cache_prompt", True) else None,
         top_logprobs=top_logprobs,
         tools=tools,
+        constraint=formats.constraint_of(given),
     )
 
 

@@ -45,7 +45,8 @@ def contradiction(
 
     The target knows ids below `vocabulary`.
     """
-    tokens, accepted, block = verdict.tokens, verdict.accepted, len(drafted)
+    tokens, accepted = verdict.tokens, verdict.accepted
+    block = len(drafted) - verdict.forbidden
     ended = bool(tokens) and accepted == len(tokens) and tokens[-1] in ends
     if accepted > block or not (ended or len(tokens) == accepted + 1):
         return f"{accepted} accepted of {block}, but {len(tokens)} tokens"
@@ -56,6 +57,6 @@ def contradiction(
         return "a token outside its vocabulary"
     if any(one != other for one, other in zip(drafted[:accepted], tokens, strict=False)):
         return "an accepted token that was not drafted"
-    if accepted < min(block, len(tokens)) and drafted[accepted] == tokens[accepted]:
+    if accepted < min(len(drafted), len(tokens)) and drafted[accepted] == tokens[accepted]:
         return "a correction that was drafted"
     return None

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from outrider.core.constraints import Constraint
 from outrider.core.engine import Vocabulary
 from outrider.core.sampling import Sampling
 from outrider.core.values import Drafted, TokenId
@@ -39,6 +40,9 @@ class Drafter(Protocol):
     read_s: float  # and what each token of a long text takes that is only read
     crowd_s: tuple[float, ...]  # what one token each for 1, 2 … texts takes; (): it does not share
 
+    def prepare(self, constraint: Constraint) -> None:
+        """Do beforehand what `open` with this `constraint` would take long for; it may fail."""
+
     def open(
         self,
         slot: int,
@@ -47,11 +51,15 @@ class Drafter(Protocol):
         skip: int = 0,
         known: int = 0,
         source: int = -1,
+        constraint: Constraint | None = None,
+        begins: int = 0,
     ) -> None:
         """A text begins in `slot`, of which the first `skip` tokens are not to be read.
 
-        Ids from `vocabulary` on do not exist in the target. The text in slot `source`, perhaps the
-        former one of this slot, began with the same `known` tokens, as far as they were read.
+        Ids from `vocabulary` on do not exist in the target, which holds what is behind the first
+        `begins` tokens to the `constraint`. Who does not know it drafts what will not be verified.
+        The text in slot `source`, perhaps the former one of this slot, began with the same `known`
+        tokens, as far as they were read.
         """
 
     def cut(self, slot: int, length: int) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, TypeAlias
 
+from outrider.core.constraints import Constraint
 from outrider.core.reading import UNKNOWN, Held
 from outrider.core.sampling import Sampling
 from outrider.core.values import (
@@ -46,6 +47,19 @@ class Task:
     cache: str | None = None  # see `Prefill`
     held: Held = UNKNOWN  # what the draft knows of the prompt from an earlier request
     top_logprobs: int = 0  # as `Prefill`
+    constraint: Constraint | None = None
+
+    @property
+    def prefill(self) -> Prefill:
+        """The order that begins it."""
+        return Prefill(
+            tokens=self.prompt,
+            sampling=self.sampling,
+            logprobs=self.logprobs,
+            constraint=self.constraint,
+            top_logprobs=self.top_logprobs,
+            cache=self.cache,
+        )
 
 
 # ---- events -------------------------------------------------------------------------------------
@@ -97,6 +111,7 @@ class Prefill(Order, frozen=True):
     tokens: TokenIds
     sampling: Sampling
     logprobs: bool
+    constraint: Constraint | None = None  # of the answer, which begins behind `tokens`
     top_logprobs: TopCount = 0  # how many of the likeliest tokens to tell at each position
     cache: Word | None = None  # texts of the same name may use what was read of it; None: no other
 
@@ -118,6 +133,8 @@ class OpenDraft(Order, frozen=True):
     skip: Count = 0  # tokens at the beginning that the draft is not to read
     recall: Count = 0  # it tells first what it would have drafted for so many tokens at the end
     cache: Word | None = None  # see `Prefill`
+    constraint: Constraint | None = None
+    begins: Count = 0  # the answer, to which the constraint applies, begins here
 
 
 class Commit(Order, frozen=True):

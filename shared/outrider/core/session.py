@@ -58,7 +58,6 @@ from outrider.core.events import (
     Fault,
     Finish,
     OpenDraft,
-    Prefill,
     Settle,
     Start,
     Task,
@@ -134,9 +133,7 @@ class Session:
 
     def _start(self, draft: bool, now: float) -> list[Command]:
         self.phase, self.stats.started = Phase.VERIFYING, now
-        task, drafts = self.task, self._on_draft_ready() if draft else []
-        asked = task.prompt, task.sampling, task.logprobs, task.top_logprobs, task.cache
-        return [Prefill(*asked), *drafts]
+        return [self.task.prefill, *(self._on_draft_ready() if draft else [])]
 
     def _on_draft_ready(self) -> list[Command]:
         """If the rule wants drafts, let the draft read the text; else it stays idle."""
@@ -167,6 +164,8 @@ class Session:
             skip=draft.skip,
             recall=reading.recall,
             cache=task.cache,
+            constraint=task.constraint,
+            begins=len(task.prompt),
         )
         return [order]
 
@@ -199,13 +198,13 @@ class Session:
             return []  # of a round that is over
         drafted = ids_of(self.stock.drafted[: self.block])
         if wrong := contradiction(verdict, drafted, self.task.ends, self.task.vocabulary):
-            message = f"the target worker broke the protocol: {wrong}"
-            return self._end(Fault(ProtocolError(message)))
+            return self._end(Fault(ProtocolError(f"the target worker broke the protocol: {wrong}")))
         self.phase, self.deadline = Phase.WAITING, None
+        self.block -= verdict.forbidden  # those were not evaluated
         self._measure(verdict, now)
         fragment, reason = self._commit(verdict)
         if reason:
-            self.stats.discarded["stop"] += len(self.stock) - self.block
+            self.stats.discarded["stop"] += len(self.stock) - self.block - verdict.forbidden
             self.rule.ended(len(self.tokens) - len(self.task.prompt))
             return [fragment, *self._end(Finish(reason))]
         judged = self.stock.commit(self.block, verdict, self.tokens)
@@ -332,7 +331,7 @@ class Session:
             if rows == requests:  # else it shows no plain step
                 stats.stepped(now - self._sent)
         self._waited_s = 0.0
-        stats.count(block, verdict.accepted, now)
+        stats.count(block, verdict.accepted, now, verdict.forbidden)
 
     # ---- the draft, and the next pass -----------------------------------------------------------
 

@@ -99,8 +99,11 @@ class Stats:
         self.steps += 1
         self.step_s += (elapsed_s - self.step_s) / (1 + self.steps)
 
-    def count(self, block: int, accepted: int, now: float) -> None:
-        """A target pass has verified `block` drafted tokens and accepted `accepted` of them."""
+    def count(self, block: int, accepted: int, now: float, forbidden: int = 0) -> None:
+        """A target pass has verified `block` drafted tokens and accepted `accepted` of them.
+
+        So many behind them were `forbidden` by the request's constraint, and not verified.
+        """
         self.prefilled = now if self.prefilled is None else self.prefilled
         self.last_commit = now
         if block:
@@ -108,6 +111,7 @@ class Stats:
             self.lengths[accepted] += 1
         self.verified += block
         self.accepted += accepted
+        self.discarded["grammar"] += forbidden
 
     def committed(self, tokens: Iterable[Token], truncated: int) -> None:
         """`tokens` are part of the answer; `truncated` accepted ones lie behind its end."""

@@ -21,7 +21,7 @@ class Judged:
     # the first that does, with which a new lineage begins; those behind it show nothing
     differed: Drafted | None = None
     hits: int = 0  # those that agreed and were never verified
-    discarded: int = 0
+    discarded: int = 0  # but for those that a constraint forbids
 
 
 class Stock:
@@ -77,7 +77,8 @@ class Stock:
         agreed, rest = self.drafted[:accepted], self.drafted[accepted:]
         if accepted < block:
             self.drafted = self.drafted[block:]
-            return Judged(agreed, differed=rest[0], discarded=self._break(last))
+            discarded = self._break(last) - verdict.forbidden
+            return Judged(agreed, differed=rest[0], discarded=discarded)
         if not rest:
             self.drafted = []
             return Judged(agreed)
@@ -85,7 +86,8 @@ class Stock:
             self.drafted = rest[1:]
             return Judged([*agreed, rest[0]], hits=1)
         self.drafted = rest
-        return Judged(agreed, differed=rest[0], discarded=self._break(last))
+        discarded = self._break(last) - verdict.forbidden
+        return Judged(agreed, differed=rest[0], discarded=discarded)
 
     def _break(self, where: int) -> int:
         """End the lineage, which differs from the text at `where`; return how many are void."""

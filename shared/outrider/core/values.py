@@ -145,6 +145,9 @@ class Verdict(Order, frozen=True):
     logprobs: Floats | None = None
     elapsed_s: Seconds = 0.0  # the pass took this long
     waited_s: Seconds = 0.0  # before that, the target worked for other requests
+    # drafted tokens at the end of the block that were not evaluated: the constraint forbids the
+    # first of them
+    forbidden: Count = 0
     rows: Count = 0  # of the pass, for all the requests that shared it; 0: it also read a prompt
     requests: Count = 1  # that shared the pass
     cached: Count = 0  # in round 0: tokens of the prompt that need not be read

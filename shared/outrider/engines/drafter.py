@@ -3,17 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+from outrider.core.constraints import Constraint, Matcher, propose
 from outrider.core.drafter import DrafterInfo
 from outrider.core.engine import Engine, Part
 from outrider.core.penalties import Breakers
-from outrider.core.sampling import Sampling, Scores, propose
+from outrider.core.sampling import Sampling, Scores
 from outrider.core.stream import AT_ONCE
 from outrider.core.values import Drafted, TokenId
 from outrider.engines.breakers import KnownBreakers
 from outrider.engines.calibration import calibrate, calibrate_crowd, calibrate_reading
+from outrider.engines.constraints import Constraints
 
 READ = 24, 12  # tokens read and recalled to see what reading costs: about as in a first trial
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a text is drafted by."""
+
+    sampling: Sampling
+    vocabulary: int  # ids from here on are not drafted
+    breakers: Breakers
+    matcher: Matcher | None
+    begins: int  # the answer, which the matcher knows about, begins here
+
+    def propose(self, row: Scores, text: Sequence[TokenId]) -> Drafted:
+        """The token behind `text`, chosen from its logits as the target would choose."""
+        held = self.matcher, self.begins
+        return propose(row, self.sampling, text, *held, self.vocabulary, self.breakers)
 
 
 class ModelDrafter:
@@ -34,9 +53,12 @@ class ModelDrafter:
         self._engine = engine
         self._chunk = min(AT_ONCE, info.chunk)  # a cancellation may have to wait for so many tokens
         self._breakers = KnownBreakers(engine)
-        # by slot: settings, their breakers, number of ids
-        self._asked: dict[int, tuple[Sampling, Breakers, int]] = {}
+        self._constraints = Constraints(engine)
+        self._asked: dict[int, Asked] = {}  # by slot
         self._skipped: dict[int, int] = {}  # by slot: the engine's position 0 is this one
+
+    def prepare(self, constraint: Constraint) -> None:
+        self._constraints.matcher(constraint)
 
     def open(
         self,
@@ -46,6 +68,8 @@ class ModelDrafter:
         skip: int = 0,
         known: int = 0,
         source: int = -1,
+        constraint: Constraint | None = None,
+        begins: int = 0,
     ) -> None:
         engine = self._engine
         held = min(known - skip, engine.length(source)) if known > skip else 0
@@ -56,8 +80,13 @@ class ModelDrafter:
             if held:
                 engine.copy(source, slot, held)
         self._skipped[slot] = skip
-        size = min(vocabulary, self._engine.info.vocabulary.size)
-        self._asked[slot] = sampling, self._breakers.of(sampling), size
+        self._asked[slot] = Asked(
+            sampling=sampling,
+            vocabulary=min(vocabulary, engine.info.vocabulary.size),
+            breakers=self._breakers.of(sampling),
+            matcher=self._constraints.matcher(constraint) if constraint else None,
+            begins=begins,
+        )
 
     def cut(self, slot: int, length: int) -> None:
         kept = max(0, length - self._skipped[slot])
@@ -85,7 +114,7 @@ class ModelDrafter:
         found = zip(parts, self._engine.extend_all(parts), strict=True)
         scores = {part.slot: rows[0] for part, rows in found if part.rows}
         return [
-            (self._chosen(slot, scores[slot], text),) if slot in scores else ()
+            (self._asked[slot].propose(scores[slot], text),) if slot in scores else ()
             for slot, text in texts
         ]
 
@@ -97,12 +126,8 @@ class ModelDrafter:
         rows = self._engine.extend(slot, ahead, count)
         ends = range(len(text) - count, len(text))
         return tuple(
-            self._chosen(slot, row, text[:end]) for end, row in zip(ends, rows, strict=True)
+            self._asked[slot].propose(row, text[:end]) for end, row in zip(ends, rows, strict=True)
         )
-
-    def _chosen(self, slot: int, row: Scores, text: Sequence[TokenId]) -> Drafted:
-        sampling, breakers, size = self._asked[slot]
-        return propose(row, sampling, text, len(text), n_vocab=size, breakers=breakers)
 
     def cancel(self) -> None:
         self._engine.cancel()

@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import Annotated, Literal, TypeAlias
 
 from outrider.core import events, values
+from outrider.core.constraints import Constraint
 from outrider.core.engine import Vocabulary
 from outrider.core.sampling import Sampling
 from outrider.core.stats import Report
@@ -238,6 +239,13 @@ class Infill(Tagged, frozen=True):
     room: Count
 
 
+class Constrain(Tagged, frozen=True):
+    """Ask whether answers can be held to this: it is read and compiled, and kept for a while."""
+
+    call: Id
+    constraint: Constraint
+
+
 class Labels(Tagged, frozen=True):
     """Ask for the vocabulary's texts of ids start … start + count - 1."""
 
@@ -258,6 +266,12 @@ class Rendered(Tagged, frozen=True):
 
     call: Id
     text: Text
+
+
+class Constrainable(Tagged, frozen=True):
+    """The answer to `Constrain`, if it is yes."""
+
+    call: Id
 
 
 class LabelTexts(Tagged, frozen=True):
@@ -289,6 +303,7 @@ class Submit(Tagged, frozen=True):
     top_logprobs: TopCount = 0
     cache: Word | None = ""  # texts of the same name may share what was read; None: with no other
     tools: Tools | None = None
+    constraint: Constraint | None = None
 
 
 class Cancel(Tagged, frozen=True):
@@ -351,7 +366,8 @@ class MetricsReport(Tagged, frozen=True):
 Message: TypeAlias = (
     Hello | Welcome | Refused | Who | Beat | Ping
     | Do | Done | Pass | Passed | Close | Failed
-    | Tokenize | Detokenize | Render | Chat | Infill | Labels | Tokens | Rendered | LabelTexts
+    | Tokenize | Detokenize | Render | Chat | Infill | Constrain | Labels
+    | Tokens | Rendered | Constrainable | LabelTexts
     | Submit | Cancel | Health | Metrics | Stop
     | Started | Progress | Finished | HealthReport | MetricsReport
 )  # fmt: skip
