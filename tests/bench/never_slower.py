@@ -182,7 +182,13 @@ async def took(client: AsyncClient, cell: Cell, mode: AskedMode) -> float:
     text = await padded(client, cell)
     began = time.perf_counter()
     await client.create_completion(
-        text, max_tokens=cell.length, temperature=0, seed=0, ignore_eos=True, mode=mode
+        text,
+        max_tokens=cell.length,
+        temperature=0,
+        seed=0,
+        ignore_eos=True,
+        mode=mode,
+        cache_prompt=False,
     )
     return time.perf_counter() - began
 

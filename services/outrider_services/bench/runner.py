@@ -161,6 +161,7 @@ class Bench:
             n_draft=length,
             n_min=length,
             p_min=None if length is None else 0.0,
+            cache_prompt=False,
         )
 
 

@@ -128,6 +128,7 @@ async def speed(
         mode=mode,
         n_draft=length,
         n_min=length,
+        cache_prompt=False,
     )
     stats = answer.stats
     assert stats.decode_s
