@@ -25,7 +25,7 @@ TOY = {
     "OUTRIDER_TOY__ROW_MS": "0.05",
 }
 LASTING = {"serve", "worker"}  # commands that go on until they are ended
-NOT_RUN = {"./scripts/test", "ssh"}
+NOT_RUN = {"./scripts/test", "curl", "ssh"}
 
 
 def blocks(language: str) -> list[str]:
