@@ -184,6 +184,38 @@ def test_a_copied_beginning_is_as_good_as_one_that_was_read(engine: LlamaEngine)
     assert equal(after, fresh(engine, tokens[:12], 12)[9:])
 
 
+def test_in_a_unified_cache_slots_stay_apart_too(test_model: Path) -> None:
+    """Shared passes, rollbacks and copies: what comes out differs by rounding at most."""
+    settings = dataclasses.replace(EXACT, exact=False, unified=True, slots=3, context=256)
+    engine = LlamaEngine.load(test_model, settings)
+    tokens = engine.tokenize(TEXT, special=False)
+    assert engine.info.context == 256
+    alone = engine.extend(0, tokens, len(tokens)).copy()
+    engine.rewind(0, 0)
+    engine.extend_all([Part(0, tokens[:9], 0), Part(1, tokens[::-1], 0)])
+    engine.rewind(1, 3)
+    engine.copy(0, 2, 6)
+    first, _, copied = engine.extend_all(
+        [Part(0, tokens[9:12], 3), Part(1, tokens[:1], 1), Part(2, tokens[6:9], 3)]
+    )
+    assert np.allclose(first, alone[9:12], atol=0.5)
+    assert np.allclose(copied, alone[6:9], atol=0.5)
+    assert (first.argmax(axis=1) == alone[9:12].argmax(axis=1)).all()
+    assert [engine.length(slot) for slot in range(3)] == [12, 4, 9]
+    engine.close()
+
+
+@pytest.mark.parametrize(("cheap", "unified"), [(99.0, True), (0.0, False)])
+def test_the_cache_is_unified_where_further_rows_are_cheap(
+    test_model: Path, monkeypatch: pytest.MonkeyPatch, cheap: float, unified: bool
+) -> None:
+    monkeypatch.setattr(llama, "CHEAP", cheap)
+    settings = dataclasses.replace(EXACT, exact=False, unified=None, context=256)
+    engine = LlamaEngine.load(test_model, settings)
+    assert (engine._is_unified, engine.info.context) == (unified, 256)
+    engine.close()
+
+
 def test_a_pass_that_two_sequences_share_fails_for_both(
     engine: LlamaEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

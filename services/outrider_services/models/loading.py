@@ -43,6 +43,7 @@ def _llama(role: str, settings: Settings, progress: Callable[[float], None]) -> 
             tiled="tiled" not in without,
             repack="repack" not in without,
             flash_attention="flash" not in without,
+            unified=None if role == "target" and not pipeline.exact else False,
         )
     except ValueError as exc:
         raise ConfigError(str(exc)) from None

@@ -51,6 +51,7 @@ class LlamaSettings:
     repack: bool = True  # weights in an order of the processor's, where exact allows it
     cache_type_k: str = "f16"
     cache_type_v: str = "f16"
+    unified: bool | None = False  # one cache for all slots; None: if it is faster here
 
     def __post_init__(self) -> None:
         for name in ("context", "slots", "threads", "batch", "ubatch"):
@@ -65,12 +66,19 @@ class LlamaSettings:
                 )
         if self.cache_type_v.startswith("q") and not self.flash_attention:
             raise ValueError(f"cache_type_v = {self.cache_type_v!r} needs flash_attention")
+        if self.exact and self.unified:
+            raise ValueError("exact logits need a cache for each slot: unified = False")
         if self.exact and self.gpu_layers:
             raise ValueError("exact logits need gpu_layers = 0")
 
     @property
     def rounded_context(self) -> int:
         return -(-self.context // 256) * 256
+
+    @property
+    def may_be_unified(self) -> bool:
+        """Whether that is still to be found out."""
+        return self.unified is None and self.slots > 1 and not self.exact
 
     @property
     def used_threads(self) -> int:
@@ -252,7 +260,7 @@ def make_context(lib: Any, path: Path, model: Any, settings: LlamaSettings) -> A
         type_k=CACHE_TYPES[type_k][0],
         type_v=CACHE_TYPES[type_v][0],
         swa_full=True,  # else a sliding window forgets what a rollback needs
-        kv_unified=False,
+        kv_unified=bool(settings.unified),
     )
     complaints.clear()
     handle = lib.llama_init_from_model(model, params)
