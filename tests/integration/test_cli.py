@@ -24,6 +24,7 @@ import pytest
 import uvloop
 
 from outrider.core.stats import Report
+from outrider.engines.toy_text import SMALLEST
 from outrider_services.options import OPTIONS
 from outrider_services.tuning import advice, search
 from outrider_services.tuning.decisions import Decision, Kernels, Trial, Variant
