@@ -367,7 +367,7 @@ async def test_the_coordinator_settles_after_each_block_is_on_its_way(
 
     monkeypatch.setattr(bench_coordinator.Fakes, "send", sent)
     monkeypatch.setattr(PricedRule, "settle", settled)
-    await bench_coordinator.measure()
+    await bench_coordinator.measure(1)
     assert seen[0] == "settle"  # when the request begins
     assert seen[1:] == ["verify", "settle"] * (len(seen) // 2)
     assert len(seen) > 100

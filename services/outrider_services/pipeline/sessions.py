@@ -31,7 +31,7 @@ from outrider.core.gathering import Gathering
 from outrider.core.reading import UNKNOWN, Held
 from outrider.core.rules import FixedRule, PricedRule, Rule
 from outrider.core.session import Session
-from outrider.core.stats import Stats
+from outrider.core.stats import Report, Stats
 from outrider.core.values import Fragment, Mode, TokenId, Verdict, Verify
 from outrider.errors import BadRequest, OutriderError
 from outrider.wire import messages as wire
@@ -44,6 +44,7 @@ from outrider_services.pipeline.slots import shared_beginning
 
 log = logging.getLogger(__name__)
 
+REPORT_S = 0.1  # at least between two tables of a request's figures
 ENDED = 64  # requests that are remembered for what their drafts have read
 
 End = Callable[[Request, wire.Message], None]  # gives a request its one outcome
@@ -189,8 +190,10 @@ class Sessions:
                 self._roster.tell("draft", wire.Close(request.id))
             case Fragment():
                 self._metrics.fragment(request, command)
-                report, spans = session.stats.report(), session.trace.take()
-                self._tell(request.client, wire.Progress(call, command, report, spans))
+                progress = wire.Progress(
+                    call, command, self._report(request, session), session.trace.take()
+                )
+                self._tell(request.client, progress)
             case Settle():
                 session.rule.settle()
             case Finish(reason):
@@ -198,6 +201,14 @@ class Sessions:
                 self._end(request, wire.Finished(call, reason, report, spans))
             case Fault(error):
                 self._end(request, wire.failure(call, error))
+
+    def _report(self, request: Request, session: Session) -> Report | None:
+        """The figures so far, unless the client was told of them just now."""
+        now = self._clock()
+        if request.reported is not None and now - request.reported < REPORT_S:
+            return None
+        request.reported = now
+        return session.stats.report()
 
     def fail(self, request: Request, error: OutriderError) -> None:
         """It comes to nothing."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import functools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -214,6 +215,7 @@ def sureness(confidence: float) -> float:
     return -math.log2(max(1 - confidence, 1e-4))
 
 
+@functools.lru_cache(maxsize=1024)  # each is asked for several times, and soon not any more
 def usual_acceptance(confidence: float) -> float:
     """How often drafted tokens of this confidence are accepted, by the table above."""
     at = sureness(confidence)
