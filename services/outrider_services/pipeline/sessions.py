@@ -67,6 +67,7 @@ class Sessions:
         self._metrics, self._clock, self._tell, self._end = metrics, clock, tell, end
         self._experience: dict[Mode, Experience] = {}
         self._gathering = Gathering[int]()
+        self._draft = 0  # the incarnation of the draft worker that has read these
         self._ended: deque[tuple[str | None, Held, list[TokenId]]] = deque(maxlen=ENDED)
 
     def measure(self) -> None:
@@ -74,6 +75,9 @@ class Sessions:
         target, draft = self._roster.get("target"), self._roster.get("draft")
         if target and draft:
             one, other = target.hello, draft.hello
+            if other.incarnation != self._draft:
+                self._ended.clear()  # it is another one, which has read nothing
+            self._draft = other.incarnation
             curves = one.curve_s, other.curve_s, one.crowd_s, other.crowd_s
             self._experience = {
                 "sync": Experience(CostModel.measured(*curves, in_turns=True)),
@@ -115,6 +119,7 @@ class Sessions:
     def forget(self, request: Request) -> None:
         """It is over; what its draft has read may be of use to a later one."""
         self.count()
+        self._gathering.drop(request.id)
         if (session := request.session) and session.draft.held.end > session.draft.skip:
             held = session.draft.held
             self._ended.append((session.task.cache, held, session.tokens[: held.end]))
@@ -139,14 +144,15 @@ class Sessions:
         for request, _, commands in todo:
             for command in commands:
                 if isinstance(command, Verify):
-                    self._gathering.add(request.id, command)
+                    self._gathering.add(request.id, command, self._clock())
         self._release()
         for request, session, commands in todo:
             self._carry_out(request, session, commands)
 
     def _release(self) -> None:
         running = self._requests.running.values()
-        orders = self._gathering.release(one.session for one in running if one.session)
+        sessions = (one.session for one in running if one.session)
+        orders = self._gathering.release(sessions, self._clock())
         if len(orders) > 1:
             self._roster.tell("target", wire.Pass(tuple(orders)))
         for number, order in orders if len(orders) == 1 else ():
