@@ -109,10 +109,10 @@ class Sessions:
 
     def _held(self, request: Request) -> Held:
         """What the draft probably knows of the prompt; it is the draft worker who looks."""
-        best = UNKNOWN
+        best, text = UNKNOWN, request.tokens[:-1]
         for cache, (skip, _), tokens in self._ended:
             if cache is not None and cache == request.submit.cache:
-                common = shared_beginning(tokens, request.tokens[:-1])
+                common = shared_beginning(tokens, text)
                 best = Held(skip, common) if common > max(best.end, skip) else best
         return best
 
