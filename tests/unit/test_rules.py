@@ -166,6 +166,25 @@ def test_a_rest_ends_with_its_request_unless_the_draft_gains_nowhere() -> None:
     assert not guard.resting
 
 
+def test_one_disturbed_pass_counts_once_however_many_shared_it() -> None:
+    """Each of them tells it."""
+    draft_s, verify_s = [], []
+    for requests in (1, 8):
+        verify = [0.1 + 0.01 * n for n in range(16)]
+        costs = CostModel(verify, 0.03, crowd_s=[0.1] * 8, together_s=[0.03] * 8)
+        experience = Experience(costs)
+        for _ in range(requests):
+            costs.verified(requests, 0.2, 0.2, requests)
+            costs.drafted(0.06, 1, None, requests)
+            experience.stepped(0.2, requests)
+        costs.crowd = requests
+        verify_s.append(costs.costs.verify_s[0])
+        draft_s.append(costs.costs.draft_s)
+        assert 0.11 < experience.step_s < 0.14
+    assert verify_s == pytest.approx([verify_s[0]] * 2, rel=0.02)
+    assert draft_s == pytest.approx([draft_s[0]] * 2, rel=0.05)
+
+
 def test_the_next_request_begins_where_the_last_one_ended() -> None:
     experience = Experience(CostModel([0.1 + 0.02 * n for n in range(16)], 0.03))
     first = PricedRule("sync", 64, experience)
