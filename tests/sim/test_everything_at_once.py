@@ -108,6 +108,15 @@ class House:
             self.tell(CLIENT, wire.Cancel(call))
         return await outcome
 
+    async def lose_the_draft(self, every_s: float) -> None:
+        """Its connection ends, again and again; each time it comes back a moment later."""
+        while every_s:
+            await asyncio.sleep(every_s)
+            self.core.on_gone(DRAFT)
+            self.draft.forget()
+            await asyncio.sleep(every_s / 4)
+            self.tell(DRAFT, self.draft._hello())
+
 
 @functools.lru_cache
 def alone(prompt: bytes, count: int) -> list[TokenId]:
@@ -121,8 +130,10 @@ def alone(prompt: bytes, count: int) -> list[TokenId]:
 
 
 @pytest.mark.parametrize("mode", ["sync", "pipelined"])
-@pytest.mark.parametrize("faults", [0.0, 0.01])
-async def test_many_requests_come_and_leave_at_will(mode: Mode, faults: float) -> None:
+@pytest.mark.parametrize(("faults", "lost_every_s"), [(0.0, 0.0), (0.01, 0.0), (0.0, 0.1)])
+async def test_many_requests_come_and_leave_at_will(
+    mode: Mode, faults: float, lost_every_s: float
+) -> None:
     chance = random.Random(7)
     with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as other:
         house = House((one, other), faults, seed=7)
@@ -133,6 +144,7 @@ async def test_many_requests_come_and_leave_at_will(mode: Mode, faults: float) -
         house.tell(TARGET, house.target._hello())
         house.tell(DRAFT, house.draft._hello())
         await asyncio.sleep(0.05)
+        losing = asyncio.ensure_future(house.lose_the_draft(lost_every_s))
         asked = []
         for call in range(1, 61):
             prompt = SYSTEM * chance.randint(0, 4) + b"so %d " % chance.randint(0, 9)
@@ -147,6 +159,7 @@ async def test_many_requests_come_and_leave_at_will(mode: Mode, faults: float) -
             assert task.result() in ("length", *(["cancelled"] if leaves_s else []))
             assert said == expected[: len(said)]
             assert len(said) == count or task.result() == "cancelled"
+        losing.cancel()
         await asyncio.sleep(0.05)
         for worker in (house.target, house.draft):
             assert all(holder.is_free for holder in worker.slots._holders)
@@ -154,6 +167,7 @@ async def test_many_requests_come_and_leave_at_will(mode: Mode, faults: float) -
         assert not house.draft._rides
         assert not house.core._requests.running
         assert not house.core._sessions._gathering._orders
+        assert losing.cancelled() or not losing.exception()
         for running in tasks:
             assert not running.done(), running
             running.cancel()

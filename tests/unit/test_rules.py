@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import pytest
@@ -164,6 +165,25 @@ def test_a_rest_ends_with_its_request_unless_the_draft_gains_nowhere() -> None:
         guard.committed(1, 2.0, 1.0)
     guard.begin()
     assert not guard.resting
+
+
+@given(
+    passes=st.lists(
+        st.tuples(st.integers(1, 8), st.integers(0, 40), st.floats(0.0, 10.0)), max_size=60
+    )
+)
+def test_whatever_passes_take_their_costs_are_numbers(
+    passes: list[tuple[int, int, float]],
+) -> None:
+    """Also where one request's many rows once took longer than those of several together."""
+    costs = CostModel([1.0, 0.5, 3.0, 1e-3], 0.03, crowd_s=[1e-3] * 8, together_s=[0.03, 0.01])
+    for requests, more, elapsed_s in passes:
+        costs.verified(requests + more, elapsed_s, elapsed_s, requests)
+        costs.drafted(elapsed_s, 1, elapsed_s, requests)
+        costs.crowd = requests
+        seen = costs.costs
+        assert all(0 < seconds < math.inf for seconds in (*seen.verify_s, seen.draft_s))
+        assert sorted(seen.verify_s) == list(seen.verify_s)
 
 
 def test_one_disturbed_pass_counts_once_however_many_shared_it() -> None:

@@ -118,8 +118,12 @@ class CostModel:
 
     @staticmethod
     def _pass_s(verify_s: Values, crowd_s: Values, requests: int, rows: int) -> float:
-        """Seconds of a pass over `rows` rows of so many requests."""
-        one = Costs(tuple(verify_s), 0.0, 0.0).passes(max(rows, requests))
+        """Seconds of a pass over `rows` rows of so many requests, of which each has one or more.
+
+        As measured, more rows may take less time; what they add is never less than nothing.
+        """
+        rising = np.maximum.accumulate(verify_s)
+        one = Costs(tuple(rising), 0.0, 0.0).passes(max(rows, requests))
         alone = float(one[rows - 1])
         if requests > len(crowd_s):
             return alone
