@@ -820,3 +820,22 @@ async def test_another_draft_worker_is_not_believed_to_know_what_the_last_one_re
         await up.verdict(one, 20)
         await up.drafted(one, len(prompt), 20, 21)
         await up.says(CLIENT, wire.Cancel(call))
+
+
+async def test_a_mistake_in_one_session_ends_its_request_and_no_other(
+    up: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = await up.begin(1, mode="plain"), await up.begin(2, mode="plain")
+    session = up.core._requests.running[one].session
+    assert session is not None
+
+    def mistaken(*_: Any) -> None:
+        raise ZeroDivisionError("nothing is left")
+
+    monkeypatch.setattr(session.stock, "commit", mistaken)
+    verdict = Verdict(
+        accepted=0, tokens=(20,), round=0, base=3, pieces=(b"x",), margins=(1.0,), elapsed_s=0.1
+    )
+    await up.says(TARGET, wire.Passed(((one, verdict), (other, verdict))))
+    assert up.outcomes() == {1: ["internal_error"]}
+    assert [do.request for do in up.orders(TARGET, Verify)] == [other]

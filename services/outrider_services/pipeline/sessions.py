@@ -33,7 +33,7 @@ from outrider.core.rules import FixedRule, PricedRule, Rule
 from outrider.core.session import Session
 from outrider.core.stats import Report, Stats
 from outrider.core.values import Fragment, Mode, TokenId, Verdict, Verify
-from outrider.errors import BadRequest, OutriderError
+from outrider.errors import BadRequest, InternalError, OutriderError
 from outrider.wire import messages as wire
 from outrider_services.pipeline import journal
 from outrider_services.pipeline.metrics import Metrics
@@ -138,7 +138,7 @@ class Sessions:
         todo: list[tuple[Request, Session, list[Command]]] = []
         for request, event in happened:
             if session := request.session:
-                commands = session.handle(event, self._clock())
+                commands = self._handled(request, session, event)
                 self._log(request, session, event, commands)
                 todo.append((request, session, commands))
         for request, _, commands in todo:
@@ -148,6 +148,14 @@ class Sessions:
         self._release()
         for request, session, commands in todo:
             self._carry_out(request, session, commands)
+
+    def _handled(self, request: Request, session: Session, event: Event) -> list[Command]:
+        """What the session commands; a mistake in it ends its request, and no other."""
+        try:
+            return session.handle(event, self._clock())
+        except Exception as exc:  # whatever it is, somebody waits
+            log.exception("request %d failed", request.number, extra=request.marks())
+            return session.handle(Failure(InternalError(f"it went wrong: {exc!r}")), self._clock())
 
     def _release(self) -> None:
         running = self._requests.running.values()
