@@ -30,7 +30,7 @@ from outrider.core.experience import Experience
 from outrider.core.gathering import Gathering
 from outrider.core.reading import UNKNOWN, Held
 from outrider.core.rules import FixedRule, PricedRule, Rule
-from outrider.core.session import Session
+from outrider.core.session import Phase, Session
 from outrider.core.stats import Report, Stats
 from outrider.core.values import Fragment, Mode, TokenId, Verdict, Verify
 from outrider.errors import BadRequest, InternalError, OutriderError
@@ -217,9 +217,9 @@ class Sessions:
                 self._end(request, wire.failure(call, error))
 
     def _report(self, request: Request, session: Session) -> Report | None:
-        """The figures so far, unless the client was told of them just now."""
-        now = self._clock()
-        if request.reported is not None and now - request.reported < REPORT_S:
+        """The figures so far, with the last fragment all; None if they were told just now."""
+        now, is_over = self._clock(), session.phase is Phase.OVER
+        if request.reported is not None and now - request.reported < REPORT_S and not is_over:
             return None
         request.reported = now
         return session.stats.report()

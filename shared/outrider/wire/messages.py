@@ -338,7 +338,7 @@ class Progress(Tagged, frozen=True):
 
     call: Id
     fragment: values.Fragment
-    stats: Report | None  # with the first one, then at most every tenth of a second
+    stats: Report | None  # with the first, the last, and some every 0.1 s
     spans: Spans = ()  # if a trace was asked for: those since the last message
 
 
