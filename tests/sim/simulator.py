@@ -844,7 +844,7 @@ class Simulation:
 
     def ask_target(self, run: Run, order: Verify) -> None:
         if order.round:
-            self._gathered.add(run, order)
+            self._gathered.add(run, order, self.clock.now)
         else:
             self.to_target.send(lambda: self._take([(run, order)]))
 
@@ -852,7 +852,9 @@ class Simulation:
         """After every event: what sessions ask for together is one message."""
         if self._several:
             return
-        orders = self._gathered.release(run.session for run in self.runs if not run.ends)
+        orders = self._gathered.release(
+            (run.session for run in self.runs if not run.ends), self.clock.now
+        )
         if orders:
             self.to_target.send(lambda: self._take(orders))
 

@@ -787,3 +787,55 @@ async def test_while_it_runs_the_silent_are_missed_without_a_message(
     up.core.stopped.set()
     await running
     assert up.to(CLIENT, wire.Ping)  # and who has left is found out
+
+
+async def test_the_figures_come_at_once_and_then_ten_times_a_second(up: Pipeline) -> None:
+    one = await up.begin(mode="plain")
+    for _ in range(5):
+        await up.verdict(one, 20)
+        up.now += 0.06
+    told = [
+        progress.stats and progress.stats.generated_tokens
+        for progress in up.to(CLIENT, wire.Progress)
+    ]
+    assert told == [1, None, 3, None, 5]
+    await up.says(CLIENT, wire.Cancel(1))
+    (finished,) = up.to(CLIENT, wire.Finished)
+    assert finished.stats.generated_tokens == 5
+
+
+async def test_another_draft_worker_is_not_believed_to_know_what_the_last_one_read(
+    up: Pipeline,
+) -> None:
+    prompt = tuple(range(10, 60))
+    for call, draft in enumerate((2, 2, 3), 1):
+        if draft == 3:
+            await up.says(DRAFT, hello("draft", 3))
+            up.core.on_gone(DRAFT)
+            await up.says(DRAFT, hello("draft", 3))
+        one = await up.begin(call, prompt=prompt, cache="")
+        session = up.core._requests.running[one].session
+        assert session is not None
+        assert bool(session.task.held.end) == (call == 2)
+        await up.verdict(one, 20)
+        await up.drafted(one, len(prompt), 20, 21)
+        await up.says(CLIENT, wire.Cancel(call))
+
+
+async def test_a_mistake_in_one_session_ends_its_request_and_no_other(
+    up: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = await up.begin(1, mode="plain"), await up.begin(2, mode="plain")
+    session = up.core._requests.running[one].session
+    assert session is not None
+
+    def mistaken(*_: Any) -> None:
+        raise ZeroDivisionError("nothing is left")
+
+    monkeypatch.setattr(session.stock, "commit", mistaken)
+    verdict = Verdict(
+        accepted=0, tokens=(20,), round=0, base=3, pieces=(b"x",), margins=(1.0,), elapsed_s=0.1
+    )
+    await up.says(TARGET, wire.Passed(((one, verdict), (other, verdict))))
+    assert up.outcomes() == {1: ["internal_error"]}
+    assert [do.request for do in up.orders(TARGET, Verify)] == [other]

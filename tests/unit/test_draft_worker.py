@@ -603,6 +603,23 @@ async def test_a_constraint_that_the_drafter_cannot_follow_is_told_once(desk: De
     assert desk.drafter.texts == {}
 
 
+async def test_a_constraint_that_cannot_be_followed_leaves_the_others_their_steps(
+    desk: Desk,
+) -> None:
+    desk.open(2, text=SONG[20:24], until=9)
+    assert await desk.proposals()
+    desk.drafter.unknown = BadRequest("no such form", "json_schema")
+    desk.drafter.preparing.set()
+    desk.open(1, constraint=HELD, begins=3)
+    await asyncio.gather(*desk.worker._preparing)
+    opened = list(desk.drafter.opened)
+    desk.commit(4, SONG[24:27], until=14, request=2)
+    sent = await desk.work()
+    assert {one.request for one in sent if isinstance(one, wire.Done)} == {2}
+    assert [one.id for one in sent if isinstance(one, wire.Failed)] == [1]
+    assert desk.drafter.opened == opened, "none has to read its text anew"
+
+
 async def test_a_ride_that_is_closed_before_its_constraint_is_prepared_does_nothing(
     desk: Desk,
 ) -> None:

@@ -237,3 +237,18 @@ def test_the_beginning_of_a_text_can_be_skipped() -> None:
     assert made.read(0) == 20
     made.cut(0, 4)
     assert made.read(0) == 10, "what was skipped cannot be rolled back"
+
+
+def test_texts_that_find_no_room_in_one_pass_have_the_next() -> None:
+    drafter = ModelDrafter(ToyEngine(ToySettings(role="draft", slots=4, chunk=5)))
+    alone = ModelDrafter(ToyEngine(ToySettings(role="draft", slots=4, chunk=5)))
+    texts = [(slot, [97 + slot, 98, 99]) for slot in range(4)]
+    for slot, _ in texts:
+        for one in (drafter, alone):
+            one.open(slot, Sampling(temperature=0), 256)
+    found = drafter.propose_all(texts)
+    for (slot, text), drafted in zip(texts, found, strict=True):
+        if drafted:
+            assert drafted == alone.propose(slot, text)
+        else:
+            assert 0 < drafter.read(slot) < len(text), "it has come nearer"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import pytest
@@ -164,6 +165,44 @@ def test_a_rest_ends_with_its_request_unless_the_draft_gains_nowhere() -> None:
         guard.committed(1, 2.0, 1.0)
     guard.begin()
     assert not guard.resting
+
+
+@given(
+    passes=st.lists(
+        st.tuples(st.integers(1, 8), st.integers(0, 40), st.floats(0.0, 10.0)), max_size=60
+    )
+)
+def test_whatever_passes_take_their_costs_are_numbers(
+    passes: list[tuple[int, int, float]],
+) -> None:
+    """Also where one request's many rows once took longer than those of several together."""
+    costs = CostModel([1.0, 0.5, 3.0, 1e-3], 0.03, crowd_s=[1e-3] * 8, together_s=[0.03, 0.01])
+    for requests, more, elapsed_s in passes:
+        costs.verified(requests + more, elapsed_s, elapsed_s, requests)
+        costs.drafted(elapsed_s, 1, elapsed_s, requests)
+        costs.crowd = requests
+        seen = costs.costs
+        assert all(0 < seconds < math.inf for seconds in (*seen.verify_s, seen.draft_s))
+        assert sorted(seen.verify_s) == list(seen.verify_s)
+
+
+def test_one_disturbed_pass_counts_once_however_many_shared_it() -> None:
+    """Each of them tells it."""
+    draft_s, verify_s = [], []
+    for requests in (1, 8):
+        verify = [0.1 + 0.01 * n for n in range(16)]
+        costs = CostModel(verify, 0.03, crowd_s=[0.1] * 8, together_s=[0.03] * 8)
+        experience = Experience(costs)
+        for _ in range(requests):
+            costs.verified(requests, 0.2, 0.2, requests)
+            costs.drafted(0.06, 1, None, requests)
+            experience.stepped(0.2, requests)
+        costs.crowd = requests
+        verify_s.append(costs.costs.verify_s[0])
+        draft_s.append(costs.costs.draft_s)
+        assert 0.11 < experience.step_s < 0.14
+    assert verify_s == pytest.approx([verify_s[0]] * 2, rel=0.02)
+    assert draft_s == pytest.approx([draft_s[0]] * 2, rel=0.05)
 
 
 def test_the_next_request_begins_where_the_last_one_ended() -> None:
@@ -367,7 +406,7 @@ async def test_the_coordinator_settles_after_each_block_is_on_its_way(
 
     monkeypatch.setattr(bench_coordinator.Fakes, "send", sent)
     monkeypatch.setattr(PricedRule, "settle", settled)
-    await bench_coordinator.measure()
+    await bench_coordinator.measure(1)
     assert seen[0] == "settle"  # when the request begins
     assert seen[1:] == ["verify", "settle"] * (len(seen) // 2)
     assert len(seen) > 100

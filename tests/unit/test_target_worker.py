@@ -19,7 +19,7 @@ from outrider.core.sampling import Sampling, Scores
 from outrider.core.values import TopLogprob, Verdict, Verify
 from outrider.engines.toy import ToyEngine
 from outrider.wire import messages as wire
-from outrider_services.pipeline.target_worker import Sequence as Verified
+from outrider_services.pipeline.passes import Sequence as Verified
 from outrider_services.pipeline.target_worker import TargetWorker
 from outrider_services.pipeline.worker import Measured
 
@@ -288,6 +288,72 @@ async def test_after_a_pass_that_failed_each_has_one_of_its_own(desk: Desk) -> N
     sent = await bad.work()
     assert set(verdicts(sent)) == {1}
     assert [one.id for one in sent if isinstance(one, wire.Failed)] == [2]
+
+
+async def test_a_short_prompt_in_a_pass_makes_its_time_no_measure(desk: Desk) -> None:
+    desk.open(1, TEXT[:20])
+    await desk.work()
+    desk.open(2, TEXT[20:60])
+    desk.worker.handle(wire.Do(1, Verify(1, 21, ())))
+    said = verdicts(await desk.work())
+    assert passes(desk)[-1] == [(1, 40, 1), (0, 1, 1)]
+    assert (said[1].rows, said[1].requests) == (0, 2)
+
+
+async def test_after_a_failure_that_passed_by_they_share_passes_again(desk: Desk) -> None:
+    class Once(Noted):
+        fails = True
+
+        def extend_all(self, parts: Sequence[Part]) -> list[Scores]:
+            scores = super().extend_all(parts)
+            if self.fails:
+                self.fails = False
+                for part in parts:
+                    self.rewind(part.slot, 0)
+                raise EngineFault("only now")
+            return scores
+
+    once = Desk(desk.worker._owner, Once())
+    once.open(1, TEXT[:20])
+    once.open(2, TEXT[20:40])
+    assert set(verdicts(await once.work())) == {1, 2}
+    assert [len(one) for one in passes(once)] == [2, 1, 1]
+    base = 21
+    once.worker.handle(wire.Pass(((1, Verify(1, base, ())), (2, Verify(1, base, ())))))
+    await once.work()
+    assert [len(one) for one in passes(once)] == [2]
+
+
+async def test_a_copy_that_fails_costs_a_reading_and_no_more(desk: Desk) -> None:
+    class Uncopied(Noted):
+        def copy(self, source: int, slot: int, length: int) -> None:
+            raise EngineFault("it cannot copy")
+
+    one = Desk(desk.worker._owner, Uncopied())
+    one.open(1)
+    one.open(2)
+    said = verdicts(await one.work())
+    assert (said[1].tokens, said[2].cached) == (said[2].tokens, 0)
+
+
+async def test_nothing_is_copied_from_who_still_waits_for_its_constraint(desk: Desk) -> None:
+    """Its sequence still holds what was there before."""
+    for request in range(4):  # each sequence holds another text
+        desk.open(request, bytes((65 + request,)) * 40 + bytes(TEXT), cache="others")  # type: ignore
+    await desk.work()
+    for request in range(4):
+        desk.worker.handle(wire.Close(request))
+    desk.worker.handle(wire.Do(5, Prefill(TEXT, GREEDY, False, ANY_OBJECT, cache="")))
+    desk.open(6)
+    while await desk.worker.compute():
+        pass
+    said = verdicts(desk.sent)
+    assert (said[6].tokens, said[6].cached) == ((int(choice_behind(TEXT)),), 0)
+    await desk.settle()
+
+
+def choice_behind(text: tuple[int, ...]) -> int:
+    return int(ToyEngine().extend(0, text, 1)[0].argmax())
 
 
 async def verdict(logprobs: bool, top_logprobs: int) -> Verdict:

@@ -29,6 +29,7 @@ from outrider_services.pipeline.slots import Taken
 from outrider_services.pipeline.worker import Measured, Worker
 
 TOGETHER = 4  # most unread tokens of a text that shares a step with others
+MOST_FAILURES = 2  # after more of the steps that it shared have failed, a text shares none any more
 
 
 @dataclass(slots=True)
@@ -41,6 +42,7 @@ class Ride:
     sampling: Sampling
     vocabulary: int  # ids from here on do not exist in the target
     taken: Taken  # what it gets from other texts
+    skip: int  # so many tokens at the beginning of its text need not be read
     recall: int  # tokens at the end of its text for which it is to say what it would have drafted
     asked: float  # `computed_s` when it began to wait for its turn
     waited_s: float = 0.0  # for others, since it sent something
@@ -50,7 +52,8 @@ class Ride:
     begins: int = 0  # the answer, to which the constraint applies, begins here
     is_ready: bool = True  # the drafter has prepared the constraint
     is_new: bool = True  # the drafter does not know its text yet
-    is_alone: bool = False  # a step that it shared has failed
+    is_alone: bool = False  # a step that it shared has failed, and none alone has come off since
+    failures: int = 0  # of steps that it shared
     is_open: bool = True
 
     @property
@@ -61,7 +64,8 @@ class Ride:
     def shares(self) -> bool:
         """Whether its next step is short, and may be one with those of others."""
         unread = len(self.stream.tokens) - self.stream.read
-        return not (self.recall or self.is_alone) and unread <= TOGETHER
+        is_alone = self.is_alone or self.failures > MOST_FAILURES
+        return not (self.recall or is_alone) and unread <= TOGETHER
 
 
 class DraftWorker(Worker[Drafter]):
@@ -112,15 +116,14 @@ class DraftWorker(Worker[Drafter]):
     def _open(self, request: int, order: OpenDraft) -> None:
         self._close(request)  # a draft that was given up and is wanted again begins anew
         try:
-            taken = self.admit(order.tokens, order.cache, order.skip)
+            skip = min(order.skip, len(order.tokens) - 1)
+            taken = self.admit(order.tokens, order.cache, skip, order.base)
         except OutriderError as exc:
             self.send(wire.failure(request, exc))
             return
         stream = Stream.opened(order, self.model.info.context)
         if taken.source >= 0:
             stream.read = taken.kept
-        else:
-            taken = taken._replace(skip=stream.read)
         ride = Ride(
             request=request,
             slot=taken.slot,
@@ -128,6 +131,7 @@ class DraftWorker(Worker[Drafter]):
             sampling=order.sampling,
             vocabulary=order.vocabulary,
             taken=taken,
+            skip=skip,
             recall=order.recall,
             asked=self.computed_s,
             constraint=order.constraint,
@@ -204,7 +208,9 @@ class DraftWorker(Worker[Drafter]):
         now = time.perf_counter()
         for ride in riders:
             ride.began = now if ride.began is None else ride.began
-            self._know(ride)
+        riders = self._known(riders, post)
+        if not riders:
+            return
         with self._lock:
             all_begun = [ride.stream.begin() for ride in riders]
         for ride, begun in zip(riders, all_begun, strict=True):
@@ -216,6 +222,8 @@ class DraftWorker(Worker[Drafter]):
             for ride in riders:
                 ride.began = None
             found = []
+        else:
+            riders[0].is_alone &= len(riders) > 1
         with self._lock:
             for ride, begun, drafted in zip(riders, all_begun, found, strict=False):
                 if not ride.is_open:
@@ -270,8 +278,9 @@ class DraftWorker(Worker[Drafter]):
             for ride in riders:
                 if len(riders) > 1:
                     ride.is_alone, ride.is_new, ride.began = True, True, None
-                    ride.taken = Taken(ride.slot, skip=ride.taken.skip)
-                    ride.stream.read = ride.taken.skip
+                    ride.failures += 1
+                    ride.taken = Taken(ride.slot)
+                    ride.stream.read = ride.skip
                 elif ride.is_open:
                     post(self.send, wire.failure(ride.request, exc))
                     self._close(ride.request)
@@ -280,7 +289,6 @@ class DraftWorker(Worker[Drafter]):
         """What the drafter would have drafted in place of the last tokens of the text."""
         self._know(ride)
         began = time.perf_counter()
-        self._know(ride)
         with self._lock:
             begun, count, ride.recall = ride.stream.begin(), ride.recall, 0
         try:
@@ -301,15 +309,28 @@ class DraftWorker(Worker[Drafter]):
             recalled=recalled,
         )
 
+    def _known(self, riders: list[Ride], post: Callable[..., object]) -> list[Ride]:
+        """Those whose texts the drafter knows now. One that it cannot take is given up alone."""
+        for ride in riders:
+            try:
+                self._know(ride)
+            except (EngineFault, OutriderError, ValueError) as exc:
+                self._on_failure([ride], exc, post)
+        return [ride for ride in riders if not ride.is_new]
+
     def _know(self, ride: Ride) -> None:
         """Tell the drafter of the text, if it does not know it yet."""
         if not ride.is_new:
             return
-        slot, kept, source, skip, _ = taken = ride.taken
+        taken = ride.taken
         with self._lock:
-            known = kept if self.slots.still_holds(taken) else 0
-        asked = ride.sampling, ride.vocabulary, skip, known, source
-        self.model.open(slot, *asked, ride.constraint, ride.begins)
+            known = self.slots.held(taken)
+        # what was to be kept is gone: no more is read than was asked for
+        skip = taken.skip if known > taken.skip else ride.skip
+        asked = ride.sampling, ride.vocabulary, skip, known, taken.source
+        self.model.open(taken.slot, *asked, ride.constraint, ride.begins)
         with self._lock:
             ride.is_new = False
-            ride.stream.read = min(ride.stream.read, self.model.read(slot))
+            ride.stream.read = min(ride.stream.read, self.model.read(taken.slot))
+            if ride.is_open:  # else the slot may be another's by now
+                self.slots.begin(taken.slot, skip)

@@ -85,6 +85,7 @@ class Request:
     preparing: asyncio.Task[None] | None = None
     session: Session | None = None
     timer: asyncio.TimerHandle | None = None
+    reported: float | None = None  # when its client was last told of its figures
 
     @property
     def key(self) -> tuple[bytes, int]:

@@ -30,10 +30,10 @@ from outrider.core.experience import Experience
 from outrider.core.gathering import Gathering
 from outrider.core.reading import UNKNOWN, Held
 from outrider.core.rules import FixedRule, PricedRule, Rule
-from outrider.core.session import Session
-from outrider.core.stats import Stats
+from outrider.core.session import Phase, Session
+from outrider.core.stats import Report, Stats
 from outrider.core.values import Fragment, Mode, TokenId, Verdict, Verify
-from outrider.errors import BadRequest, OutriderError
+from outrider.errors import BadRequest, InternalError, OutriderError
 from outrider.wire import messages as wire
 from outrider_services.pipeline import journal
 from outrider_services.pipeline.metrics import Metrics
@@ -44,6 +44,7 @@ from outrider_services.pipeline.slots import shared_beginning
 
 log = logging.getLogger(__name__)
 
+REPORT_S = 0.1  # at least between two tables of a request's figures
 ENDED = 64  # requests that are remembered for what their drafts have read
 
 End = Callable[[Request, wire.Message], None]  # gives a request its one outcome
@@ -66,6 +67,7 @@ class Sessions:
         self._metrics, self._clock, self._tell, self._end = metrics, clock, tell, end
         self._experience: dict[Mode, Experience] = {}
         self._gathering = Gathering[int]()
+        self._draft = 0  # the incarnation of the draft worker that has read these
         self._ended: deque[tuple[str | None, Held, list[TokenId]]] = deque(maxlen=ENDED)
 
     def measure(self) -> None:
@@ -73,6 +75,9 @@ class Sessions:
         target, draft = self._roster.get("target"), self._roster.get("draft")
         if target and draft:
             one, other = target.hello, draft.hello
+            if other.incarnation != self._draft:
+                self._ended.clear()  # it is another one, which has read nothing
+            self._draft = other.incarnation
             curves = one.curve_s, other.curve_s, one.crowd_s, other.crowd_s
             self._experience = {
                 "sync": Experience(CostModel.measured(*curves, in_turns=True)),
@@ -104,16 +109,17 @@ class Sessions:
 
     def _held(self, request: Request) -> Held:
         """What the draft probably knows of the prompt; it is the draft worker who looks."""
-        best = UNKNOWN
+        best, text = UNKNOWN, request.tokens[:-1]
         for cache, (skip, _), tokens in self._ended:
             if cache is not None and cache == request.submit.cache:
-                common = shared_beginning(tokens, request.tokens[:-1])
+                common = shared_beginning(tokens, text)
                 best = Held(skip, common) if common > max(best.end, skip) else best
         return best
 
     def forget(self, request: Request) -> None:
         """It is over; what its draft has read may be of use to a later one."""
         self.count()
+        self._gathering.drop(request.id)
         if (session := request.session) and session.draft.held.end > session.draft.skip:
             held = session.draft.held
             self._ended.append((session.task.cache, held, session.tokens[: held.end]))
@@ -132,20 +138,29 @@ class Sessions:
         todo: list[tuple[Request, Session, list[Command]]] = []
         for request, event in happened:
             if session := request.session:
-                commands = session.handle(event, self._clock())
+                commands = self._handled(request, session, event)
                 self._log(request, session, event, commands)
                 todo.append((request, session, commands))
         for request, _, commands in todo:
             for command in commands:
                 if isinstance(command, Verify):
-                    self._gathering.add(request.id, command)
+                    self._gathering.add(request.id, command, self._clock())
         self._release()
         for request, session, commands in todo:
             self._carry_out(request, session, commands)
 
+    def _handled(self, request: Request, session: Session, event: Event) -> list[Command]:
+        """What the session commands; a mistake in it ends its request, and no other."""
+        try:
+            return session.handle(event, self._clock())
+        except Exception as exc:  # whatever it is, somebody waits
+            log.exception("request %d failed", request.number, extra=request.marks())
+            return session.handle(Failure(InternalError(f"it went wrong: {exc!r}")), self._clock())
+
     def _release(self) -> None:
         running = self._requests.running.values()
-        orders = self._gathering.release(one.session for one in running if one.session)
+        sessions = (one.session for one in running if one.session)
+        orders = self._gathering.release(sessions, self._clock())
         if len(orders) > 1:
             self._roster.tell("target", wire.Pass(tuple(orders)))
         for number, order in orders if len(orders) == 1 else ():
@@ -189,8 +204,10 @@ class Sessions:
                 self._roster.tell("draft", wire.Close(request.id))
             case Fragment():
                 self._metrics.fragment(request, command)
-                report, spans = session.stats.report(), session.trace.take()
-                self._tell(request.client, wire.Progress(call, command, report, spans))
+                progress = wire.Progress(
+                    call, command, self._report(request, session), session.trace.take()
+                )
+                self._tell(request.client, progress)
             case Settle():
                 session.rule.settle()
             case Finish(reason):
@@ -198,6 +215,14 @@ class Sessions:
                 self._end(request, wire.Finished(call, reason, report, spans))
             case Fault(error):
                 self._end(request, wire.failure(call, error))
+
+    def _report(self, request: Request, session: Session) -> Report | None:
+        """The figures so far, with the last fragment all; None if they were told just now."""
+        now, is_over = self._clock(), session.phase is Phase.OVER
+        if request.reported is not None and now - request.reported < REPORT_S and not is_over:
+            return None
+        request.reported = now
+        return session.stats.report()
 
     def fail(self, request: Request, error: OutriderError) -> None:
         """It comes to nothing."""

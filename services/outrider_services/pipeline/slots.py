@@ -27,6 +27,7 @@ class Holder:
     used: int = 0  # when it was used last: a higher number is later
     taken: int = 0  # when it was taken last
     is_free: bool = True
+    has_begun: bool = False  # else the model still holds an earlier text there
 
 
 class Taken(NamedTuple):
@@ -74,12 +75,28 @@ class Slots:
         """Whether the source has not been taken for another text since."""
         return taken.source >= 0 and self._holders[taken.source].taken == taken.stamp
 
+    def begin(self, slot: int, skip: int = 0) -> None:
+        """From now on the model holds nothing there but the text it was taken for, from `skip`."""
+        self._holders[slot].has_begun, self._holders[slot].skip = True, skip
+
+    def held(self, taken: Taken) -> int:
+        """How many of the tokens that were to be kept the source can still have."""
+        source = self._holders[taken.source]
+        if not self.still_holds(taken) or source.skip != taken.skip:
+            return 0
+        is_there = source.has_begun or taken.source == taken.slot
+        return min(taken.kept, len(source.tokens)) if is_there else 0
+
     def give_back(self, slot: int, tokens: Sequence[TokenId]) -> None:
-        """It is not in use any more, and holds these tokens (those that it skipped included)."""
+        """It is not in use any more, and holds these tokens (those that it skipped included).
+
+        If its text has not begun there, it holds nothing that anybody may use.
+        """
         holder = self._holders[slot]
         self._count += 1
         holder.is_free, holder.used = True, self._count
-        holder.tokens = tuple(tokens) if holder.cache is not None else ()
+        is_known = holder.has_begun and holder.cache is not None
+        holder.tokens = tuple(tokens) if is_known else ()
 
     def _best(
         self, text: Sequence[TokenId], cache: str | None, skip: int

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, TypeAlias
+from typing import ClassVar, TypeAlias
 
 from outrider.core import decoding
-from outrider.core.constraints import Constraint, Matcher, decide
+from outrider.core.constraints import Constraint, decide
 from outrider.core.engine import Cancelled, Engine, EngineFault, Part
 from outrider.core.events import Prefill
 from outrider.core.logprobs import likelihoods
 from outrider.core.penalties import Breakers
-from outrider.core.sampling import Sampling, Scores
+from outrider.core.sampling import Scores
 from outrider.core.stragglers import Stragglers
 from outrider.core.values import Role, TokenId, Verdict, Verify
 from outrider.engines.breakers import KnownBreakers
@@ -25,43 +25,14 @@ from outrider.engines.calibration import calibrate, calibrate_crowd
 from outrider.errors import OutriderError, ProtocolError
 from outrider.wire import messages as wire
 from outrider_services.pipeline.answers import Answers
+from outrider_services.pipeline.passes import Passes, Sequence, Share
 from outrider_services.pipeline.slots import Taken
 from outrider_services.pipeline.worker import Connection, Measured, Status, Worker
 
+log = logging.getLogger(__name__)
+
 CHUNK = 128  # most tokens of one prefill pass: a cancellation may have to wait for it
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16)  # rows of the passes that are measured at load
-
-
-@dataclass(slots=True)
-class Sequence:
-    """A request's committed text, and the block behind it that waits to be verified."""
-
-    request: int
-    slot: int
-    tokens: list[TokenId]
-    sampling: Sampling
-    logprobs: bool
-    asked: float  # `computed_s` when it was queued last
-    taken: Taken | None = None  # what it gets from other texts; None: nothing, or it has it
-    cached: int = 0  # how many tokens it got
-    top_logprobs: int = 0
-    begins: int = 0  # the answer begins here
-    matcher: Matcher | None = None  # of the answer's constraint
-    forbidden: int = 0  # drafted tokens that it does not allow
-    round: int = 0
-    drafted: tuple[TokenId, ...] | None = ()  # None: nothing to do
-    elapsed_s: float = 0.0
-    waited_s: float = 0.0
-    faults: int = 0
-    is_open: bool = True
-
-
-class Share(NamedTuple):
-    """What a sequence gets of the next pass: without `rows` it only comes nearer to its block."""
-
-    sequence: Sequence
-    tokens: list[TokenId]
-    rows: int
 
 
 Outcome: TypeAlias = Verdict | Exception | None  # None: there is more to evaluate
@@ -73,6 +44,7 @@ class TargetWorker(Worker[Engine]):
     def __init__(self, model: Engine, owner: ThreadPoolExecutor, measured: Measured) -> None:
         super().__init__(model, owner, measured)
         self.chunk = min(CHUNK, model.info.chunk)
+        self._passes = Passes(self.chunk, model.length)
         self._breakers = KnownBreakers(model)
         self._sequences: dict[int, Sequence] = {}
         self._turns: deque[Sequence] = deque()  # those with something to compute; the first is next
@@ -198,11 +170,18 @@ class TargetWorker(Worker[Engine]):
     async def compute(self) -> bool:
         if beginning := [one for one in self._turns if one.taken and self._can_begin(one.taken)]:
             await self.owned(lambda: self._begin(beginning))
+            for sequence in beginning:
+                if sequence.is_open:  # else its slot may be another's by now
+                    sequence.taken = None
+                    self.slots.begin(sequence.slot)
         await self._gather()
-        shares = self._next_pass()
+        shares = self._passes.next(self._turns)
         if not shares:
             return False
         self._running = [share.sequence for share in shares]
+        for sequence in self._running:
+            self._turns.remove(sequence)
+            sequence.waited_s += self.computed_s - sequence.asked
         try:
             outcomes = await self.owned(lambda: self._evaluate(shares))
         finally:
@@ -214,7 +193,7 @@ class TargetWorker(Worker[Engine]):
             if isinstance(outcome, Verdict):
                 sequence.tokens.extend(outcome.tokens)
                 sequence.drafted, sequence.elapsed_s, sequence.waited_s = None, 0.0, 0.0
-                sequence.forbidden = 0
+                sequence.forbidden = sequence.faults = 0
                 self._stragglers.answered(sequence.request, time.perf_counter())
                 verdicts.append((sequence.request, outcome))
             else:
@@ -236,66 +215,30 @@ class TargetWorker(Worker[Engine]):
     def _can_begin(self, taken: Taken) -> bool:
         """Whether what it is to copy is there; one who is just reading it is waited for."""
         source = next((one for one in self._turns if one.slot == taken.source), None)
-        is_reading = source is not None and self.model.length(taken.source) < taken.kept
-        return taken.source == taken.slot or not is_reading
+        if source is None or taken.source == taken.slot or not self.slots.still_holds(taken):
+            return True
+        return not source.taken and self.model.length(taken.source) >= taken.kept
 
     def _begin(self, sequences: list[Sequence]) -> None:
         """On the owner thread: each gets what other texts have left of its own."""
         for sequence in sequences:
-            taken, sequence.taken = sequence.taken, None
-            if taken is None:
+            if (taken := sequence.taken) is None:
                 continue
-            slot, kept, source, _, _ = taken
-            held = self.model.length(source) if self.slots.still_holds(taken) else 0
-            if source == slot:
-                self.model.rewind(slot, min(kept, held))
-            else:
+            slot, source = taken.slot, taken.source
+            held = min(self.slots.held(taken), self.model.length(source)) if source >= 0 else 0
+            try:
+                self.model.rewind(slot, held if source == slot else 0)
+                if held and source != slot:
+                    self.model.copy(source, slot, held)
+            except EngineFault as exc:  # it is read anew
+                log.warning("a text is read anew: %s", exc)
                 self.model.rewind(slot, 0)
-                if held:
-                    self.model.copy(source, slot, min(kept, held))
             sequence.cached = self.model.length(slot)
-
-    def _next_pass(self) -> list[Share]:
-        """The shares of those who are in turn, as far as a pass has room for their tokens.
-
-        Blocks come first, and leave a quarter of the room to a text that is being read. One whose
-        last pass failed has one of its own, so that it cannot harm the others again.
-        """
-        in_turn = [one for one in self._turns if not one.taken]
-        if in_turn and in_turn[0].faults:
-            in_turn = in_turn[:1]
-        else:
-            in_turn = [one for one in in_turn if not one.faults]
-        blocks = [one for one in in_turn if self._needed(one) <= self.chunk]
-        readers = [one for one in in_turn if one not in blocks]
-        shares: list[Share] = []
-        room = self.chunk
-        for sequence in (*blocks, *readers):
-            spare = self.chunk // 4 if readers and shares and sequence not in readers else 0
-            if share := self._share(sequence, room - spare):
-                self._turns.remove(sequence)
-                sequence.waited_s += self.computed_s - sequence.asked
-                shares.append(share)
-                room -= len(share.tokens)
-        return shares
-
-    def _needed(self, sequence: Sequence) -> int:
-        """How many tokens are to be evaluated, its block included."""
-        drafted = sequence.drafted or ()
-        return len(sequence.tokens) + len(drafted) - self.model.length(sequence.slot)
-
-    def _share(self, sequence: Sequence, room: int) -> Share | None:
-        """What it can do with `room` for so many tokens; None: it has to wait for more room."""
-        base, drafted = len(sequence.tokens), sequence.drafted or ()
-        known, needed = self.model.length(sequence.slot), self._needed(sequence)
-        if needed <= room:
-            return Share(sequence, [*sequence.tokens[known:], *drafted], len(drafted) + 1)
-        ahead = sequence.tokens[known : min(known + room, base - 1)]
-        return Share(sequence, ahead, 0) if needed > self.chunk and ahead else None
 
     def _again(self, sequence: Sequence, failure: Exception | None) -> None:
         """It has its next turn after the others; after a second `failure` it has none."""
         if failure is not None and not isinstance(failure, Cancelled):
+            sequence.failures += 1
             sequence.faults += 1  # its slot is empty: its text is evaluated again, but once
             if sequence.faults > 1:
                 self.send(wire.failure(sequence.request, failure))
@@ -320,7 +263,7 @@ class TargetWorker(Worker[Engine]):
         found = [self._judged(share, rows) for share, rows in zip(shares, scores, strict=True)]
         elapsed_s = time.perf_counter() - began
         self._stragglers.passed(elapsed_s)
-        reads = any(not share.rows for share in shares)
+        reads = any(len(share.tokens) > share.rows for share in shares)
         rows = 0 if reads else sum(share.rows for share in shares)
         for at, (share, one) in enumerate(zip(shares, found, strict=True)):
             share.sequence.elapsed_s += elapsed_s

@@ -109,14 +109,19 @@ class Worker(ABC, Generic[M]):
     def measure(model: M) -> Measured:
         """On the owner thread: the seconds for `Hello`."""
 
-    def admit(self, tokens: Sequence[TokenId], cache: str | None, skip: int = 0) -> Taken:
-        """A sequence for a new request with this text. Raises BadRequest or Overloaded."""
+    def admit(
+        self, tokens: Sequence[TokenId], cache: str | None, skip: int = 0, base: int | None = None
+    ) -> Taken:
+        """A sequence for a new request with this text, which is certain up to `base`.
+
+        Raises BadRequest or Overloaded.
+        """
         info = self.model.info
         if not 0 < len(tokens) < info.context:
             raise BadRequest(f"{len(tokens)} tokens do not fit the context of {info.context}")
         if info.vocabulary and max(tokens) >= info.vocabulary.size:
             raise BadRequest(f"token {max(tokens)} is not in the vocabulary", "prompt")
-        return self.slots.take(tokens, cache, skip)
+        return self.slots.take(tokens[:base], cache, skip)
 
     def send(self, message: wire.Message) -> None:
         """Send if possible: a coordinator that is gone has forgotten the request, too."""

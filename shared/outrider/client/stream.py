@@ -40,7 +40,7 @@ class Stream:
         self.model = ""
         self.prompt_token_ids: tuple[int, ...] = ()
         self.fragments: list[Fragment] = []
-        self.stats: Report | None = None  # live; None until the first fragment
+        self.stats: Report | None = None  # live to 0.1 s; None until the first fragment
         self.spans: list[Span] = []  # of the trace, those that have come
         self.trace: tuple[Span, ...] | None = None
         self.finish_reason: FinishReason | None = None
@@ -68,7 +68,7 @@ class Stream:
                 case wire.Started(_, model, _, prompt):
                     self.model, self.prompt_token_ids = model, prompt
                 case wire.Progress(_, fragment, stats, spans):
-                    self.stats = stats
+                    self.stats = stats or self.stats
                     self.spans += spans
                     return self._kept(fragment)
                 case wire.Finished(_, reason, stats, spans):

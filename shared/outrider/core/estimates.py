@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import functools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -71,7 +72,7 @@ class CostModel:
         self._draft = math.log(max(draft_s, 1e-6))
         self._link = math.log(link_s)
         self._turn = self._draft + math.log(0.3)
-        self._tokens = 4  # drafted so far; the measurement at load counts as the first four
+        self._tokens = 4.0  # steps of the draft so far; that at load counts as the first four
         self._changed = False
         self._hold(self._seconds())
 
@@ -96,11 +97,14 @@ class CostModel:
         )
 
     def verified(self, rows: int, elapsed_s: float, round_trip_s: float, requests: int = 1) -> None:
-        """A pass over `rows` rows of so many requests took `elapsed_s`; see `Rule.verified`."""
+        """A pass over `rows` rows of so many requests took `elapsed_s`; see `Rule.verified`.
+
+        Each of them tells it, so what one tells is only a part of a measurement.
+        """
         if not 1 <= requests <= rows or (requests == 1 and rows > len(self._verify)):
             return
         expected_s = self._pass_s(np.exp(self._verify), np.exp(self._crowd), requests, rows)
-        error = _bounded(math.log(max(elapsed_s, 1e-6) / expected_s))
+        error = _bounded(math.log(max(elapsed_s, 1e-6) / expected_s)) / requests
         self._verify = [cost + self.SHARED * error for cost in self._verify]
         self._crowd = [cost + self.SHARED * error for cost in self._crowd]
         own = self._verify if requests == 1 else self._crowd
@@ -109,13 +113,17 @@ class CostModel:
             own[at] += (self.OWN - self.SHARED) * error
         if requests == 1 or not self._in_turns:  # else some were held back for the others
             link_s = min(max(round_trip_s - elapsed_s, 1e-5), 1.0)
-            self._link += self.OWN * _bounded(math.log(link_s) - self._link)
+            self._link += self.OWN * _bounded(math.log(link_s) - self._link) / requests
         self._changed = True
 
     @staticmethod
     def _pass_s(verify_s: Values, crowd_s: Values, requests: int, rows: int) -> float:
-        """Seconds of a pass over `rows` rows of so many requests."""
-        one = Costs(tuple(verify_s), 0.0, 0.0).passes(max(rows, requests))
+        """Seconds of a pass over `rows` rows of so many requests, of which each has one or more.
+
+        As measured, more rows may take less time; what they add is never less than nothing.
+        """
+        rising = np.maximum.accumulate(verify_s)
+        one = Costs(tuple(rising), 0.0, 0.0).passes(max(rows, requests))
         alone = float(one[rows - 1])
         if requests > len(crowd_s):
             return alone
@@ -126,15 +134,17 @@ class CostModel:
     ) -> None:
         """`count` tokens took `each_s` each; beginning a turn, if they did, took `turn_s`.
 
-        So many `requests` shared the draft's passes.
+        So many `requests` shared the draft's passes, and each of them tells it.
         """
         each_s /= self.together(requests)
-        self._tokens += count
-        weight = max(1 - (1 - self.SHARED) ** count, count / self._tokens)
+        passes = count / requests
+        self._tokens += passes
+        weight = max(1 - (1 - self.SHARED) ** passes, passes / self._tokens)
         # disturbances only make it slower, so only that side is bounded
         self._draft += weight * min(math.log(max(each_s, 1e-6)) - self._draft, math.log(2))
         if turn_s is not None:
-            self._turn += self.SHARED * _bounded(math.log(max(turn_s, 1e-5)) - self._turn)
+            error = _bounded(math.log(max(turn_s, 1e-5)) - self._turn)
+            self._turn += self.SHARED * error / requests
         self._changed = True
 
     def read(self, each_s: float) -> None:
@@ -214,6 +224,7 @@ def sureness(confidence: float) -> float:
     return -math.log2(max(1 - confidence, 1e-4))
 
 
+@functools.lru_cache(maxsize=1024)  # each is asked for several times, and soon not any more
 def usual_acceptance(confidence: float) -> float:
     """How often drafted tokens of this confidence are accepted, by the table above."""
     at = sureness(confidence)

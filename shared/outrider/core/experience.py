@@ -45,10 +45,13 @@ class Experience:
         return self._alone_s * self.costs.growth(self.costs.crowd)
 
     def stepped(self, elapsed_s: float, requests: int = 1) -> None:
-        """A plain step of so many was seen; a disturbed one counts for no more than twice the
-        usual."""
+        """A plain step of so many was seen, by each of them.
+
+        A disturbed one counts for no more than twice the usual.
+        """
         alone_s = elapsed_s / self.costs.growth(requests)
-        self._alone_s += 0.2 * (min(alone_s, 2 * self._alone_s) - self._alone_s)
+        error_s = min(alone_s, 2 * self._alone_s) - self._alone_s
+        self._alone_s += 0.2 / requests * error_s
 
     @property
     def is_hopeless(self) -> bool:

@@ -2,35 +2,45 @@
 
 Where draft and target take turns, a pass that begins while some still draft takes the device from
 the draft, and leaves these requests behind: their blocks would have to wait for its end. So it is
-held back until all are there. Nobody waits longer than a session does for its draft.
+held back until all are there. Nobody waits longer than a session may wait for its draft, even while
+requests come and go of which one is always waiting.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from typing import Generic, TypeVar
 
-from outrider.core.session import Phase, Session
+from outrider.core.session import BLOCK_PATIENCE_S, Phase, Session
 from outrider.core.values import Verify
 
-K = TypeVar("K")
+K = TypeVar("K", bound=Hashable)
 
 
 class Gathering(Generic[K]):
     """Orders for the target's next pass, each with a key of the caller's."""
 
     def __init__(self) -> None:
-        self._orders: list[tuple[K, Verify]] = []
+        self._orders: dict[K, Verify] = {}
+        self._since = 0.0  # when the first of them came
 
-    def add(self, key: K, order: Verify) -> None:
-        self._orders.append((key, order))
+    def add(self, key: K, order: Verify, now: float) -> None:
+        if not self._orders:
+            self._since = now
+        self._orders[key] = order
 
-    def release(self, sessions: Iterable[Session]) -> list[tuple[K, Verify]]:
+    def drop(self, key: K) -> None:
+        """Nobody wants this one's order any more, if there is one."""
+        self._orders.pop(key, None)
+
+    def release(self, sessions: Iterable[Session], now: float) -> list[tuple[K, Verify]]:
         """All orders, unless one of these `sessions`, which are all that run, is waited for."""
-        if self._orders and not any(waits(session) for session in sessions):
-            orders, self._orders = self._orders, []
-            return orders
-        return []
+        if not self._orders:
+            return []
+        if now - self._since < BLOCK_PATIENCE_S and any(waits(session) for session in sessions):
+            return []
+        orders, self._orders = self._orders, {}
+        return list(orders.items())
 
 
 def waits(session: Session) -> bool:

@@ -184,6 +184,7 @@ class PricedRule(Rule):
         self._spent = 0.0  # plain steps that reading took
         self._awaits = False  # it is still to recall, which decides whether it drafts
         self._idle = 0  # plain steps since the draft was of use
+        self._settled, self._average = experience.costs.costs, -1.0  # of no solution yet
         experience.begin()
         self.settle()
 
@@ -299,11 +300,13 @@ class PricedRule(Rule):
         return min(len(likely), limit) if block is None and next_s is None else block
 
     def settle(self) -> None:
-        self._settled = costs = self._costs.costs
+        before, self._settled = self._settled, self._costs.costs
+        costs = self._settled
         if self.mode == "pipelined":
-            self._average = price.rounded(self._acceptance.average)
-            # with any stock: this only fills the caches of the solution and the tables
-            price.appraise(costs, self._average, np.ones(1), LONGEST)
+            average, self._average = self._average, price.rounded(self._acceptance.average)
+            if costs is not before or average != self._average:
+                # with any stock: this only fills the caches of the solution and the tables
+                price.appraise(costs, self._average, np.ones(1), LONGEST)
         else:
             self._turn = stopping.solve(costs, self._spread.steady)
 
@@ -328,13 +331,13 @@ class PricedRule(Rule):
         turn_s: float | None,
         requests: int = 1,
     ) -> None:
-        costs = self._costs.costs
         if not self._unseen:
             in_turns = self.mode == "sync"
             turn_s = turn_s if in_turns else None
             self._costs.drafted(each_s, len(confidences), turn_s, requests)
         else:  # the first proposal includes reading the text
-            self._has_read(max(0.0, each_s - costs.draft_s) * len(confidences))
+            draft_s = self._costs.costs.draft_s
+            self._has_read(max(0.0, each_s - draft_s) * len(confidences))
         likely = self._experience.acceptance.of(confidences)
         for spread in (self._spread, self._experience.spread):
             spread.observe(likely)

@@ -102,21 +102,22 @@ class ModelDrafter:
     def propose_all(
         self, texts: Sequence[tuple[int, Sequence[TokenId]]]
     ) -> list[tuple[Drafted, ...]]:
-        parts: list[Part] = []
-        room = self._chunk
-        for slot, text in texts:
-            self.cut(slot, len(text) - 1)  # its last token's logits are needed
-            known = self.read(slot)
-            ahead = text[known : known + room]
-            room -= len(ahead)
-            if ahead:
-                parts.append(Part(slot, ahead, 1 if known + len(ahead) == len(text) else 0))
-        found = zip(parts, self._engine.extend_all(parts), strict=True)
-        scores = {part.slot: rows[0] for part, rows in found if part.rows}
-        return [
-            (self._asked[slot].propose(scores[slot], text),) if slot in scores else ()
-            for slot, text in texts
-        ]
+        drafted: dict[int, tuple[Drafted, ...]] = {}
+        rest = list(texts)
+        while rest:  # those that find no room in one pass have the next
+            parts: list[Part] = []
+            room = self._chunk
+            for slot, text in rest:
+                self.cut(slot, len(text) - 1)  # its last token's logits are needed
+                known = self.read(slot)
+                ahead = text[known : known + room]
+                room -= len(ahead)
+                if ahead:
+                    parts.append(Part(slot, ahead, 1 if known + len(ahead) == len(text) else 0))
+            for (slot, text), scores in zip(rest, self._engine.extend_all(parts), strict=False):
+                drafted[slot] = (self._asked[slot].propose(scores[0], text),) if len(scores) else ()
+            rest = rest[len(parts) :]
+        return [drafted[slot] for slot, _ in texts]
 
     def recall(self, slot: int, text: Sequence[TokenId], count: int) -> tuple[Drafted, ...]:
         known = self.read(slot)

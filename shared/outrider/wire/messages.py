@@ -34,7 +34,7 @@ from outrider.core.values import (
 )
 from outrider.errors import BadRequest, InternalError, OutriderError
 
-PROTOCOL = 5
+PROTOCOL = 6
 FRAME_LIMIT = 1 << 20  # bytes; a prompt of 200,000 tokens fits
 
 Line: TypeAlias = Annotated[str, Meta(max_length=4096)]
@@ -334,11 +334,11 @@ class Started(Tagged, frozen=True):
 
 
 class Progress(Tagged, frozen=True):
-    """One committed block, and the figures so far."""
+    """One committed block, and now and then the figures so far."""
 
     call: Id
     fragment: values.Fragment
-    stats: Report
+    stats: Report | None  # with the first, the last, and some every 0.1 s
     spans: Spans = ()  # if a trace was asked for: those since the last message
 
 

@@ -1,0 +1,94 @@
+"""Whose tokens the target evaluates next, and how many of them: one pass for all who are ready."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from outrider.core.constraints import Matcher
+from outrider.core.sampling import Sampling
+from outrider.core.values import TokenId
+from outrider_services.pipeline.slots import Taken
+
+MOST_FAILURES = 2  # after more of its passes have failed, a request shares none any more
+
+
+@dataclass(slots=True)
+class Sequence:
+    """A request's committed text, and the block behind it that waits to be verified."""
+
+    request: int
+    slot: int
+    tokens: list[TokenId]
+    sampling: Sampling
+    logprobs: bool
+    asked: float  # `computed_s` when it was queued last
+    taken: Taken | None = None  # what it gets from other texts; None: nothing, or it has it
+    cached: int = 0  # how many tokens it got
+    top_logprobs: int = 0
+    begins: int = 0  # the answer begins here
+    matcher: Matcher | None = None  # of the answer's constraint
+    forbidden: int = 0  # drafted tokens that it does not allow
+    round: int = 0
+    drafted: tuple[TokenId, ...] | None = ()  # None: nothing to do
+    elapsed_s: float = 0.0
+    waited_s: float = 0.0
+    faults: int = 0  # of passes, since its last verdict
+    failures: int = 0  # … and in all
+    is_open: bool = True
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether it has passes of its own: so it cannot harm the others again."""
+        return self.faults > 0 or self.failures > MOST_FAILURES
+
+
+class Share(NamedTuple):
+    """What a sequence gets of the next pass: without `rows` it only comes nearer to its block."""
+
+    sequence: Sequence
+    tokens: list[TokenId]
+    rows: int
+
+
+class Passes:
+    """Divides the room of a pass, `chunk` tokens; `length` tells how many a slot holds."""
+
+    def __init__(self, chunk: int, length: Callable[[int], int]) -> None:
+        self._chunk, self._length = chunk, length
+
+    def next(self, turns: Iterable[Sequence]) -> list[Share]:
+        """The shares of those who are in turn, as far as a pass has room for their tokens.
+
+        Blocks come first, and leave a quarter of the room to a text that is being read.
+        """
+        in_turn = [one for one in turns if not one.taken]
+        if in_turn and in_turn[0].is_alone:
+            in_turn = in_turn[:1]
+        else:
+            in_turn = [one for one in in_turn if not one.is_alone]
+        blocks = [one for one in in_turn if self._needed(one) <= self._chunk]
+        readers = [one for one in in_turn if self._needed(one) > self._chunk]
+        shares: list[Share] = []
+        room = self._chunk
+        for sequence in (*blocks, *readers):
+            spare = self._chunk // 4 if readers and shares and sequence not in readers else 0
+            if share := self._share(sequence, room - spare):
+                shares.append(share)
+                room -= len(share.tokens)
+        return shares
+
+    def _needed(self, sequence: Sequence) -> int:
+        """How many tokens are to be evaluated, its block included."""
+        drafted = sequence.drafted or ()
+        return len(sequence.tokens) + len(drafted) - self._length(sequence.slot)
+
+    def _share(self, sequence: Sequence, room: int) -> Share | None:
+        """What it can do with `room` for so many tokens; None: it has to wait for more room."""
+        base, drafted = len(sequence.tokens), sequence.drafted or ()
+        known, needed = self._length(sequence.slot), self._needed(sequence)
+        if needed <= room:
+            return Share(sequence, [*sequence.tokens[known:], *drafted], len(drafted) + 1)
+        ahead = sequence.tokens[known : min(known + room, base - 1)]
+        return Share(sequence, ahead, 0) if needed > self._chunk and ahead else None
