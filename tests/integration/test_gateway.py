@@ -62,6 +62,7 @@ def test_a_chat_says_what_the_target_says(client: openai.OpenAI, oracle: Oracle)
         "prompt_tokens": 5,
         "completion_tokens": 30,
         "total_tokens": 35,
+        "prompt_tokens_details": {"cached_tokens": 0},
     }
     extra: Any = answer.model_extra
     assert extra["timings"]["predicted_n"] == 30

@@ -10,6 +10,7 @@ from tests.integration.conftest import Oracle, Served
 
 from outrider import BadRequest, Client, Completion, ToolCallDelta
 from outrider.client.hermes import gathered
+from outrider.engines.toy_text import END
 
 QUESTION = 'What says "<|assistant|>"?\n'
 
@@ -107,13 +108,44 @@ async def test_whoever_chooses_no_tool_is_told_of_none(served: Served) -> None:
     assert {answer.text for answer in answers} == {answers[0].text}
 
 
-async def test_that_a_tool_must_be_called_is_refused_in_a_sentence(served: Served) -> None:
-    named = {"type": "function", "function": {"name": "other"}}
+ENDING = {END: 66.0}  # as soon as it may
+PLACE = {
+    "type": "object",
+    "properties": {"place": {"enum": ["Rome", "Oslo"]}},
+    "required": ["place"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize("choice", ["required", tool("go")])
+async def test_a_tool_that_must_be_called_is_called_as_its_schema_says(
+    served: Served, choice: Any
+) -> None:
+    tools = [tool("go", parameters=PLACE), tool("stay")]
     async with served.connect() as client:
-        for choice in ("required", named):
-            with pytest.raises(BadRequest, match="cannot say that a tool must be called") as no:
-                await client.create_chat_completion(HI, tools=TOOLS, tool_choice=choice)
-            assert no.value.param == "tool_choice"
+        whole = await client.create_chat_completion(
+            HI, tools=tools, tool_choice=choice, logit_bias=ENDING, temperature=1, seed=4
+        )
+        free = await client.create_chat_completion(HI, tools=tools, **SETTINGS)
+    assert (whole.text, whole.choices[0].finish_reason) == ("", "tool_calls")
+    for call in whole.tool_calls:
+        given = json.loads(call.arguments)
+        assert given in ({"place": "Rome"}, {"place": "Oslo"}) if call.name == "go" else given == {}
+    if choice != "required":
+        assert [call.name for call in whole.tool_calls] == ["go"]
+    (call,) = free.tool_calls
+    assert json.loads(call.arguments) == {"text": QUESTION}  # which no schema allows
+
+
+async def test_what_leaves_no_room_for_calls_is_refused_in_a_sentence(served: Served) -> None:
+    form = {"type": "json_object"}
+    async with served.connect() as client:
+        for choice in ("auto", "required"):
+            with pytest.raises(BadRequest, match="leaves no room for calls") as no:
+                await client.create_chat_completion(
+                    HI, tools=TOOLS, tool_choice=choice, response_format=form
+                )
+            assert no.value.param == "response_format"
 
 
 async def test_what_the_template_cannot_take_is_refused_and_the_next_is_served(

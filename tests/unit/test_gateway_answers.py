@@ -10,7 +10,15 @@ import pytest
 
 from outrider.client import CompletionSettings, Stream
 from outrider.core.stats import Report, Stats
-from outrider.core.values import Drafted, Fragment, Kind, Span, Token
+from outrider.core.values import (
+    Drafted,
+    Fragment,
+    Kind,
+    Span,
+    Token,
+    ToolCallDelta,
+    TopLogprob,
+)
 from outrider_services.gateway.asking import Answer, Ask
 from outrider_services.gateway.figures import timings
 from outrider_services.gateway.llama_answers import NativeForm, chosen
@@ -26,6 +34,7 @@ REPORT: Report = (
         prefill_s=0.5,
         decode_s=2.0,
         seed=7,
+        cached_tokens=1,
     )
 )
 SPAN = Span("target", 1.0, 2.0, 3, 4, 5, (6,))
@@ -94,7 +103,12 @@ def test_spans_are_told_once() -> None:
     assert second["outrider"]["spans"] == []
     finish, usage = data(form.end())
     assert finish["outrider"]["stats"]["seed"] == 7
-    assert usage["usage"] == {"prompt_tokens": 2, "completion_tokens": 3, "total_tokens": 5}
+    assert usage["usage"] == {
+        "prompt_tokens": 2,
+        "completion_tokens": 3,
+        "total_tokens": 5,
+        "prompt_tokens_details": {"cached_tokens": 1},
+    }
 
 
 def test_an_end_token_has_no_logprob_to_tell() -> None:
@@ -106,6 +120,56 @@ def test_an_end_token_has_no_logprob_to_tell() -> None:
         "top_logprobs": None,
         "text_offset": [0],
     }
+
+
+def test_calls_are_told_by_their_pieces_each_once_in_a_chunk() -> None:
+    deltas = (
+        ToolCallDelta(0, arguments="1}"),
+        ToolCallDelta(1, "c2", "g"),
+        ToolCallDelta(1, arguments="{"),
+        ToolCallDelta(1, arguments="}"),
+    )
+    first = Fragment(1, "", (), (), (ToolCallDelta(0, "c1", "f"), ToolCallDelta(0, arguments="{")))
+    then = Fragment(2, "so", (), (), deltas)
+    answer = told_of(first, then, reason="tool_calls")
+    form = ChatForm(answer, "m", usage=False, provenance=False)
+    (one,), (two,) = data(form.part(first)), data(form.part(then))
+    opened = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": "{"}}
+    assert one["choices"][0]["delta"] == {"tool_calls": [{"index": 0, **opened}]}
+    second = {"id": "c2", "type": "function", "function": {"name": "g", "arguments": "{}"}}
+    assert two["choices"][0]["delta"] == {
+        "content": "so",
+        "tool_calls": [{"index": 0, "function": {"arguments": "1}"}}, {"index": 1, **second}],
+    }
+    whole = form.whole()["choices"][0]
+    assert whole["finish_reason"] == "tool_calls"
+    whole_first = {**opened, "function": {"name": "f", "arguments": "{1}"}}
+    assert whole["message"]["tool_calls"] == [whole_first, second]
+    assert whole["message"]["content"] == "so"
+    (silent,) = ChatForm(told_of(first), "m", usage=False, provenance=False).whole()["choices"]
+    assert silent["message"]["content"] is None
+
+
+def test_the_likeliest_tokens_are_told_in_each_interfaces_way() -> None:
+    tops = (TopLogprob(97, b"a", -0.5), TopLogprob(195, b"\xc3", -1.5))
+    one = fragment("a", Token(97, b"a", 0, "plain", 1.0, -0.5, tops))
+    chat = ChatForm(told_of(one), "m", usage=False, provenance=False).whole()["choices"][0]
+    told = [
+        {"token": "a", "logprob": -0.5, "bytes": [97]},
+        {"token": "\ufffd", "logprob": -1.5, "bytes": [0xC3]},
+    ]
+    assert chat["logprobs"]["content"] == [{**told[0], "top_logprobs": told}]
+    text = CompletionForm(told_of(one), "m", usage=False, provenance=False).whole()["choices"][0]
+    assert text["logprobs"]["top_logprobs"] == [{"a": -0.5, "\ufffd": -1.5}]
+    form = NativeForm(told_of(one), "m", None, provenance=False)
+    (part,) = data(form.part(one))
+    with_ids = [{**told[0], "id": 97}, {**told[1], "id": 195}]
+    assert part["completion_probabilities"] == [{**with_ids[0], "top_logprobs": with_ids}]
+    assert form.whole()["completion_probabilities"] == part["completion_probabilities"]
+    assert (
+        "completion_probabilities"
+        not in NativeForm(told_of(HELLO), "m", None, provenance=False).whole()
+    )
 
 
 @pytest.mark.parametrize(
@@ -143,7 +207,8 @@ def test_what_was_only_read_has_no_text() -> None:
 
 def test_timings_count_and_divide() -> None:
     found = timings(REPORT, 10)
-    assert (found["prompt_ms"], found["prompt_per_token_ms"]) == (500, 50)
+    assert (found["cache_n"], found["prompt_n"], found["prompt_ms"]) == (1, 9, 500)
+    assert found["prompt_per_token_ms"] == pytest.approx(500 / 9)
     assert (found["predicted_n"], found["predicted_per_second"]) == (3, 1.5)
     assert (found["draft_n"], found["draft_n_accepted"]) == (2, 1)
     alone = timings(Stats().report(), 10)

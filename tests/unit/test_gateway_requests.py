@@ -2,21 +2,48 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 from pydantic import BaseModel, ValidationError
 
+from outrider.client.chat import conversation, tools_of
 from outrider.client.settings import submit
+from outrider.core.constraints import Constraint
 from outrider.errors import BadRequest
+from outrider.wire.codec import check
+from outrider.wire.messages import FunctionCall, Submit, Tools, Turn
 from outrider_services.gateway.answering import listed
-from outrider_services.gateway.asking import Gap
+from outrider_services.gateway.asking import Ask, Gap
 from outrider_services.gateway.handlers import from_validation
 from outrider_services.gateway.llama_requests import InfillRequest, NativeRequest
 from outrider_services.gateway.openai_requests import ChatRequest, CompletionRequest
 
 SAID: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}]}
+SAMPLERS: dict[str, Any] = {
+    "typical_p": 0.9,
+    "top_n_sigma": 2.0,
+    "dynatemp_range": 0.5,
+    "dynatemp_exponent": 1.5,
+    "xtc_probability": 0.5,
+    "xtc_threshold": 0.2,
+    "dry_multiplier": 0.8,
+    "dry_base": 1.5,
+    "dry_allowed_length": 3,
+    "dry_penalty_last_n": -1,
+    "dry_sequence_breakers": ["."],
+    "samplers": "edskypmxt",
+}
 CHAT, PROMPT = {"model": "m", **SAID}, {"prompt": "Hi"}
+
+
+def sent(ask: Ask) -> Submit:
+    """What the library makes of it."""
+    turns = None if ask.messages is None else conversation(ask.messages)
+    message = submit(1, "", turns, ask.settings, tools_of(ask.tools, ask.tool_choice))
+    check(message)
+    return message
 
 
 def refusal(kind: type[BaseModel], body: object) -> BadRequest:
@@ -27,7 +54,7 @@ def refusal(kind: type[BaseModel], body: object) -> BadRequest:
         return from_validation([{**one, "loc": ("body", *one["loc"])} for one in exc.errors()])
     try:
         made.ignored()
-        submit(1, "", None, made.ask().settings)
+        sent(made.ask())
     except BadRequest as exc:
         return exc
     raise AssertionError(f"it is taken: {body}")
@@ -53,15 +80,18 @@ def test_every_setting_reaches_the_library() -> None:
         "max_completion_tokens": 9,
         "logprobs": True,
         "ignore_eos": True,
+        "top_logprobs": 3,
+        "cache_prompt": False,
         "return_provenance": True,
         "speculative.enabled": False,
         "speculative.n_max": 6,
         "speculative.n_min": 2,
         "speculative.p_min": 0.25,
+        **SAMPLERS,
     }
     ask = ChatRequest.model_validate(body).ask()
     assert ask.messages == SAID["messages"]
-    assert ask.settings == {
+    assert {name: value for name, value in ask.settings.items() if value is not None} == {
         "temperature": 0.5,
         "top_k": 40,
         "top_p": 0.9,
@@ -75,14 +105,93 @@ def test_every_setting_reaches_the_library() -> None:
         "stop": ["a", "b"],
         "max_tokens": 9,
         "logprobs": True,
+        "top_logprobs": 3,
         "ignore_eos": True,
+        "cache_prompt": False,
         "trace": True,
         "mode": "plain",
         "n_draft": 6,
         "n_min": 2,
         "p_min": 0.25,
+        **SAMPLERS,
     }
-    assert submit(1, "", None, ask.settings).n_predict == 9
+    asked = sent(ask)
+    assert (asked.n_predict, asked.top_logprobs, asked.cache) == (9, 3, None)
+    told = asked.sampling.as_dict()
+    assert {name: told[name] for name in SAMPLERS if name != "samplers"} == {
+        **{name: value for name, value in SAMPLERS.items() if name != "samplers"},
+        "dry_sequence_breakers": (".",),
+    }
+
+
+def test_a_form_reaches_the_library_by_each_of_its_names() -> None:
+    schema = {"type": "object", "properties": {"a": {"const": None}}}
+    text = '{"type": "object", "properties": {"a": {"const": null}}}'
+    named = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema, "strict": True}}
+    loose = {"type": "json_object", "schema": schema}
+    wanted: list[tuple[dict[str, Any], Constraint | None]] = [
+        ({"response_format": {"type": "text"}}, None),
+        ({"response_format": {"type": "json_object"}}, Constraint("json")),
+        ({"response_format": named}, Constraint("schema", text)),
+        ({"response_format": loose}, Constraint("schema", text)),
+        ({"json_schema": schema}, Constraint("schema", text, "json_schema")),
+        ({"grammar": 'root ::= "a"'}, Constraint("gbnf", 'root ::= "a"', "grammar")),
+        ({"grammar": ""}, None),
+    ]
+    for body, constraint in wanted:
+        for kind, good in (
+            (ChatRequest, CHAT),
+            (CompletionRequest, PROMPT),
+            (NativeRequest, PROMPT),
+        ):
+            ask: Ask = kind.model_validate({**good, **body}).ask()
+            assert sent(ask).constraint == constraint
+
+
+def test_tools_and_what_became_of_them_reach_the_library() -> None:
+    parameters = {"type": "object", "properties": {"a": {"const": None}}}
+    function = {"name": "f", "description": "d", "parameters": parameters}
+    tools = [{"type": "function", "function": {**function, "strict": True}}]
+    call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    messages = [
+        *SAID["messages"],
+        {"role": "assistant", "content": None, "tool_calls": [call], "refusal": None},
+        {"role": "tool", "content": "r", "tool_call_id": "c1", "name": "f"},
+    ]
+    body = {"messages": messages, "tools": tools}
+    found = sent(ChatRequest.model_validate(body).ask())
+    assert found.messages == (
+        Turn("user", "Hi"),
+        Turn("assistant", "", (FunctionCall("c1", "f", "{}"),)),
+        Turn("tool", "r", (), "c1", "f"),
+    )
+    told = Tools(json.dumps([{"type": "function", "function": function}]))
+    assert (found.tools, found.constraint) == (told, None)
+    named = {"type": "function", "function": {"name": "f"}}
+    for choice, tells in (("required", told.changed(choice="required")),
+                          (named, told.changed(choice="required", name="f"))):  # fmt: skip
+        for several in (None, True, False):
+            chosen = {**body, "tool_choice": choice, "parallel_tool_calls": several}
+            found = sent(ChatRequest.model_validate(chosen).ask())
+            assert (found.tools, found.constraint and found.constraint.kind) == (tells, "tools")
+            assert found.constraint
+            is_one = choice == named or several is False
+            assert json.loads(found.constraint.text)["several"] is not is_one
+    none = {**body, "tool_choice": "none", "parallel_tool_calls": False}
+    assert sent(ChatRequest.model_validate(none).ask()).tools is None
+
+
+@pytest.mark.parametrize("samplers", [["top_k", "top_p", "infill"], "kpi"])
+def test_an_editors_list_of_samplers_with_infill_is_as_none(samplers: object) -> None:
+    plain = InfillRequest.model_validate({})
+    asked = InfillRequest.model_validate({"samplers": samplers})
+    assert (asked.ask(), plain.ignored()) == (plain.ask(), [])
+    assert asked.ignored() == ["samplers"]
+    kept = InfillRequest.model_validate({"samplers": ["top_k"]})
+    assert (kept.ask().settings["samplers"], kept.ignored()) == (["top_k"], [])
+    native = NativeRequest.model_validate({**PROMPT, "samplers": samplers})
+    with pytest.raises(BadRequest, match="samplers has 'i"):
+        sent(native.ask())
 
 
 def test_what_is_not_said_is_left_to_the_library() -> None:
@@ -141,13 +250,13 @@ def test_a_gap_has_room_for_its_answer_and_reading_ahead_generates_one_token() -
     }
     ask = InfillRequest.model_validate(body).ask()
     assert ask.prompt == Gap("a", "b", "c", (("f", "t"), ("tmp", "u")), 128)
-    assert (ask.reads_only, ask.predict_ms, ask.settings["max_tokens"]) == (False, 1000, None)
+    assert (ask.reads_only, ask.predict_ms, ask.settings["max_tokens"]) == (False, 1000, 128)
     ahead = InfillRequest.model_validate({**body, "n_predict": 0}).ask()
     assert (ahead.reads_only, ahead.settings["max_tokens"]) == (True, 1)
 
 
 def test_what_changes_nothing_is_listed_and_cannot_break_a_header() -> None:
-    body = {**CHAT, "user": "me", "n": 1, "typical_p": 1.0, "x\r\ny: \u20ac": 2, "store": None}
+    body = {**CHAT, "user": "me", "n": 1, "min_keep": 0, "x\r\ny: \u20ac": 2, "store": None}
     ignored = ChatRequest.model_validate(body).ignored()
     assert sorted(ignored) == ["store", "user", "x\r\ny: \u20ac"]
     assert listed(ignored) == {"X-Outrider-Ignored": "store, user, x??y???"}
@@ -187,22 +296,56 @@ NUMBERS: dict[str, tuple[Any, ...]] = {
     "speculative.n_min": (-1, "x"),
     "speculative.p_min": (-0.1, 1.1),
     "model": (1, "m" * 257),
+    "cache_prompt": (1, "true"),
+    "typical_p": (1.1, "1"),
+    "top_n_sigma": (-2, 1001),
+    "dynatemp_range": (-1, "1"),
+    "dynatemp_exponent": (-1, 101),
+    "xtc_probability": (-0.1, 1.1),
+    "xtc_threshold": (-0.1, "1"),
+    "dry_multiplier": (-1, "1"),
+    "dry_base": (0.5, 101),
+    "dry_allowed_length": (-1, 1025, 1.5),
+    "dry_penalty_last_n": (-2, 1.5),
+    "dry_sequence_breakers": ("a", ["a"] * 17, ["a" * 41], [1]),
+    "samplers": (1, [1], ["mirostat"], ["top_p", "top_k"], ["top_k", "top_k"], "kz"),
+    "grammar": (1, "a" * 65537),
+    "json_schema": (1, [1], {"a": "b" * 65536}),
 }
+CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+TOOL = {"type": "function", "function": {"name": "f"}}
 OF_OPENAI: dict[str, tuple[Any, ...]] = {
     "stream_options": (1, {"include_usage": 2}),
     "n": (2, 0),
-    "response_format": (1, {}),
+    "response_format": (
+        1,
+        {},
+        {"type": "xml"},
+        {"type": "json_schema"},
+        {"type": "json_schema", "json_schema": {"name": "a"}},
+        {"type": "json_schema", "json_schema": {"name": "a", "schema": [1]}},
+        {"type": "json_object", "schema": 1},
+    ),
 }
 OF_CHAT: dict[str, tuple[Any, ...]] = {
     "messages": (None, [], "Hi", [1], [{}], [{"role": "user"}], [{"role": "x", "content": "a"}],
                  [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}],
-                 [{"role": "user", "content": 1}], [{"role": "tool", "content": "a"}]),
+                 [{"role": "user", "content": 1}], [{"role": "tool"}],
+                 [{"role": "user", "content": "a", "tool_calls": [CALL]}],
+                 [{"role": "assistant", "tool_calls": [{}]}],
+                 [{"role": "assistant", "tool_calls": []}],
+                 [{"role": "assistant", "tool_calls": [{**CALL, "id": "a b"}]}],
+                 [{"role": "assistant", "tool_calls": [{**CALL, "function": {
+                     "name": "f", "arguments": "[1]"}}]}],
+                 [{"role": "tool", "content": "a", "tool_call_id": ""}]),
     "max_completion_tokens": (-2, 0, "1"),
     "logprobs": (1, "true"),
     "top_logprobs": (1, 21, -1),
-    "tools": (1, [{}], [{"type": "function", "function": {"name": "f"}}],
-              [{"type": "function", "function": {"name": "a b"}}]),
-    "tool_choice": ("required", "x", {"type": "function", "function": {"name": "f"}}),
+    "tools": (1, [{}], [{"type": "custom", "custom": {"name": "f"}}], [TOOL, TOOL], [TOOL] * 129,
+              [{"type": "function", "function": {"name": "a b"}}],
+              [{"type": "function", "function": {"name": "a", "parameters": [1]}}]),
+    "tool_choice": ("required", "x", TOOL),
+    "parallel_tool_calls": (1,),
     "functions": ([{"name": "f"}],),
     "audio": ({},),
     "modalities": (["audio"],),
@@ -210,7 +353,7 @@ OF_CHAT: dict[str, tuple[Any, ...]] = {
 }  # fmt: skip
 OF_COMPLETION: dict[str, tuple[Any, ...]] = {
     "prompt": (None, 1, ["a", "b"], [-1], [1.5], [[1], [2]], [True], {"a": 1}),
-    "logprobs": (1, 21, True),
+    "logprobs": (-1, 21, True),
     "echo": (True,),
     "suffix": ("x",),
     "best_of": (2,),
@@ -220,14 +363,8 @@ OF_NATIVE: dict[str, tuple[Any, ...]] = {
     "n_predict": (-2, "1", 1.5),
     "t_max_predict_ms": (-2, "1"),
     "response_fields": ("content", [1], ["a"] * 65),
-    "n_probs": (1, -1),
-    "grammar": (1, "root ::= x"),
-    "json_schema": (1, {"type": "object"}),
-    "samplers": (1, [1]),
+    "n_probs": (21, -1),
     "mirostat": (1,),
-    "typical_p": (0.5,),
-    "dry_multiplier": (0.8,),
-    "xtc_probability": (0.5,),
     "lora": ([{"id": 0}],),
 }
 OF_INFILL: dict[str, tuple[Any, ...]] = {
@@ -261,11 +398,27 @@ def test_a_wrong_field_is_one_sentence_that_names_it(
     kind: type[BaseModel], body: dict[str, Any], name: str
 ) -> None:
     error = refusal(kind, body)
-    library = {"speculative.n_max": "n_draft", "tool_choice": "tools"}.get(name, name)
+    library = {"speculative.n_max": "n_draft"}.get(name, name)
     assert error.param in (name, library, name.rpartition(".")[2])
     assert str(error.param) in str(error)
     assert "\n" not in str(error)
     assert len(str(error)) < 300
+
+
+@pytest.mark.parametrize(
+    ("more", "name", "words"),
+    [
+        ({"response_format": {"type": "json_object"}}, "response_format", "no room for calls"),
+        ({"json_schema": {}, "tool_choice": "required"}, "json_schema", "no room for calls"),
+        ({"grammar": "root ::= .", "tool_choice": "required"}, "grammar", "no room for calls"),
+        ({"parallel_tool_calls": False}, "parallel_tool_calls", "where tool_choice asks for"),
+        ({"tool_choice": {**TOOL, "function": {"name": "g"}}}, "tool_choice", "names 'g'"),
+    ],
+)
+def test_what_does_not_go_with_tools_is_said(more: dict[str, Any], name: str, words: str) -> None:
+    error = refusal(ChatRequest, {**CHAT, "tools": [TOOL], **more})
+    assert (error.param, words in str(error)) == (name, True)
+    assert "together" in str(refusal(NativeRequest, {**PROMPT, "grammar": "x", "json_schema": {}}))
 
 
 def test_a_mistake_in_a_message_says_where() -> None:

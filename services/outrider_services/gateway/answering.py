@@ -89,7 +89,7 @@ class Gateway:
     async def _answering(self, request: Request, ask: Ask) -> AsyncIterator[Answer]:
         """Ask the pipeline; whatever happens, nothing is generated for it afterwards."""
         state = request.scope["state"]
-        stream = await ask.begin(await self.upstream.client())
+        stream = await ask.begin(await self.upstream.client(), state["key"])
         async with stream:
             with self.upstream.running(state["id"], state["key"], stream):
                 yield Answer(state["id"], ask, stream)

@@ -174,7 +174,9 @@ def questions(gateway: Gateway) -> APIRouter:
     @routes.post("/apply-template")
     async def apply_template(body: TemplateRequest) -> Response:
         ignored = body.ignored()
-        text = await (await gateway.upstream.client()).apply_template(body.pairs())
+        text = await (await gateway.upstream.client()).apply_template(
+            body.said(), tools=body.offered(), tool_choice=body.choice()
+        )
         return JSONResponse({"prompt": text}, headers=listed(ignored))
 
     return routes

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from outrider.client import AsyncClient, CompletionSettings, Stream
 from outrider.core.values import Fragment
@@ -28,15 +29,27 @@ class Ask:
     """A prompt, messages or a gap, and how to answer."""
 
     prompt: str | Sequence[int] | Gap = ""
-    messages: Sequence[Mapping[str, str]] | None = None
+    messages: Sequence[Mapping[str, Any]] | None = None
+    tools: Sequence[Mapping[str, Any]] | None = None
+    tool_choice: Any = None
     settings: CompletionSettings = field(default_factory=CompletionSettings)
     reads_only: bool = False  # the prompt is to be known; the answer is not wanted
     predict_ms: float | None = None  # an answer that takes longer ends behind its first line
 
-    async def begin(self, client: AsyncClient) -> Stream:
-        """Have it answered. Raises OutriderError."""
+    async def begin(self, client: AsyncClient, cache_key: str = "") -> Stream:
+        """Have it answered; what is read for it is used again with the same key alone.
+
+        Raises OutriderError.
+        """
+        settings: CompletionSettings = {**self.settings, "cache_key": cache_key}
         if self.messages is not None:
-            return await client.create_chat_completion(self.messages, stream=True, **self.settings)
+            return await client.create_chat_completion(
+                self.messages,
+                tools=self.tools,
+                tool_choice=self.tool_choice,
+                stream=True,
+                **settings,
+            )
         prompt = self.prompt
         if isinstance(prompt, Gap):
             prompt = await client.infill_prompt(
@@ -46,7 +59,7 @@ class Ask:
                 extra=prompt.extra,
                 room=prompt.room,
             )
-        return await client.create_completion(prompt, stream=True, **self.settings)
+        return await client.create_completion(prompt, stream=True, **settings)
 
 
 @dataclass(slots=True)

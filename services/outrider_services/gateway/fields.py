@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from outrider.client import CompletionSettings
 from outrider.client.settings import LONGEST_STOP, MOST_STOPS
-from outrider.core.sampling import BIASES
+from outrider.core.sampling import BIASES, BREAKERS
 from outrider.core.values import MOST_TOKENS
 from outrider.errors import BadRequest
 
@@ -32,6 +32,11 @@ Count: TypeAlias = Annotated[int, Field(strict=True, ge=0, le=MOST)]
 LastN: TypeAlias = Annotated[int, Field(strict=True, ge=-1, le=MOST)]
 Share: TypeAlias = Annotated[float, Field(strict=True, ge=0, le=1, allow_inf_nan=False)]
 Penalty: TypeAlias = Annotated[float, Field(strict=True, ge=-100, le=100, allow_inf_nan=False)]
+Sigma: TypeAlias = Annotated[float, Field(strict=True, ge=-1, le=1000, allow_inf_nan=False)]
+DryBase: TypeAlias = Annotated[float, Field(strict=True, ge=1, le=100, allow_inf_nan=False)]
+DryLength: TypeAlias = Annotated[int, Field(strict=True, ge=0, le=1024)]
+Breakers: TypeAlias = Annotated[list[str], Field(max_length=BREAKERS)]
+Samplers: TypeAlias = Annotated[list[str] | str, Field(max_length=64)]
 Repeat: TypeAlias = Annotated[float, Field(strict=True, ge=0.01, le=100, allow_inf_nan=False)]
 Heat: TypeAlias = Annotated[float, Field(strict=True, ge=0, le=100, allow_inf_nan=False)]
 Seed: TypeAlias = Annotated[int, Field(strict=True, ge=-(1 << 63), le=(1 << 63) - 1)]
@@ -51,11 +56,6 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
     "reasoning_effort": ("none",),
     "functions": ([],),
     "function_call": ("none", "auto"),
-    "typical_p": (1,),
-    "top_n_sigma": (-1, 0),
-    "dynatemp_range": (0,),
-    "xtc_probability": (0,),
-    "dry_multiplier": (0,),
     "mirostat": (0,),
     "adaptive_target": (-1,),
     "lora": ([],),
@@ -85,7 +85,24 @@ class Asked(BaseModel):
         return [name for name in more if name not in NEUTRAL]
 
 
-class Sampled(Asked):
+class LlamaSamplers(BaseModel):
+    """The less common samplers, by llama-server's names; the library has the same."""
+
+    typical_p: Share | None = None
+    top_n_sigma: Sigma | None = None
+    dynatemp_range: Heat | None = None
+    dynatemp_exponent: Heat | None = None
+    xtc_probability: Share | None = None
+    xtc_threshold: Share | None = None
+    dry_multiplier: Heat | None = None
+    dry_base: DryBase | None = None
+    dry_allowed_length: DryLength | None = None
+    dry_penalty_last_n: LastN | None = None
+    dry_sequence_breakers: Breakers | None = None
+    samplers: Samplers | None = None
+
+
+class Sampled(Asked, LlamaSamplers):
     """A request for an answer, with the settings that have one name everywhere."""
 
     model: Annotated[str, Field(max_length=256)] | None = None
@@ -102,18 +119,30 @@ class Sampled(Asked):
     seed: Seed | None = None
     stop: Stops | None = None
     ignore_eos: Flag | None = None
+    cache_prompt: Flag | None = None
     return_provenance: Flag | None = None
     speculative: Flag | None = Field(None, alias="speculative.enabled")
     n_draft: Count | None = Field(None, alias="speculative.n_max")
     n_min: Count | None = Field(None, alias="speculative.n_min")
     p_min: Share | None = Field(None, alias="speculative.p_min")
 
-    def settings(self, most: int | None, *, logprobs: bool = False) -> CompletionSettings:
+    def settings(
+        self,
+        most: int | None,
+        form: Mapping[str, Any],
+        *,
+        logprobs: bool = False,
+        tops: int | None = None,
+    ) -> CompletionSettings:
         """As the client library takes them; `most` tokens, None or -1: until the context is full.
 
-        A sampler or constraint that the library has too needs a field above and a line here.
+        `form` are those that say what the answer has to be. A setting that the library has, too,
+        needs a field above and here a line, unless it is one of `LlamaSamplers`.
         """
-        return CompletionSettings(
+        samplers = {name: getattr(self, name) for name in LlamaSamplers.model_fields}
+        named: Any = {**samplers, **form}
+        found: CompletionSettings = CompletionSettings(
+            **named,  # type: ignore[typeddict-item]  # by the same names
             max_tokens=None if most == -1 else most,
             temperature=self.temperature,
             top_k=None if self.top_k is None else max(self.top_k, 0),  # -1 is off there, too
@@ -127,13 +156,16 @@ class Sampled(Asked):
             seed=self.seed,
             stop=self.stop,
             logprobs=logprobs,
+            top_logprobs=tops,
             ignore_eos=self.ignore_eos,
+            cache_prompt=self.cache_prompt,
             mode="plain" if self.speculative is False else None,
             n_draft=self.n_draft,
             n_min=self.n_min,
             p_min=self.p_min,
             trace=self.return_provenance,
         )
+        return found
 
 
 def biases(

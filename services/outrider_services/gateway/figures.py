@@ -10,10 +10,10 @@ from outrider.core.values import Fragment, Span
 
 
 def timings(report: Report, prompt_tokens: int) -> dict[str, Any]:
-    """llama.cpp's `timings`; the drafted tokens that it counts are those that were verified."""
+    """llama.cpp's `timings`: of the prompt, only what was read; drafted is what was verified."""
     found: dict[str, Any] = {
-        "cache_n": 0,
-        **_pace("prompt", prompt_tokens, report.prefill_s),
+        "cache_n": report.cached_tokens,
+        **_pace("prompt", prompt_tokens - report.cached_tokens, report.prefill_s),
         **_pace("predicted", report.generated_tokens, report.decode_s),
     }
     if report.verified_tokens:

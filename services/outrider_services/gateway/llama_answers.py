@@ -8,7 +8,7 @@ from typing import Any
 
 import outrider
 from outrider.core.stats import Report
-from outrider.core.values import Fragment
+from outrider.core.values import Fragment, Token, TopLogprob
 from outrider_services.gateway.asking import Answer
 from outrider_services.gateway.figures import provenance, timings
 from outrider_services.gateway.sse import dump, event
@@ -40,6 +40,8 @@ class NativeForm:
             "tokens_predicted": self._count,
             "tokens_evaluated": len(self.answer.stream.prompt_token_ids),
         }
+        if known := probabilities([fragment]):
+            found["completion_probabilities"] = known
         if self._provenance:
             found["outrider"] = self._told(fragment)
         return event(dump(found))
@@ -48,16 +50,20 @@ class NativeForm:
         return event(dump(self._last("")))
 
     def whole(self) -> dict[str, Any]:
-        return self._last("" if self.answer.ask.reads_only else self.answer.text)
+        if self.answer.ask.reads_only:
+            return self._last("")
+        known = probabilities(self.answer.stream.fragments)
+        more = {"completion_probabilities": known} if known else {}
+        return self._last(self.answer.text, more)
 
     def _told(self, fragment: Fragment | None) -> dict[str, Any]:
         spans = self.answer.stream.spans
         new, self._spans = spans[self._spans :], len(spans)
         return provenance(fragment, new, self.answer.stream.stats)
 
-    def _last(self, content: str) -> dict[str, Any]:
-        answer, stream = self.answer, self.answer.stream
-        report, prompt = self._report(), len(self.answer.stream.prompt_token_ids)
+    def _last(self, content: str, more: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        answer, report = self.answer, self._report()
+        prompt = len(answer.stream.prompt_token_ids)
         count = 0 if answer.ask.reads_only else report.generated_tokens
         kind, word = ending(answer)
         figures: dict[str, Any] = {"stats": report.as_dict()}
@@ -77,15 +83,34 @@ class NativeForm:
             "truncated": False,
             "stop_type": kind,
             "stopping_word": word,
-            "tokens_cached": len(stream.prompt_token_ids) + report.generated_tokens - 1,
+            "tokens_cached": report.cached_tokens,
             "timings": timings(report, prompt),
             "outrider": figures,
+            **(more or {}),
         }
         return found if self._fields is None else chosen(found, self._fields)
 
     def _report(self) -> Report:
         assert self.answer.stream.stats  # it has ended
         return self.answer.stream.stats
+
+
+def probabilities(fragments: Sequence[Fragment]) -> list[dict[str, Any]]:
+    """llama.cpp's list of tokens and of the likeliest ones in their places, if it was asked for."""
+
+    def told(token: Token | TopLogprob, logprob: float | None) -> dict[str, Any]:
+        piece = token.piece
+        return {"id": token.id, "token": token.text, "bytes": list(piece), "logprob": logprob}
+
+    return [
+        {
+            **told(token, token.logprob),
+            "top_logprobs": [told(one, one.logprob) for one in token.top_logprobs],
+        }
+        for fragment in fragments
+        for token in fragment.tokens
+        if token.logprob is not None and token.piece
+    ]
 
 
 def asked(settings: Mapping[str, Any], report: Report) -> dict[str, Any]:

@@ -9,10 +9,10 @@ from pydantic import BaseModel, Field
 from outrider.errors import BadRequest
 from outrider_services.gateway.asking import Ask, Gap
 from outrider_services.gateway.fields import Asked, Flag, Id, Ids, Length, Milliseconds, Sampled
+from outrider_services.gateway.forms import Constrained, WithTools
 from outrider_services.gateway.openai_requests import Messages
-from outrider_services.gateway.pending import Constrained, check_tops
 
-ROOM = 128  # tokens of an answer in a gap, where its length is not told
+ROOM = 128  # most tokens of an answer in a gap, where it is not told
 ROOM_LIMIT = 1024  # most tokens of the context that are kept free for it
 
 Text: TypeAlias = Annotated[str, Field(max_length=1 << 20)]
@@ -34,11 +34,9 @@ class Native(Sampled, Constrained):
     t_max_predict_ms: Milliseconds | None = None
     response_fields: Annotated[list[str], Field(max_length=64)] | None = None
     n_probs: Annotated[int, Field(strict=True, ge=0, le=20)] | None = None
-    samplers: Annotated[list[str] | str, Field(max_length=64)] | None = None
     # how long the prompt may take is told by editors, and kept to by nobody
     t_max_prompt_ms: Milliseconds | None = None
     n_indent: Annotated[int, Field(strict=True, ge=0)] | None = None
-    cache_prompt: Flag | None = None
     id_slot: Annotated[int, Field(strict=True, ge=-1)] | None = None
 
     def most(self) -> int | None:
@@ -47,12 +45,12 @@ class Native(Sampled, Constrained):
 
     def asked(self, prompt: str | list[int] | Gap) -> Ask:
         """The request to answer after `prompt`. Raises BadRequest."""
-        self.check_form()
-        check_tops("n_probs", self.n_probs)
-        most = self.most()
+        most, tops = self.most(), self.n_probs or None
         return Ask(
             prompt=prompt,
-            settings=self.settings(1 if most == 0 else most),
+            settings=self.settings(
+                1 if most == 0 else most, self.form(), logprobs=bool(tops), tops=tops
+            ),
             reads_only=most == 0,
             predict_ms=self.t_max_predict_ms,
         )
@@ -79,7 +77,20 @@ class InfillRequest(Native):
     input_extra: Annotated[list[Extra], Field(max_length=256)] | None = None
     prompt: Text = ""
 
+    def most(self) -> int | None:
+        most = super().most()
+        return ROOM if most is None else most
+
+    def ignored(self) -> list[str]:
+        """Also a list of samplers with llama.cpp's own for gaps, which is not offered here."""
+        return [*super().ignored(), *(["samplers"] if self.names_infill() else [])]
+
+    def names_infill(self) -> bool:
+        return ("i" if isinstance(self.samplers, str) else "infill") in (self.samplers or ())
+
     def ask(self) -> Ask:
+        if self.names_infill():
+            return self.model_copy(update={"samplers": None}).ask()
         most = self.most()
         extra = tuple((one.filename, one.text) for one in self.input_extra or ())
         room = ROOM if most is None or most < 1 else min(most, ROOM_LIMIT)
@@ -102,9 +113,9 @@ class DetokenizeRequest(Asked):
     tokens: Ids
 
 
-class TemplateRequest(Asked):
+class TemplateRequest(Asked, WithTools):
     messages: Messages
 
-    def pairs(self) -> list[dict[str, Any]]:
-        """The messages as the client library takes them. Raises BadRequest."""
-        return [one.pair(f"messages[{n}]") for n, one in enumerate(self.messages)]
+    def said(self) -> list[dict[str, Any]]:
+        """The messages as the client library takes them."""
+        return [one.plain() for one in self.messages]

@@ -9,8 +9,10 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import outrider
+from outrider.client import ToolCall
+from outrider.client.hermes import gathered
 from outrider.core.stats import Report
-from outrider.core.values import Fragment, Token
+from outrider.core.values import Fragment, Token, ToolCallDelta
 from outrider_services.gateway.asking import Answer
 from outrider_services.gateway.figures import provenance, timings
 from outrider_services.gateway.sse import DONE, dump, event
@@ -45,7 +47,9 @@ class Form:
         """The choice of a whole answer."""
         raise NotImplementedError
 
-    def piece(self, text: str, finish: str | None, logprobs: Any) -> dict[str, Any]:
+    def piece(
+        self, text: str, finish: str | None, logprobs: Any, calls: Sequence[ToolCallDelta] = ()
+    ) -> dict[str, Any]:
         """The choice of a chunk."""
         raise NotImplementedError
 
@@ -58,11 +62,12 @@ class Form:
     def part(self, fragment: Fragment) -> bytes:
         """The events of a fragment: none if there is nothing to tell yet."""
         logprobs = self.logprobs(fragment.tokens)
-        if not (logprobs or self._provenance):
+        if not (logprobs or fragment.tool_calls or self._provenance):
             before, after = self._around
             text = f'{self._head},"choices":[{before}{dump(fragment.text)}{after}]{self._tail}'
             return event(text) if fragment.text else b""
-        return self._chunk(self.piece(fragment.text, None, logprobs), fragment)
+        piece = self.piece(fragment.text, None, logprobs, fragment.tool_calls)
+        return self._chunk(piece, fragment)
 
     def end(self) -> bytes:
         """The events behind the last fragment."""
@@ -120,6 +125,7 @@ class Form:
             "prompt_tokens": prompt,
             "completion_tokens": answer,
             "total_tokens": prompt + answer,
+            "prompt_tokens_details": {"cached_tokens": self.report().cached_tokens},
         }
 
     def finish(self) -> str:
@@ -139,11 +145,19 @@ class ChatForm(Form):
         return event(f'{self._head},"choices":[{dump(choice)}]{self._tail}')
 
     def choice(self, text: str, finish: str | None, logprobs: Any) -> dict[str, Any]:
-        message = {"role": "assistant", "content": text, "refusal": None}
+        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+        deltas = [one for fragment in self.answer.stream.fragments for one in fragment.tool_calls]
+        if deltas:
+            message.update(content=text or None, tool_calls=[*map(called, gathered(deltas))])
         return {"index": 0, "message": message, "logprobs": logprobs, "finish_reason": finish}
 
-    def piece(self, text: str, finish: str | None, logprobs: Any) -> dict[str, Any]:
-        delta = {} if finish else {"content": text}
+    def piece(
+        self, text: str, finish: str | None, logprobs: Any, calls: Sequence[ToolCallDelta] = ()
+    ) -> dict[str, Any]:
+        delta: dict[str, Any] = {} if finish else {"content": text}
+        if calls:
+            told = {"tool_calls": pieces(calls)}
+            delta = {"content": text, **told} if text else told
         return {"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
 
     def logprobs(self, tokens: Sequence[Token]) -> Any:
@@ -156,7 +170,10 @@ class ChatForm(Form):
                     "token": token.text,
                     "logprob": token.logprob,
                     "bytes": list(token.piece),
-                    "top_logprobs": tops(token),
+                    "top_logprobs": [
+                        {"token": one.text, "logprob": one.logprob, "bytes": list(one.piece)}
+                        for one in token.top_logprobs
+                    ],
                 }
                 for token in known
             ],
@@ -174,7 +191,10 @@ class CompletionForm(Form):
     def choice(self, text: str, finish: str | None, logprobs: Any) -> dict[str, Any]:
         return {"index": 0, "text": text, "logprobs": logprobs, "finish_reason": finish}
 
-    piece = choice
+    def piece(
+        self, text: str, finish: str | None, logprobs: Any, calls: Sequence[ToolCallDelta] = ()
+    ) -> dict[str, Any]:
+        return self.choice(text, finish, logprobs)
 
     def logprobs(self, tokens: Sequence[Token]) -> Any:
         known = [token for token in tokens if token.logprob is not None and token.piece]
@@ -187,11 +207,35 @@ class CompletionForm(Form):
         return {
             "tokens": [token.text for token in known],
             "token_logprobs": [token.logprob for token in known],
-            "top_logprobs": None,
+            "top_logprobs": [
+                {one.text: one.logprob for one in token.top_logprobs} for token in known
+            ]
+            if any(token.top_logprobs for token in known)
+            else None,
             "text_offset": offsets,
         }
 
 
-def tops(token: Token) -> list[dict[str, Any]]:
-    """The likeliest tokens in the place of `token`: they are not known yet."""
-    return []
+def called(call: ToolCall) -> dict[str, Any]:
+    """A whole call as OpenAI has it."""
+    return {
+        "id": call.id,
+        "type": "function",
+        "function": {"name": call.name, "arguments": call.arguments},
+    }
+
+
+def pieces(deltas: Sequence[ToolCallDelta]) -> list[dict[str, Any]]:
+    """What a chunk tells of calls, each once: clients add up chunks, not parts of one."""
+    found: dict[int, dict[str, Any]] = {}
+    for delta in deltas:
+        if delta.index not in found:
+            named = {"id": delta.id, "type": "function"} if delta.id else {}
+            function = {"name": delta.name} if delta.name else {}
+            found[delta.index] = {
+                "index": delta.index,
+                **named,
+                "function": {**function, "arguments": ""},
+            }
+        found[delta.index]["function"]["arguments"] += delta.arguments
+    return list(found.values())

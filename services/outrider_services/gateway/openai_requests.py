@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, Field
 
-from outrider.errors import BadRequest
 from outrider_services.gateway.asking import Ask
 from outrider_services.gateway.fields import Flag, Ids, Length, Sampled, length
-from outrider_services.gateway.pending import Constrained, ToolCall, WithTools, check_tops
+from outrider_services.gateway.forms import CallId, Constrained, ToolCall, WithTools
 
 Role: TypeAlias = Literal["system", "developer", "user", "assistant", "tool", "function"]
 Tops: TypeAlias = Annotated[int, Field(strict=True, ge=0, le=20)]
@@ -31,17 +30,18 @@ class Message(BaseModel):
     content: str | Annotated[list[TextPart], Field(max_length=1024)] | None = None
     name: Annotated[str, Field(max_length=256)] | None = None
     tool_calls: Annotated[list[ToolCall], Field(max_length=128)] | None = None
-    tool_call_id: Annotated[str, Field(max_length=256)] | None = None
+    tool_call_id: CallId | None = None
 
-    def pair(self, place: str) -> dict[str, str]:
-        """As the client library takes it. Raises BadRequest for what it cannot say yet."""
-        if self.tool_calls or self.role in ("tool", "function"):
-            raise BadRequest(f"{place}: calls of tools are not supported yet", "messages")
-        if self.content is None:
-            raise BadRequest(f"{place}.content must be text", "messages")
+    def plain(self) -> dict[str, Any]:
+        """As the client library takes it."""
         parts = self.content
-        text = parts if isinstance(parts, str) else "".join(part.text for part in parts)
-        return {"role": self.role, "content": text}
+        text = "".join(part.text for part in parts) if isinstance(parts, list) else parts
+        found: dict[str, Any] = {"role": self.role, "content": text}
+        if self.tool_calls:
+            found["tool_calls"] = [call.model_dump() for call in self.tool_calls]
+        if self.role in ("tool", "function"):
+            found.update(name=self.name, tool_call_id=self.tool_call_id)
+        return found
 
 
 Messages: TypeAlias = Annotated[list[Message], Field(min_length=1, max_length=1024)]
@@ -69,15 +69,21 @@ class ChatRequest(Streamed, Constrained, WithTools):
 
     def ask(self) -> Ask:
         """What it asks for. Raises BadRequest."""
-        self.check_form()
-        self.check_tools()
-        check_tops("top_logprobs", self.top_logprobs)
         most = length("max_tokens", self.max_tokens)
         if self.max_completion_tokens is not None:
             most = length("max_completion_tokens", self.max_completion_tokens)
-        pairs = [one.pair(f"messages[{n}]") for n, one in enumerate(self.messages)]
-        settings = self.settings(most, logprobs=bool(self.logprobs))
-        return Ask(messages=pairs, settings=settings)
+        settings = self.settings(
+            most,
+            {**self.form(), "constraint": self.one_call()},
+            logprobs=bool(self.logprobs),
+            tops=self.top_logprobs,
+        )
+        return Ask(
+            messages=[one.plain() for one in self.messages],
+            tools=self.offered(),
+            tool_choice=self.choice(),
+            settings=settings,
+        )
 
 
 class CompletionRequest(Streamed, Constrained):
@@ -93,10 +99,11 @@ class CompletionRequest(Streamed, Constrained):
 
     def ask(self) -> Ask:
         """What it asks for. Raises BadRequest."""
-        self.check_form()
-        check_tops("logprobs", self.logprobs)
         settings = self.settings(
-            length("max_tokens", self.max_tokens), logprobs=self.logprobs is not None
+            length("max_tokens", self.max_tokens),
+            self.form(),
+            logprobs=self.logprobs is not None,
+            tops=self.logprobs,
         )
         return Ask(prompt=only(self.prompt), settings=settings)
 

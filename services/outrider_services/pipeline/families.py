@@ -40,6 +40,9 @@ FAMILIES = {
         "counter", "Tokens of answers that were the target's own", ("kind",)
     ),
     "prompt_tokens_total": Family("counter", "Tokens of the prompts that were read"),
+    "prompt_tokens_cached_total": Family(
+        "counter", "Those of them that the target had read before, for another request"
+    ),
     "generation_tokens_total": Family("counter", "Tokens of answers"),
     "request_success_total": Family(
         "counter", "Requests that ended as they should", ("finished_reason",)

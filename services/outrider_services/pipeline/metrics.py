@@ -44,6 +44,7 @@ COUNTS = {  # by metric, what a request counts
     "spec_decode_num_hits_total": "hits",
     "truncated_tokens_total": "truncated",
     "generation_tokens_total": "generated",
+    "prompt_tokens_cached_total": "cached",
 }
 # of the labels whose values are known, each is told from the beginning, so that rates are defined
 DISCARDED = ("correction", "miss", "stop", "cancelled", "stale", "dismissed", "failed")

@@ -149,7 +149,6 @@ class Kind:
     source: str
     has_tools: bool  # it shows the model which there are
     speaks_hermes: bool  # and calls have the form that we read
-    takes_choice: bool  # it can say that one must be called
 
 
 class ChatTemplate:
@@ -187,7 +186,10 @@ class ChatTemplate:
             ) from None
 
     def check(self, tools: Tools) -> None:
-        """Raise BadRequest if an answer cannot call these tools, or need not where it must."""
+        """Raise BadRequest if an answer cannot call these tools.
+
+        That it must call one is for its constraint to say, whether the template can or not.
+        """
         kind = self._kind(True)
         if kind is None or not kind.has_tools:
             raise BadRequest("this model's chat template has no place for tools", "tools")
@@ -196,12 +198,6 @@ class ChatTemplate:
                 "this model's chat template has tools called in another form than "
                 f"{hermes.OPENS}, which is the one that can be read",
                 "tools",
-            )
-        if tools.choice == "required" and not kind.takes_choice:
-            raise BadRequest(
-                "this model's chat template cannot say that a tool must be called: "
-                "leave tool_choice at 'auto'",
-                "tool_choice",
             )
 
     def close(self) -> None:
@@ -237,7 +233,7 @@ class ChatTemplate:
 
     def _examined(self, source: str) -> Kind:
         """Raises TemplateFailed if the template does not compile."""
-        asked = self._sandbox.ask({"source": source, "variables": None, "most": 0})
+        self._sandbox.ask({"source": source, "variables": None, "most": 0})
         shown = self._tried(source, CALLED[:1])
         _, calls = hermes.parse(self._tried(source, CALLED))
         is_read = self._engine.piece(self._last_token(hermes.OPENS)) != b""
@@ -245,7 +241,6 @@ class ChatTemplate:
             source,
             has_tools=PROBE in shown,
             speaks_hermes=is_read and hermes.OPENS in shown and PROBE in [c.name for c in calls],
-            takes_choice="tool_choice" in asked["names"],
         )
 
     def _tried(self, source: str, messages: Sequence[Message]) -> str:

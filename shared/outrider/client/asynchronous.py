@@ -181,7 +181,7 @@ class AsyncClient:
         """As `create_completion`, with `messages` in the model's chat template as the prompt.
 
         The answer may call the functions of `tools`. With `tool_choice` "none" it is told of none;
-        that it must call one can be asked of few templates.
+        with "required", or a function, it is made of calls, which fit the functions' schemas.
         """
         turns, offered = conversation(messages), tools_of(tools, tool_choice)
         return await self._answer("", turns, stream, settings, offered)

@@ -12,6 +12,7 @@ from typing import Any
 
 from outrider.core.constraints import Constraint
 from outrider.errors import BadRequest
+from outrider.wire.messages import Tools
 
 FORMATS = ("text", "json_object", "json_schema")
 FUNCTION_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
@@ -19,17 +20,32 @@ MOST_FUNCTIONS = 128
 NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": False}
 
 
-def constraint_of(given: Mapping[str, Any]) -> Constraint | None:
+def constraint_of(given: Mapping[str, Any], tools: Tools | None = None) -> Constraint | None:
     """What the settings of a request ask the answer to be, None if nothing.
 
-    Raises BadRequest if they ask for more than one thing.
+    Where it must call one of `tools`, that is a form, too, and JSON leaves no room for calls.
+    Raises BadRequest if more than one thing is asked for.
     """
     found = [given[name] for name in ("response_format", "json_schema", "grammar", "constraint")
              if given.get(name)]  # fmt: skip
     if len(found) > 1:
         first, second, *_ = (one.argument for one in found)
         raise BadRequest(f"{second} and {first} cannot be asked for together", second)
-    return found[0] if found else None
+    asked = found[0] if found else None
+    if tools is None or (asked and asked.kind == "tools"):
+        return asked
+    must = tools.choice == "required"
+    if asked and (must or asked.kind != "gbnf"):
+        raise BadRequest(
+            f"{asked.argument} leaves no room for calls of tools: set tool_choice to 'none'",
+            asked.argument,
+        )
+    return _demanded(tools) if must else asked
+
+
+def _demanded(tools: Tools) -> Constraint:
+    choice = {"function": {"name": tools.name}} if tools.name else "required"
+    return tool_calls(json.loads(tools.functions), choice)
 
 
 def response_format(name: str, value: object) -> Constraint | None:
@@ -116,7 +132,9 @@ def _function(place: str, tool: object) -> tuple[str, Any]:
             "tools",
         )
     parameters = function.get("parameters")
-    return name, NO_PARAMETERS if parameters is None else parameters
+    if parameters is None:
+        return name, NO_PARAMETERS
+    return name, {"type": "object"} if parameters == {} else parameters
 
 
 def _schema(name: str, value: object) -> Constraint:

@@ -333,7 +333,7 @@ def submit(
         cache=given.get("cache_key", "") if given.get("cache_prompt", True) else None,
         top_logprobs=top_logprobs,
         tools=tools,
-        constraint=formats.constraint_of(given),
+        constraint=formats.constraint_of(given, tools),
     )
 
 

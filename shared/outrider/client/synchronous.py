@@ -192,7 +192,7 @@ class Client:
         """As `create_completion`, with `messages` in the model's chat template as the prompt.
 
         The answer may call the functions of `tools`. With `tool_choice` "none" it is told of none;
-        that it must call one can be asked of few templates.
+        with "required", or a function, it is made of calls, which fit the functions' schemas.
         """
         return self._answer(
             lambda: self._client.create_chat_completion(

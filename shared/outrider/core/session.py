@@ -320,6 +320,7 @@ class Session:
         """Record how long the round took, and how much of that the target computed."""
         stats, block, last_commit = self.stats, self.block, self.stats.last_commit
         stats.computed(stats.target, now, verdict.elapsed_s)
+        stats.cached += verdict.cached
         self.trace.add(verdict, block + 1, now)
         if last_commit is not None:
             round_trip_s = max(0.0, now - self._sent - verdict.waited_s)

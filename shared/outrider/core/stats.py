@@ -57,6 +57,7 @@ class Report(Value, frozen=True):
     seed: int
     near_ties: int  # tokens that won by less than `sampling.NEAR` logits
     smallest_margin: float | None  # logits by which the closest token won; None: none had a rival
+    cached_tokens: int = 0  # of the prompt, that the target had read before
 
 
 @dataclass(slots=True)
@@ -89,6 +90,7 @@ class Stats:
     draft: Lane = field(default_factory=Lane)
     near_ties: int = 0
     smallest_margin: float = FAR
+    cached: int = 0  # tokens of the prompt that the target had read before
 
     @property
     def generated(self) -> int:
@@ -170,6 +172,7 @@ class Stats:
             seed=self.seed,
             near_ties=self.near_ties,
             smallest_margin=self.smallest_margin if self.smallest_margin < FAR else None,
+            cached_tokens=self.cached,
         )
 
 
