@@ -150,5 +150,6 @@ $("back-s").addEventListener("input", (event) => {
   lanes.draw();
 });
 
+$("more").open = matchMedia("(min-width: 54rem)").matches; // else the answer needs the room
 watch.look();
 open();
