@@ -216,7 +216,12 @@ function missing(context, colour, from, to) {
   }
   context.stroke();
   context.globalAlpha = 1;
-  context.fillStyle = colour.corrected;
-  if (to - from > 60) context.fillText("no draft", Math.max(from, GUTTER) + 6, Y.draft + LANE / 2);
+  const left = Math.max(from, GUTTER) + 6;
+  if (to - left > 60) {
+    context.fillStyle = colour.ground;
+    context.fillRect(left - 4, Y.draft + 5, 54, LANE - 10);
+    context.fillStyle = colour.corrected;
+    context.fillText("no draft", left, Y.draft + LANE / 2);
+  }
   context.restore();
 }

@@ -47,6 +47,7 @@ async function send() {
 function begin() {
   problem("");
   say("Answering.");
+  watch.settle();
   lanes.begin();
   busy(true);
 }

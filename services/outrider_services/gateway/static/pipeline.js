@@ -31,6 +31,11 @@ export class Watch {
     if (!document.hidden) this.#timer = setTimeout(() => this.look(), EACH_MS);
   }
 
+  /** What is over need not be told any more. */
+  settle() {
+    if (this.#draft) $("notice").hidden = true;
+  }
+
   #show(told) {
     const workers = told?.workers ?? {};
     $("running").textContent = told?.requests?.running ?? "–";
