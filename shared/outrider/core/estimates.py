@@ -117,9 +117,10 @@ class CostModel:
         """Seconds of a pass over `rows` rows of so many requests."""
         one = Costs(tuple(verify_s), 0.0, 0.0).passes(max(rows, requests))
         alone = float(one[rows - 1])
-        if requests > len(crowd_s):
+        if requests == 1 or requests > len(crowd_s):
             return alone
-        return float(crowd_s[requests - 1]) + alone - float(one[requests - 1])
+        # what was measured while the machine was busy may make more rows cheaper than fewer
+        return float(crowd_s[requests - 1]) + max(0.0, alone - float(one[requests - 1]))
 
     def drafted(
         self, each_s: float, count: int = 1, turn_s: float | None = None, requests: int = 1
