@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from selenium import webdriver
+from selenium.common.exceptions import JavascriptException
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
@@ -245,6 +246,9 @@ def test_a_mistake_is_a_sentence_and_loses_nothing(page: Page, slow: Served) -> 
     assert page.all(".user .text") == ["<b>Hi</b><img src=x onerror=document.title=1>"]
     assert page.all("b b, article b, img") == []
     assert page.driver.title == "outrider"
+    with pytest.raises(JavascriptException, match="TrustedHTML"):  # the browser sees to it, too
+        page.driver.execute_script("document.body.innerHTML = 'x'")
+    assert [one for one in page.complaints() if "TrustedHTML" not in one] == []
 
 
 def test_a_lost_draft_is_shown_and_the_answer_goes_on(

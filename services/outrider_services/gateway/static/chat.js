@@ -147,6 +147,7 @@ function turn(role) {
   article.className = role;
   who.textContent = role === "user" ? "You" : "Answer";
   text.className = "text";
+  text.dir = "auto";
   foot.className = "small";
   article.append(who, text, foot);
   $("empty").hidden = true;

@@ -19,6 +19,7 @@ export class Lanes {
   #gaps = []; // without a draft: {from, to}, in this page's time
   #offset = Infinity; // of this page's clock before the coordinator's
   #live = false;
+  #shown_s = WINDOWS[0]; // from the left to the right
   #waits = false; // a frame is asked for
   #calm = matchMedia("(prefers-reduced-motion: reduce)");
 
@@ -87,12 +88,18 @@ export class Lanes {
     return this.#live ? Math.max(last, performance.now() / 1000 - this.#offset) : last;
   }
 
-  /** So many that a pass can be seen: the middle one of the last passes. */
+  /** So many that a pass can be seen: the middle one of the last, without reading the prompt. */
   #window() {
-    const passes = this.#spans.filter((span) => span.lane === "target").slice(-31);
+    const passes = this.#spans.filter((span) => span.lane === "target" && span.number).slice(-31);
+    if (!passes.length) return this.#shown_s;
     const lengths = passes.map((span) => span.end - span.start).sort((a, b) => a - b);
-    const middle = lengths[lengths.length >> 1] ?? 0.1;
-    return WINDOWS.findLast((one) => (one * PASS) / this.#width <= middle) ?? WINDOWS[0];
+    const middle = lengths[lengths.length >> 1];
+    const pixels = (middle / this.#shown_s) * this.#width;
+    if (pixels < PASS / 2 || pixels > 5 * PASS) { // else it stays: a picture that jumps is not calm
+      const fits = (one) => (middle / one) * this.#width >= PASS;
+      this.#shown_s = WINDOWS.findLast(fits) ?? WINDOWS[0];
+    }
+    return this.#shown_s;
   }
 
   #ask() {

@@ -98,8 +98,9 @@ async function open() {
   try {
     $("model").textContent = await api.model();
     $("other-key").hidden = !api.key.get();
+    const isFree = $("ask-key").open || document.activeElement === document.body;
     $("ask-key").close();
-    $("say").focus();
+    if (isFree) $("say").focus();
   } catch (error) {
     if (error.status === 401) askKey(api.key.get() !== "");
     else if (error.status === 503) setTimeout(open, 2000); // the model is being loaded
