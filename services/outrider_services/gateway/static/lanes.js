@@ -62,12 +62,15 @@ export class Lanes {
     this.draw();
   }
 
-  /** Since so many seconds there is no draft worker; or, again, there is one. */
-  lost(since_s = 0) {
-    this.#gaps.push({ from: performance.now() / 1000 - since_s });
+  /** There is no draft worker, for so many seconds at most: what it drafted was before. */
+  lost(most_s) {
+    const last = this.#spans.findLast((span) => span.lane === "draft");
+    const drafted = last ? last.end + this.#offset : 0;
+    this.#gaps.push({ from: Math.max(performance.now() / 1000 - most_s, drafted) });
     this.#ask();
   }
 
+  /** There is one again. */
   found() {
     for (const gap of this.#gaps) gap.to ??= performance.now() / 1000;
     this.#ask();
