@@ -339,6 +339,14 @@ def web(module_cli: Cli) -> Iterator[Served]:
     assert pipeline.stop() == 143
 
 
+@pytest.fixture(scope="module")
+def slow(module_cli: Cli) -> Iterator[Served]:
+    """The same, slow enough to be watched."""
+    pipeline = Served(module_cli, "slow", "--toy-step-ms=30", "--toy-draft-ms=4", *HTTP)
+    yield pipeline
+    assert pipeline.stop() == 143
+
+
 @pytest.fixture
 def pipeline(
     runtime: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

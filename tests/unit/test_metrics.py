@@ -213,6 +213,7 @@ async def test_a_worker_that_is_restarted_counts_on(up: Pipeline) -> None:
     counts = await counted(up)
     assert counts["worker_up"] == {"target": 1, "draft": 1}
     assert counts["worker_restarts_total"] == {"target": 0, "draft": 1}
+    assert up.core.health()["restarts"] == {"target": 0, "draft": 1}
     assert counts["lane_busy_seconds_total"]["draft"] == pytest.approx(0.7)
     assert counts["lane_passes_total"]["draft"] == 3
 

@@ -138,6 +138,17 @@ def test_costs_follow_a_machine_that_slows_down_and_forgive_one_hiccup() -> None
     assert model.costs.link_s == pytest.approx(0.001, rel=0.3)
 
 
+def test_passes_measured_on_a_busy_machine_never_let_a_pass_take_no_time() -> None:
+    """A plain step that was disturbed seems to take longer than passes over more rows."""
+    model = CostModel([0.1, 0.09, 0.02], 0.01, crowd_s=[0.01, 0.012])
+    before = model.costs
+    model.verified(3, 0.02, 0.0205)  # as long as such a pass is known to take
+    assert model.costs == before
+    for rows, requests in ((2, 1), (3, 2), (2, 2), (1, 1)) * 20:
+        model.verified(rows, 0.02, 0.0205, requests)
+    assert all(0 < seconds < 0.1 for seconds in model.shared_by(2).verify_s)
+
+
 def test_costs_that_hardly_change_are_the_same_costs() -> None:
     """What is solved for them can be kept."""
     model = CostModel([0.1] * 16, 0.01)

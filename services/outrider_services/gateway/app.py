@@ -12,7 +12,7 @@ from starlette.responses import Response
 
 import outrider
 from outrider.errors import ConnectionFailed, RequestTimeout
-from outrider_services.gateway import errors, handlers, llama_answers
+from outrider_services.gateway import errors, handlers, llama_answers, page
 from outrider_services.gateway.access import Rules
 from outrider_services.gateway.answering import Gateway, listed
 from outrider_services.gateway.errors import Refused
@@ -57,6 +57,7 @@ def application(gateway: Gateway, rules: Rules) -> FastAPI:
     handlers.install(app)
     for make in (openai, models, native, questions, service):
         app.include_router(make(gateway))
+    app.include_router(page.router())
     app.add_middleware(Gate, rules=rules)
     if rules.origins:  # outermost, so that refusals can be read, too
         app.add_middleware(

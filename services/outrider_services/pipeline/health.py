@@ -25,6 +25,7 @@ def report(
         "workers": {
             role: {**told, **metrics.meters[role].recently()} for role, told in workers.items()
         },
+        "restarts": dict(metrics.restarts),
         "refused": dict(roster.refusals),
         "requests": {"running": len(requests.running), "waiting": len(requests.waiting)},
         "slots": {

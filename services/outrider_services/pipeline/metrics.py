@@ -223,7 +223,7 @@ class Metrics:
         self._running, self._served_s, self._since = 0, 0.0, 0.0
         self._ping, self._pinged = 0, 0.0
         self._incarnations: dict[Role, int] = {}
-        self._restarts = dict.fromkeys(ROLES, 0)
+        self.restarts = dict.fromkeys(ROLES, 0)
 
     # ---- requests -------------------------------------------------------------------------------
 
@@ -280,7 +280,7 @@ class Metrics:
         if member is None:
             return
         incarnation = member.hello.incarnation
-        self._restarts[role] += self._incarnations.get(role, incarnation) != incarnation
+        self.restarts[role] += self._incarnations.get(role, incarnation) != incarnation
         self._incarnations[role] = incarnation
         self.meters[role].begin()
 
@@ -321,7 +321,7 @@ class Metrics:
             "inter_token_latency_seconds": self._between.table(),
             "e2e_request_latency_seconds": self._whole.table(),
             "worker_up": {role: int(role in models) for role in ROLES},
-            "worker_restarts_total": dict(self._restarts),
+            "worker_restarts_total": dict(self.restarts),
             "info": {
                 "version": outrider.__version__,
                 **{role: models.get(role, "") for role in ROLES},

@@ -125,7 +125,7 @@ class CostModel:
         rising = np.maximum.accumulate(verify_s)
         one = Costs(tuple(rising), 0.0, 0.0).passes(max(rows, requests))
         alone = float(one[rows - 1])
-        if requests > len(crowd_s):
+        if requests == 1 or requests > len(crowd_s):
             return alone
         return float(crowd_s[requests - 1]) + alone - float(one[requests - 1])
 
