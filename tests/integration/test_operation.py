@@ -100,7 +100,8 @@ async def check_lanes(client: AsyncClient) -> None:
     await asyncio.sleep(1.5)  # for a heartbeat of each worker, and an answer to a ping
     counts = await client.metrics()
     busy = counts["lane_busy_seconds_total"]
-    assert busy["target"] > 24 * 20 * 0.004  # at least so many passes were needed
+    # four requests may share a pass, which may bring each of them several tokens
+    assert busy["target"] > 24 * 20 * 0.004 / 16
     assert 0 < counts["overlap_seconds_total"] < busy["draft"]
     assert counts["lane_passes_total"]["target"] > counts["spec_decode_num_drafts_total"] / 4
     for table in counts["link_rtt_seconds"].values():
@@ -381,7 +382,7 @@ def test_systemd_may_open_the_socket(cli: Cli) -> None:
         one.bind(("127.0.0.1", 0))
         port = one.getsockname()[1]
     cli.prefix = ("systemd-socket-activate", f"--listen=127.0.0.1:{port}", "-E", "XDG_RUNTIME_DIR",
-                  "-E", "XDG_CONFIG_HOME", "-E", "PYTHONPATH")  # fmt: skip
+                  "-E", "XDG_CONFIG_HOME", "-E", "PYTHONPATH", "-E", "OUTRIDER_LOG__FORMAT")  # fmt: skip
     process = cli.start("serve", "--name=activated", "--no-gateway=false", "--backend=toy")
     url = f"http://127.0.0.1:{port}"
     wait_until(lambda: accepts(port))
