@@ -132,14 +132,15 @@ def run(directory: Path, *command: str, **environment: str) -> str:
     kept = {name: value for name, value in os.environ.items() if name.startswith(("PATH", "LANG"))}
     done = subprocess.run(
         [sys.executable, *command],
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         cwd=directory,
         env={**kept, **quiet, **environment},
         text=True,
         timeout=100,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stdout
     return done.stdout
 
 
@@ -183,7 +184,8 @@ def test_the_llm_command_asks_for_text_tools_and_structure(
         assert text.strip() == oracle(PLAIN, 20).text.strip()
     bias = json.dumps({str(END): 80})
     assert json.loads(llm("--schema", json.dumps(SCHEMA), "-o", "logit_bias", bias)) in CITIES
-    # it calls the tool, tells of the outcome, and goes on
-    assert llm("--functions", "tool.py", "-o", "max_tokens", "60").strip()
-    shown = llm("--functions", "tool.py", "-o", "max_tokens", "60", "--chain-limit", "2")
-    assert shown.strip() != oracle(PLAIN, 60).text.strip()
+    # it calls the tool, sends what came of it, and tells of both, the call on stderr
+    told = llm("--functions", "tool.py", "--tools-debug", "-o", "max_tokens", "60")
+    assert "ask({'text': 'Hi'})" in told
+    assert "heard Hi" in told
+    assert "<tool_call>" not in told

@@ -35,7 +35,7 @@ PLACE = {
 }
 GO: Any = {"type": "function", "function": {"name": "go", "parameters": PLACE}}
 # the toy speaks of rivers; with these it comes to the point where JSON has to
-LEANING = {
+LEANING: Any = {
     **{str(digit): 17.0 for digit in b"0123456789"},
     **{str(bracket): 21.0 for bracket in b"]}"},
     **{str(ord('"')): 24.0, str(ord(",")): 17.0, str(END): 80.0},
@@ -78,7 +78,7 @@ def test_a_tool_is_called_and_its_answer_is_read(client: openai.OpenAI, oracle: 
     message = choice.message
     assert (choice.finish_reason, message.content) == ("tool_calls", None)
     call: Any
-    (call,) = message.tool_calls or ()
+    (call,) = message.tool_calls or [None]
     assert (call.function.name, json.loads(call.function.arguments)) == ("ask", {"text": QUESTION})
     answered: Any = [
         *SAID,
@@ -160,9 +160,10 @@ def test_a_tool_that_must_be_called_is_called_as_its_schema_says(
 
 def test_whoever_chooses_no_tool_is_told_of_none(client: openai.OpenAI) -> None:
     asked: Any = {"model": "", "messages": SAID, "temperature": 0, "max_tokens": 20}
+    choices: list[Any] = [{}, {"tools": [ASK], "tool_choice": "none"}]
     texts = {
-        client.chat.completions.create(**asked, **more).choices[0].message.content
-        for more in ({}, {"tools": [ASK], "tool_choice": "none"})
+        client.chat.completions.create(**asked, **chosen).choices[0].message.content
+        for chosen in choices
     }
     assert len(texts) == 1
 

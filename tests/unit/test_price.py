@@ -166,3 +166,12 @@ def test_a_draft_that_is_sure_and_wrong_loses_its_credit() -> None:
     for _ in range(2000):
         acceptance.observe(True, 0.97)
     assert acceptance.of([0.97])[0] == pytest.approx(before, rel=0.02)
+
+
+def test_a_pass_over_more_rows_is_never_expected_to_be_cheaper() -> None:
+    """What is measured on a busy machine may say so; no cost may come out as nothing for that."""
+    costs = CostModel([0.01, 0.001, 0.001], 0.001, crowd_s=[0.002, 0.003])
+    for _ in range(50):
+        costs.verified(3, 1e-4, 1e-3)
+        costs.verified(2, 1e-4, 1e-3, requests=2)
+    assert min(costs.costs.passes(3)) > 0

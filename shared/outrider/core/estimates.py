@@ -127,7 +127,8 @@ class CostModel:
         alone = float(one[rows - 1])
         if requests == 1 or requests > len(crowd_s):
             return alone
-        return float(crowd_s[requests - 1]) + alone - float(one[requests - 1])
+        # more rows are never cheaper: where it was measured so, something else had disturbed
+        return float(crowd_s[requests - 1]) + max(0.0, alone - float(one[requests - 1]))
 
     def drafted(
         self, each_s: float, count: int = 1, turn_s: float | None = None, requests: int = 1
