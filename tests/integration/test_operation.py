@@ -381,8 +381,9 @@ def test_systemd_may_open_the_socket(cli: Cli) -> None:
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         port = one.getsockname()[1]
-    cli.prefix = ("systemd-socket-activate", f"--listen=127.0.0.1:{port}", "-E", "XDG_RUNTIME_DIR",
-                  "-E", "XDG_CONFIG_HOME", "-E", "PYTHONPATH", "-E", "OUTRIDER_LOG__FORMAT")  # fmt: skip
+    kept = ("XDG_RUNTIME_DIR", "XDG_CONFIG_HOME", "PYTHONPATH", "OUTRIDER_LOG__FORMAT")
+    activate = "systemd-socket-activate", f"--listen=127.0.0.1:{port}"
+    cli.prefix = (*activate, *(word for name in kept for word in ("-E", name)))
     process = cli.start("serve", "--name=activated", "--no-gateway=false", "--backend=toy")
     url = f"http://127.0.0.1:{port}"
     wait_until(lambda: accepts(port))
