@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from outrider.core.constraints import Constraint, Matcher, constrained
-from outrider.core.drafter import DrafterInfo
+from outrider.core.drafter import DrafterInfo, Opening
 from outrider.core.engine import Engine
 from outrider.core.reference import generate
 from outrider.core.sampling import Sampling, Scores
@@ -25,17 +25,7 @@ class NoDraft:
 
     def prepare(self, constraint: Constraint) -> None: ...
 
-    def open(
-        self,
-        slot: int,
-        sampling: Sampling,
-        vocabulary: int,
-        skip: int = 0,
-        known: int = 0,
-        source: int = -1,
-        constraint: Constraint | None = None,
-        begins: int = 0,
-    ) -> None: ...
+    def open(self, slot: int, opening: Opening) -> None: ...
 
     def cut(self, slot: int, length: int) -> None: ...
 

@@ -18,6 +18,7 @@ from tests.unit.schemas import schemas
 
 from outrider.client.formats import tool_calls
 from outrider.core.constraints import Constraint
+from outrider.core.drafter import Opening
 from outrider.core.reference import generate
 from outrider.core.sampling import Sampling
 from outrider.core.values import TokenId
@@ -323,8 +324,8 @@ class Knowing(ModelDrafter):
 
     known: Constraint | None = None
 
-    def open(self, slot: int, sampling: Sampling, vocabulary: int, *_: Any, **__: Any) -> None:
-        super().open(slot, sampling, vocabulary, constraint=self.known, begins=len(PROMPT))
+    def open(self, slot: int, opening: Opening) -> None:
+        super().open(slot, opening._replace(constraint=self.known, begins=len(PROMPT)))
 
 
 DRAFTER = Knowing(ToyEngine(ToySettings("draft", agreement=0.8)))

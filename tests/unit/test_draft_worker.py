@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from outrider.core.constraints import Constraint
-from outrider.core.drafter import DrafterInfo
+from outrider.core.drafter import DrafterInfo, Opening
 from outrider.core.engine import Cancelled, EngineFault
 from outrider.core.events import Commit, OpenDraft
 from outrider.core.sampling import BadScores, Sampling
@@ -74,17 +74,8 @@ class ByHeart:
         if self.unknown:
             raise self.unknown
 
-    def open(
-        self,
-        slot: int,
-        sampling: Sampling,
-        vocabulary: int,
-        skip: int = 0,
-        known: int = 0,
-        source: int = -1,
-        constraint: Constraint | None = None,
-        begins: int = 0,
-    ) -> None:
+    def open(self, slot: int, opening: Opening) -> None:
+        sampling, vocabulary, skip, known, source, constraint, begins = opening
         assert sampling is SAMPLING
         if constraint and self.unknown:
             raise self.unknown

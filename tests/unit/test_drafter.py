@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from outrider.core.drafter import Opening
 from outrider.core.engine import Cancelled, Part
 from outrider.core.sampling import Sampling, choose, propose
 from outrider.core.stream import AT_ONCE
@@ -66,7 +67,7 @@ def test_it_is_what_its_engine_is() -> None:
 @pytest.mark.parametrize("sampling", [GREEDY, WARM], ids=["greedy", "warm"])
 def test_it_proposes_one_token_after_the_other(sampling: Sampling) -> None:
     made, engine = drafter()
-    made.open(0, sampling, SMALLEST)
+    made.open(0, Opening(sampling, SMALLEST))
     text = list(TEXT)
     for _ in range(20):
         assert made.read(0) == max(0, len(text) - 1) * (len(text) > len(TEXT))
@@ -86,7 +87,7 @@ def test_it_proposes_one_token_after_the_other(sampling: Sampling) -> None:
 )
 def test_a_long_text_is_read_in_parts_and_then_gone_on_from(chunk: int, parts: list[int]) -> None:
     made, engine = drafter(chunk=chunk)
-    made.open(0, GREEDY, SMALLEST)
+    made.open(0, Opening(GREEDY, SMALLEST))
     for end in range(1, len(parts)):
         assert made.propose(0, LONG) == ()
         assert made.read(0) == sum(parts[:end])
@@ -98,7 +99,7 @@ def test_a_long_text_is_read_in_parts_and_then_gone_on_from(chunk: int, parts: l
 
 def test_cut_back_it_goes_on_from_the_other_text() -> None:
     made, engine = drafter()
-    made.open(0, GREEDY, SMALLEST)
+    made.open(0, Opening(GREEDY, SMALLEST))
     made.propose(0, TEXT)
     other = (*TEXT[:20], *b"stone story")
     made.cut(0, 20)
@@ -109,7 +110,7 @@ def test_cut_back_it_goes_on_from_the_other_text() -> None:
 
 def test_a_cut_behind_what_it_has_read_changes_nothing() -> None:
     made, _ = drafter()
-    made.open(0, GREEDY, SMALLEST)
+    made.open(0, Opening(GREEDY, SMALLEST))
     made.propose(0, TEXT)
     made.cut(0, len(TEXT) + 5)
     assert made.read(0) == len(TEXT)
@@ -117,15 +118,15 @@ def test_a_cut_behind_what_it_has_read_changes_nothing() -> None:
 
 def test_asked_again_about_the_same_text_it_says_the_same() -> None:
     made, engine = drafter()
-    made.open(0, WARM, SMALLEST)
+    made.open(0, Opening(WARM, SMALLEST))
     assert made.propose(0, TEXT) == made.propose(0, TEXT)
     assert engine.evaluated == [(len(TEXT), 1), (1, 1)]
 
 
 def test_slots_are_texts_of_their_own() -> None:
     made, _ = drafter(slots=2)
-    made.open(0, GREEDY, SMALLEST)
-    made.open(1, WARM, SMALLEST)
+    made.open(0, Opening(GREEDY, SMALLEST))
+    made.open(1, Opening(WARM, SMALLEST))
     made.propose(0, TEXT)
     assert (made.read(0), made.read(1)) == (len(TEXT), 0)
     other = TEXT[:9]
@@ -136,9 +137,9 @@ def test_slots_are_texts_of_their_own() -> None:
 
 def test_opened_again_a_slot_is_empty() -> None:
     made, _ = drafter()
-    made.open(0, GREEDY, SMALLEST)
+    made.open(0, Opening(GREEDY, SMALLEST))
     made.propose(0, TEXT)
-    made.open(0, WARM, SMALLEST)
+    made.open(0, Opening(WARM, SMALLEST))
     assert made.read(0) == 0
     assert made.propose(0, TEXT) == (said_by_the_engine(TEXT, WARM),)
 
@@ -155,7 +156,7 @@ def test_it_proposes_only_what_both_vocabularies_have(size: int, limit: int) -> 
     made, _ = drafter(vocabulary_size=size)
     # the last id of either would always win, where there is one
     last = SMALLEST + 39
-    made.open(0, GREEDY.changed(logit_bias=((last, 1e5),)), limit)
+    made.open(0, Opening(GREEDY.changed(logit_bias=((last, 1e5),)), limit))
     (one,) = made.propose(0, TEXT)
     assert (one.token == last) == (size == limit)
     assert one.token < min(size, limit)
@@ -163,7 +164,7 @@ def test_it_proposes_only_what_both_vocabularies_have(size: int, limit: int) -> 
 
 def test_what_its_engine_does_not_hold_is_refused() -> None:
     made, _ = drafter(context=50)
-    made.open(0, GREEDY, SMALLEST)
+    made.open(0, Opening(GREEDY, SMALLEST))
     with pytest.raises(ValueError, match="overflow the context"):
         made.propose(0, LONG[:51])
     with pytest.raises(ValueError, match="no token"):
@@ -172,7 +173,7 @@ def test_what_its_engine_does_not_hold_is_refused() -> None:
 
 def test_cut_short_it_has_read_no_more_than_before(monkeypatch: pytest.MonkeyPatch) -> None:
     made, engine = drafter()
-    made.open(0, GREEDY, SMALLEST)
+    made.open(0, Opening(GREEDY, SMALLEST))
     made.propose(0, TEXT)
     monkeypatch.setattr(engine, "_wait", lambda until: made.cancel())  # while it computes
     with pytest.raises(Cancelled):
@@ -190,7 +191,7 @@ def test_it_closes_its_engine() -> None:
 @pytest.mark.parametrize("sampling", [GREEDY, WARM], ids=["greedy", "warm"])
 def test_it_tells_what_it_would_have_proposed_for_the_last_tokens(sampling: Sampling) -> None:
     made, engine = drafter()
-    made.open(0, sampling, SMALLEST)
+    made.open(0, Opening(sampling, SMALLEST))
     recalled = made.recall(0, TEXT, 5)
     assert engine.evaluated == [(len(TEXT) - 1, 5)], "in one evaluation"
     ends = range(len(TEXT) - 5, len(TEXT))
@@ -207,7 +208,7 @@ def test_it_tells_what_it_would_have_proposed_for_the_last_tokens(sampling: Samp
 def test_where_target_and_draft_are_alike_the_target_accepts_all(sampling: Sampling) -> None:
     target, made = ToyEngine(), drafter()[0]
     breakers = KnownBreakers(target).of(sampling)
-    made.open(0, sampling, SMALLEST)
+    made.open(0, Opening(sampling, SMALLEST))
     text = list(TEXT)
     for _ in range(60):
         (row,) = target.extend(0, text[target.length(0) :], 1)
@@ -220,14 +221,14 @@ def test_where_target_and_draft_are_alike_the_target_accepts_all(sampling: Sampl
 @pytest.mark.parametrize("count", [0, len(TEXT)])
 def test_it_recalls_nothing_that_it_has_not_read_before(count: int) -> None:
     made, engine = drafter()
-    made.open(0, GREEDY, SMALLEST)
+    made.open(0, Opening(GREEDY, SMALLEST))
     assert made.recall(0, TEXT, count) == ()
     assert engine.evaluated == []
 
 
 def test_the_beginning_of_a_text_can_be_skipped() -> None:
     made, engine = drafter()
-    made.open(0, GREEDY, SMALLEST, 10)
+    made.open(0, Opening(GREEDY, SMALLEST, 10))
     assert made.read(0) == 10
     (drafted,) = made.propose(0, TEXT)
     assert engine.evaluated == [(len(TEXT) - 10, 1)]
@@ -245,7 +246,7 @@ def test_texts_that_find_no_room_in_one_pass_have_the_next() -> None:
     texts = [(slot, [97 + slot, 98, 99]) for slot in range(4)]
     for slot, _ in texts:
         for one in (drafter, alone):
-            one.open(slot, Sampling(temperature=0), 256)
+            one.open(slot, Opening(Sampling(temperature=0), 256))
     found = drafter.propose_all(texts)
     for (slot, text), drafted in zip(texts, found, strict=True):
         if drafted:

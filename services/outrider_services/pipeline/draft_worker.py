@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from outrider.core.constraints import Constraint
-from outrider.core.drafter import Drafter
+from outrider.core.drafter import Drafter, Opening
 from outrider.core.engine import Cancelled, EngineFault
 from outrider.core.events import Commit, OpenDraft
 from outrider.core.sampling import Sampling
@@ -327,8 +327,16 @@ class DraftWorker(Worker[Drafter]):
             known = self.slots.held(taken)
         # what was to be kept is gone: no more is read than was asked for
         skip = taken.skip if known > taken.skip else ride.skip
-        asked = ride.sampling, ride.vocabulary, skip, known, taken.source
-        self.model.open(taken.slot, *asked, ride.constraint, ride.begins)
+        opening = Opening(
+            sampling=ride.sampling,
+            vocabulary=ride.vocabulary,
+            skip=skip,
+            known=known,
+            source=taken.source,
+            constraint=ride.constraint,
+            begins=ride.begins,
+        )
+        self.model.open(taken.slot, opening)
         with self._lock:
             ride.is_new = False
             ride.stream.read = min(ride.stream.read, self.model.read(taken.slot))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from outrider.core.constraints import Constraint
 from outrider.core.engine import Vocabulary
@@ -28,6 +28,20 @@ class DrafterInfo:
     device: str  # as `ModelInfo.device`
 
 
+class Opening(NamedTuple):
+    """How a text begins that is to be followed."""
+
+    sampling: Sampling
+    vocabulary: int  # ids from here on do not exist in the target
+    skip: int = 0  # tokens at the beginning that are not to be read
+    # the text in slot `source`, perhaps the former one of the same slot, began with so many of the
+    # same tokens, as far as they were read
+    known: int = 0
+    source: int = -1
+    constraint: Constraint | None = None  # to which the target holds what is behind …
+    begins: int = 0  # … so many tokens
+
+
 class Drafter(Protocol):
     """Follows a text in each of its slots and proposes what may come next.
 
@@ -43,23 +57,10 @@ class Drafter(Protocol):
     def prepare(self, constraint: Constraint) -> None:
         """Do beforehand what `open` with this `constraint` would take long for; it may fail."""
 
-    def open(
-        self,
-        slot: int,
-        sampling: Sampling,
-        vocabulary: int,
-        skip: int = 0,
-        known: int = 0,
-        source: int = -1,
-        constraint: Constraint | None = None,
-        begins: int = 0,
-    ) -> None:
-        """A text begins in `slot`, of which the first `skip` tokens are not to be read.
+    def open(self, slot: int, opening: Opening) -> None:
+        """A text begins in `slot`.
 
-        Ids from `vocabulary` on do not exist in the target, which holds what is behind the first
-        `begins` tokens to the `constraint`. Who does not know it drafts what will not be verified.
-        The text in slot `source`, perhaps the former one of this slot, began with the same `known`
-        tokens, as far as they were read.
+        A drafter that does not know a constraint drafts what will not be verified.
         """
 
     def cut(self, slot: int, length: int) -> None:

@@ -120,15 +120,14 @@ class CostModel:
     def _pass_s(verify_s: Values, crowd_s: Values, requests: int, rows: int) -> float:
         """Seconds of a pass over `rows` rows of so many requests, of which each has one or more.
 
-        As measured, more rows may take less time; what they add is never less than nothing.
+        Measured on a busy machine, more rows may seem to take less time. For several requests
+        what they add is never less than nothing, or a pass could come out as none.
         """
-        rising = np.maximum.accumulate(verify_s)
-        one = Costs(tuple(rising), 0.0, 0.0).passes(max(rows, requests))
-        alone = float(one[rows - 1])
-        if requests == 1 or requests > len(crowd_s):
-            return alone
-        # more rows are never cheaper: where it was measured so, something else had disturbed
-        return float(crowd_s[requests - 1]) + max(0.0, alone - float(one[requests - 1]))
+        if requests == 1:
+            return float(verify_s[rows - 1])
+        rising = Costs(tuple(np.maximum.accumulate(verify_s)), 0.0, 0.0).passes(rows)
+        together_s = crowd_s if requests <= len(crowd_s) else rising
+        return float(together_s[requests - 1] + rising[rows - 1] - rising[requests - 1])
 
     def drafted(
         self, each_s: float, count: int = 1, turn_s: float | None = None, requests: int = 1

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from outrider.core.decoding import verify
-from outrider.core.drafter import Drafter
+from outrider.core.drafter import Drafter, Opening
 from outrider.core.engine import Engine
 from outrider.core.sampling import Sampling, choose
 from outrider.core.values import TokenId
@@ -28,7 +28,7 @@ def generate(
     ends, chunk = target.info.vocabulary.ends, target.info.chunk
     for start in range(0, len(text) - 1, chunk):  # the prompt, but for its last token
         target.extend(0, text[start:-1][:chunk], 0)
-    drafter.open(0, sampling, target.info.vocabulary.size)
+    drafter.open(0, Opening(sampling, target.info.vocabulary.size))
     while text[-1] not in ends or len(text) == len(prompt):
         # the target evaluates its last token and a block of drafted ones in one pass …
         block = stock[:n_draft]

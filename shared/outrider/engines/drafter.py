@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from outrider.core.constraints import Constraint, Matcher, propose
-from outrider.core.drafter import DrafterInfo
+from outrider.core.drafter import DrafterInfo, Opening
 from outrider.core.engine import Engine, Part
 from outrider.core.penalties import Breakers
 from outrider.core.sampling import Sampling, Scores
@@ -60,18 +60,8 @@ class ModelDrafter:
     def prepare(self, constraint: Constraint) -> None:
         self._constraints.matcher(constraint)
 
-    def open(
-        self,
-        slot: int,
-        sampling: Sampling,
-        vocabulary: int,
-        skip: int = 0,
-        known: int = 0,
-        source: int = -1,
-        constraint: Constraint | None = None,
-        begins: int = 0,
-    ) -> None:
-        engine = self._engine
+    def open(self, slot: int, opening: Opening) -> None:
+        engine, (_, _, skip, known, source, *_) = self._engine, opening
         held = min(known - skip, engine.length(source)) if known > skip else 0
         if source == slot:
             engine.rewind(slot, held)
@@ -80,12 +70,13 @@ class ModelDrafter:
             if held:
                 engine.copy(source, slot, held)
         self._skipped[slot] = skip
+        constraint = opening.constraint
         self._asked[slot] = Asked(
-            sampling=sampling,
-            vocabulary=min(vocabulary, engine.info.vocabulary.size),
-            breakers=self._breakers.of(sampling),
+            sampling=opening.sampling,
+            vocabulary=min(opening.vocabulary, engine.info.vocabulary.size),
+            breakers=self._breakers.of(opening.sampling),
             matcher=self._constraints.matcher(constraint) if constraint else None,
-            begins=begins,
+            begins=opening.begins,
         )
 
     def cut(self, slot: int, length: int) -> None:
