@@ -34,7 +34,8 @@ SETTINGS = [
 
 @pytest.fixture(scope="module", params=["test_model", "default_draft"])
 def engine(request: pytest.FixtureRequest) -> Iterator[LlamaEngine]:
-    settings = LlamaSettings(context=256, slots=1, threads=1, batch=64, ubatch=64)
+    # exact, as all engines of this process: the library reads once which kernels to use
+    settings = LlamaSettings(context=256, slots=1, threads=1, batch=64, ubatch=64, exact=True)
     engine = LlamaEngine.load(request.getfixturevalue(request.param), settings)
     yield engine
     engine.close()

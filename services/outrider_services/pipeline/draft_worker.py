@@ -32,7 +32,7 @@ TOGETHER = 4  # most unread tokens of a text that shares a step with others
 MOST_FAILURES = 2  # after more of the steps that it shared have failed, a text shares none any more
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Ride:
     """A request that this worker drafts for."""
 

@@ -14,7 +14,7 @@ from outrider_services.pipeline.slots import Taken
 MOST_FAILURES = 2  # after more of its passes have failed, a request shares none any more
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Sequence:
     """A request's committed text, and the block behind it that waits to be verified."""
 
