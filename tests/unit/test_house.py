@@ -52,3 +52,16 @@ def test_the_fitted_acceptances_can_be_fitted_again(tmp_path: Path) -> None:
     assert table(used) == list(CAME_TRUE)
     for ours, theirs in zip(table(used), table(found), strict=True):
         assert abs(ours - theirs) < 0.1
+
+
+def test_a_command_loads_no_library_that_only_the_gateway_or_a_conversation_needs() -> None:
+    """Every process of a pipeline begins as a command; what one loads in vain, each waits for."""
+    needless = ("fastapi", "uvicorn", "jinja2", "llguidance", "prometheus_client", "prompt_toolkit")
+    program = (
+        "import sys, outrider_services.commands.cli\n"
+        f"print([name for name in {needless} if name in sys.modules])"
+    )
+    told = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert told.stdout == "[]\n"

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from importlib import resources
+from typing import TYPE_CHECKING
 
-from fastapi import APIRouter
-from starlette.responses import Response
+if TYPE_CHECKING:  # every command knows these paths, and FastAPI takes a third of a second
+    from fastapi import APIRouter, Response
 
 FILES = {  # by path: name and type
     "/": ("index.html", "text/html"),
@@ -39,6 +40,8 @@ HEADERS = {
 
 def router() -> APIRouter:
     """The paths of the page."""
+    from fastapi import APIRouter
+
     routes = APIRouter(include_in_schema=False)
     for path, (name, kind) in FILES.items():
         routes.add_api_route(path, _sender(name, kind), methods=["GET"])
@@ -46,6 +49,8 @@ def router() -> APIRouter:
 
 
 def _sender(name: str, kind: str) -> Callable[[], Awaitable[Response]]:
+    from fastapi import Response
+
     content = (resources.files(__package__) / "static" / name).read_bytes()
 
     async def send() -> Response:
