@@ -912,7 +912,8 @@ async def test_a_pair_that_does_not_fit_does_not_start(pipeline: Pipelines) -> N
             if one.role == "draft":
                 one.arguments.append("--toy-variant=3")
 
-    told = r"token 259 is '<\|assistant\|>' in the target, '<\|variant_3\|>' in the draft"
+    last = r"is '<\|file_sep\|>' in the target, '<\|variant_3\|>' in the draft"
+    told = f"token {SMALLEST - 1} {last}"
     with pytest.raises(IncompatiblePair, match=told):
         async with pipeline(edit=edit):
             pass
