@@ -17,7 +17,10 @@ def main(path: str) -> None:
     silence = llama.llama_log_callback(lambda level, text, data: None)  # a name keeps it alive
     llama.llama_log_set(silence, None)
     llama.llama_backend_init()
-    model = llama.llama_model_load_from_file(path.encode(), llama.llama_model_default_params())
+    model_params = llama.llama_model_default_params()
+    nothing_else = (ctypes.c_void_p * 1)()  # a list without a device: the processor alone
+    model_params.devices = ctypes.addressof(nothing_else)
+    model = llama.llama_model_load_from_file(path.encode(), model_params)
     params = llama.llama_context_default_params()
     params.n_ctx = params.n_batch = params.n_ubatch = 64
     params.n_threads = params.n_threads_batch = min(2, os.cpu_count() or 1)

@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 
 from outrider.core.constraints import Constraint, Matcher, constrained
-from outrider.core.drafter import DrafterInfo, Opening
+from outrider.core.drafter import Drafter, DrafterInfo, Opening
 from outrider.core.engine import Engine
 from outrider.core.reference import generate
 from outrider.core.sampling import Sampling, Scores
 from outrider.core.values import Drafted, TokenId
 
 
-class NoDraft:
+class NoDraft(Drafter):
     """A drafter that never has an idea."""
 
     info = DrafterInfo("none", None, 1 << 30, 1, "toy")

@@ -15,7 +15,8 @@ from typing import Any
 import platformdirs
 
 from outrider.errors import ConfigError
-from outrider_services.options import OPTIONS, Settings, as_text, checked, nearest
+from outrider_services.options import OPTIONS, as_text, checked, nearest
+from outrider_services.table import Settings
 
 # what Kubernetes tells of services named outrider, or outrider- and something
 FOREIGN = re.compile(
@@ -29,7 +30,7 @@ def from_file(path: Path) -> dict[str, Any]:
         tables = tomllib.loads(path.read_text())
     except OSError as exc:
         raise ConfigError(f"cannot read {path}: {exc.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
+    except (ValueError, RecursionError) as exc:  # also of a number or a nest without end
         raise ConfigError(f"{path} is not TOML: {exc}") from None
     values, wrong = {}, []
     for section, table in tables.items():
@@ -42,6 +43,8 @@ def from_file(path: Path) -> dict[str, Any]:
             texts = value if isinstance(value, list) else [value]
             try:
                 read = [option.read(as_text(one)) for one in texts]
+                if len(read) != 1 and not option.repeats:
+                    raise ValueError("one value")
             except ValueError as exc:
                 wrong.append(f"{key} must be {exc}, not {value!r}")
                 continue

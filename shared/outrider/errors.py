@@ -9,7 +9,9 @@ OutriderError
 ├── UnknownRequest         no such request
 ├── IncompatiblePair       draft and target do not share a vocabulary
 ├── WorkerLost             a worker died, hung or never came
+├── RequestPoisoned        the request ran in a target worker that died, and again in the next one
 ├── ConnectionFailed       no coordinator at that address, or it went away, or the client is closed
+├── NotAllowed             the key is not trusted, or its role may not ask this
 ├── ProtocolError          the peer sent something that is not our protocol
 ├── Overloaded             too much is asked at once, or the place is taken
 └── RequestTimeout         a deadline passed
@@ -77,8 +79,18 @@ class WorkerLost(OutriderError):
         self.role = role
 
 
+class RequestPoisoned(OutriderError):
+    code = "request_poisoned"
+    exit_code = 6
+
+
 class ConnectionFailed(OutriderError):
     code = "connection_failed"
+    exit_code = 7
+
+
+class NotAllowed(OutriderError):
+    code = "not_allowed"
     exit_code = 7
 
 
@@ -101,7 +113,9 @@ BY_CODE: dict[str, type[OutriderError]] = {
     cls.code: cls
     for cls in (
         InternalError, BadRequest, ConfigError, ModelNotFound, ModelUnusable, UnknownRequest,
-        IncompatiblePair, WorkerLost, ConnectionFailed, ProtocolError, Overloaded, RequestTimeout,
+        IncompatiblePair, WorkerLost, RequestPoisoned, ConnectionFailed, NotAllowed, ProtocolError,
+        Overloaded,
+        RequestTimeout,
     )
 }  # fmt: skip
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 Action = Literal["none", "attacker", "kill", "stop", "fake"]
 FIVE_STARTS_S = 24.0  # so long does a launcher need to give a worker up
-LOST = frozenset({"worker_unavailable"})  # no request is resumed: it ends with its target
+LOST = frozenset({"worker_unavailable"})  # of requests that wait when no target comes back in time
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,6 @@ class Arm:
     attackers: int = 1
     streams: int = 2
     timed: bool = True  # whether an answer must take its usual time
-    may_fail: frozenset[str] = frozenset()  # codes of errors that are right here
     polite: bool = False  # the usual time is that beside the same clients, reading
     unread: bool = False  # nobody reads the service's log
     descriptors: int | None = None  # its limit of open files
@@ -38,7 +37,7 @@ class Arm:
         return max(self.least_s, self.within_s * share)
 
 
-def _struck(role: str, action: Action, help: str, may_fail: frozenset[str] = frozenset()) -> Arm:
+def _struck(role: str, action: Action, help: str) -> Arm:
     return Arm(
         f"{action}-{role}",
         help,
@@ -46,7 +45,6 @@ def _struck(role: str, action: Action, help: str, may_fail: frozenset[str] = fro
         role=role,
         streams=8,
         timed=False,
-        may_fail=may_fail,
     )
 
 
@@ -125,11 +123,10 @@ ARMS = (
         within_s=30,
         least_s=FIVE_STARTS_S,
         timed=False,
-        may_fail=LOST,
     ),
     _struck("draft", "kill", "the draft dies at random moments"),
     _struck("draft", "stop", "the draft is stopped for 0.1 to 3 s at random moments"),
-    _struck("target", "kill", "the target dies", LOST),
+    _struck("target", "kill", "the target dies"),
     _struck("target", "stop", "the target is stopped"),
     _struck("coordinator", "stop", "the coordinator is stopped"),
     _struck("launcher", "stop", "the launcher is stopped"),

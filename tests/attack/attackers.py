@@ -271,7 +271,8 @@ async def _ask_on(job: Job) -> Told:
     choices = [partial(answered, question) for question in questions]
     async with Crowd(job.addresses, choices, Pauses()) as crowd:
         with suppress(TimeoutError):
-            await asyncio.wait_for(over.wait(), job.until - time.monotonic())
+            async with asyncio.timeout(job.until - time.monotonic()):
+                await over.wait()
         await crowd.rest()
         return dict(Counter(f"{one.kind} {one.what}".strip() for one in crowd.outcomes))
 

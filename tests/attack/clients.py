@@ -14,13 +14,18 @@ from tests.attack.questions import Question, fault_in
 from tests.attack.service import Pauses
 
 from outrider.client import AsyncClient, Stream, connect
+from outrider.core.values import Token
 from outrider.errors import OutriderError
 
-HANG_S = 5.0  # a longer wait for a token, an end or an error is a hang
+HANG_S = 20.0  # a longer wait for a token, an end or an error is a hang, on a busy machine too
+SOON_S = 5.0  # in which whatever else is waited for mostly comes
 LOOK_S = 0.1
 AGAIN_S = 0.1  # after an answer that failed
 
 Kind = Literal["right", "wrong", "failed", "hung", "untyped"]
+Heard = Callable[[int, float], None]  # a client's number, and when something has come for it
+# what is wrong with an answer: its question, tokens and text, and why it has ended
+Judge = Callable[[Question, Sequence[Token], str, str | None], str | None]
 T = TypeVar("T")
 
 
@@ -56,9 +61,12 @@ class Client:
         choose: Callable[[], Question],
         pauses: Pauses,
         outcomes: list[Outcome],
+        heard: Heard | None = None,
+        judge: Judge | None = None,
     ) -> None:
         self.number, self.address = number, address
         self._choose, self._pauses, self._outcomes = choose, pauses, outcomes
+        self._heard, self._judge = heard, judge
         self.over = False
 
     async def run(self) -> None:
@@ -93,7 +101,7 @@ class Client:
             kind, what = "untyped", f"{type(exc).__name__}: {exc}"
         else:
             kind, what = "right", ""
-        if stream is not None and (fault := _fault(stream, question)):
+        if stream is not None and (fault := self._fault(stream, question)):
             kind, what = "wrong", fault
         if stream is not None and kind == "hung":
             with suppress(OutriderError):
@@ -107,6 +115,8 @@ class Client:
                 await self._patiently(stream.__anext__())
             except StopAsyncIteration:
                 return
+            if self._heard:
+                self._heard(self.number, time.monotonic())
             limit = question.cancelled_after
             if limit is not None and not asked and len(_ids(stream)) >= limit:
                 asked = True
@@ -126,6 +136,17 @@ class Client:
         finally:
             task.cancel()  # and see what it raised, or asyncio complains
             await asyncio.gather(task, return_exceptions=True)
+
+    def _fault(self, stream: Stream, question: Question) -> str | None:
+        """What is wrong with what has come so far, or with the whole if it has ended by itself."""
+        text = "".join(one.text for one in stream.fragments)
+        logprobs = [token.logprob for one in stream.fragments for token in one.tokens]
+        if question.logprobs and not all(one is not None and one <= 0 for one in logprobs):
+            return "a token without its logprob"
+        if self._judge:
+            tokens = [token for one in stream.fragments for token in one.tokens]
+            return self._judge(question, tokens, text, stream.finish_reason)
+        return fault_in(question, _ids(stream), text, stream.finish_reason)
 
     def _note(self, kind: Kind, what: str, began: float) -> Outcome:
         outcome = Outcome(self.number, kind, what, began, time.monotonic())
@@ -148,15 +169,6 @@ def _ids(stream: Stream | None) -> list[int]:
     return [token.id for one in stream.fragments for token in one.tokens] if stream else []
 
 
-def _fault(stream: Stream, question: Question) -> str | None:
-    """What is wrong with what has come so far, or with the whole if it has ended by itself."""
-    text = "".join(one.text for one in stream.fragments)
-    logprobs = [token.logprob for one in stream.fragments for token in one.tokens]
-    if question.logprobs and not all(one is not None and one <= 0 for one in logprobs):
-        return "a token without its logprob"
-    return fault_in(question, _ids(stream), text, stream.finish_reason)
-
-
 class Crowd:
     """`async with Crowd(…)`: clients that keep asking; `choices` has one chooser for each."""
 
@@ -165,11 +177,13 @@ class Crowd:
         addresses: Iterable[str],
         choices: Sequence[Callable[[], Question]],
         pauses: Pauses,
+        heard: Heard | None = None,
+        judge: Judge | None = None,
     ) -> None:
         self.outcomes: list[Outcome] = []
         places = list(addresses)
         self._clients = [
-            Client(n, places[n % len(places)], choose, pauses, self.outcomes)
+            Client(n, places[n % len(places)], choose, pauses, self.outcomes, heard, judge)
             for n, choose in enumerate(choices)
         ]
         self._tasks: list[asyncio.Task[None]] = []
@@ -183,7 +197,7 @@ class Crowd:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def rest(self, within_s: float = 2 * HANG_S) -> None:
+    async def rest(self, within_s: float = 2 * SOON_S) -> None:
         """Let each finish what it has asked, and ask no more; their connections end."""
         for client in self._clients:
             client.over = True

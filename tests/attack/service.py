@@ -10,8 +10,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from math import inf
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +20,8 @@ import psutil
 
 ROOT = Path(__file__).parents[2]
 ROLES = ("launcher", "coordinator", "target", "draft")
-READY_S, END_S, GONE_S = 30.0, 10.0, 3.0
+GATEWAY = "gateway"  # only where a service has one
+READY_S, END_S, GONE_S = 90.0, 10.0, 3.0
 Descriptors = tuple[int, int]  # soft and hard limit
 
 
@@ -42,6 +44,17 @@ class Pauses:
     def add(self, start: float, end: float) -> None:
         self._spans.append((start, end))
 
+    @contextmanager
+    def meanwhile(self) -> Iterator[None]:
+        """Inside, it is such a time."""
+        now = time.monotonic()
+        self._spans.append((now, inf))
+        try:
+            yield
+        finally:
+            self._spans.remove((now, inf))
+            self.add(now, time.monotonic())
+
     def within(self, start: float, end: float) -> float:
         """How many of the seconds between `start` and `end` were such."""
         return sum(max(0.0, min(end, b) - max(start, a)) for a, b in self._spans)
@@ -51,22 +64,29 @@ class Service:
     """`with Service(flags)`: inside, the pipeline is up. Outside, nothing of it is left running.
 
     With `unread`, its stderr is a pipe that nobody reads once it is ready. `descriptors` are limits
-    of open files for the launcher and its children. Raises RuntimeError if it does not come up.
+    of open files for the launcher and its children. `inside` is what its command begins with, and
+    `program` what Python runs. Raises RuntimeError if it does not come up.
     """
 
     def __init__(
-        self, flags: Sequence[str], *, unread: bool = False, descriptors: Descriptors | None = None
+        self,
+        flags: Sequence[str],
+        *,
+        unread: bool = False,
+        descriptors: Descriptors | None = None,
+        inside: Sequence[str] = (),
+        program: str = "outrider_services",
     ) -> None:
         self.runtime = Path(tempfile.mkdtemp(prefix="or-attack-", dir="/tmp"))
         self.ipc = f"ipc://{self.runtime}/outrider/attacked.sock"
-        self.tcp = ""
+        self.tcp = self.url = ""
         self.left: list[str] = []  # after the end: what should not be there
         self.pauses = Pauses()
         self._log_path = self.runtime / "log"
         arguments = ("serve", "--name=attacked", "--backend=toy", "--listen=tcp://127.0.0.1:0")
         # what attackers leave behind need not be finished
         flags = ("--log-format=text", "--drain=2", "--no-gateway", *flags)
-        command = [sys.executable, "-m", "outrider_services", *arguments, *flags]
+        command = [*inside, sys.executable, "-m", program, *arguments, *flags]
         with self._log_path.open("wb") as log:
             self.process = subprocess.Popen(
                 command,
@@ -100,7 +120,7 @@ class Service:
             seen = seen + (pipe.read() or b"") if pipe is not None else self._log_path.read_bytes()
             for line in seen.decode("utf-8", "replace").splitlines(keepends=True):
                 if line.startswith("Ready:") and line.endswith("\n"):
-                    self.tcp = line.split(" | ")[-1].strip()
+                    self.tcp, self.url = line.split(" | ")[-1].strip(), line.split()[1]
                     return
             time.sleep(0.02)
         raise RuntimeError(f"the pipeline did not come up: {self.log()[-2000:]}")
@@ -116,7 +136,8 @@ class Service:
             for child in self._launcher.children():
                 with suppress(psutil.Error):
                     if child.status() != psutil.STATUS_ZOMBIE:
-                        role = next((r for r in ROLES if r in child.cmdline()), None)
+                        words = child.cmdline()
+                        role = next((r for r in (*ROLES, GATEWAY) if r in words), None)
                         if role:
                             found[role] = child
         return found
@@ -181,7 +202,7 @@ class Service:
         deadline = time.monotonic() + GONE_S
         while True:
             processes = [f"process {p.pid} is left" for p in _processes_of(self.runtime)]
-            files = [f"{p.name} is left" for p in self.runtime.glob("outrider/*.sock")]
+            files = [f"{p.name} is left" for p in self.runtime.glob("outrider/*")]
             if not (processes or files) or time.monotonic() > deadline:
                 return processes + files
             time.sleep(0.05)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from rich.table import Table
 from tests.attack.arms import LOST
-from tests.attack.clients import HANG_S, Crowd, Outcome
+from tests.attack.clients import SOON_S, Crowd, Outcome
 from tests.attack.questions import Question, answer_to
 from tests.attack.service import ROLES, Service, Usage, end_on_sigterm
 from tests.attack.strikes import BACK_S, Striker, joined
@@ -94,7 +94,7 @@ class Soak:
         places = (self.service.ipc, self.service.tcp)
         async with Crowd(places, choices, self.service.pauses) as crowd:
             self.outcomes = crowd.outcomes
-            await crowd.each_has(2, 0.0, 4 * HANG_S)
+            await crowd.each_has(2, 0.0, 4 * SOON_S)
             self.first = self.service.usage()
             self._began = time.monotonic()
             tasks = [asyncio.ensure_future(each) for each in (self._strikes(), self._watch())]

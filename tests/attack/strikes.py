@@ -58,14 +58,15 @@ class Striker:
             await asyncio.sleep(self._kills[role][0] + KILLS[1] - time.monotonic())
 
     async def kill(self, role: str) -> bool:
-        """SIGKILL; whether another one has joined in its place in time."""
+        """SIGKILL; whether another one has joined in its place in time, for which requests wait."""
         process = self._service.processes().get(role)
         began = time.monotonic()
         if process is not None:
             self._kills.setdefault(role, deque()).append(began)
             with suppress(psutil.Error):
                 process.kill()
-        back = await joined(self._service, {role}, BACK_S, but=process)
+        with self._service.pauses.meanwhile():
+            back = await joined(self._service, {role}, BACK_S, but=process)
         self.struck.append((role, began, time.monotonic()))
         return back
 

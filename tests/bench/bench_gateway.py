@@ -16,7 +16,8 @@ from typing import Any, cast
 
 from starlette.types import Message
 
-from outrider.client.stream import Inbox, Stream
+from outrider.client.inboxes import Inbox
+from outrider.client.stream import Stream
 from outrider.core.stats import Stats
 from outrider.core.values import Fragment, Token
 from outrider.wire import messages as wire
@@ -25,7 +26,7 @@ from outrider_services.gateway.asking import Ask
 from outrider_services.gateway.openai_answers import ChatForm
 from outrider_services.gateway.sse import Events
 from outrider_services.gateway.upstream import Upstream
-from outrider_services.options import ServerOptions
+from outrider_services.table import ServerOptions
 
 FRAGMENTS = 5000
 REPORT = Stats(started=1.0).report()
@@ -35,7 +36,7 @@ class Feeder:
     """The client of a stream whose fragments come one a turn of the loop."""
 
     def __init__(self) -> None:
-        self.inbox = Inbox()
+        self.inbox = Inbox(1)
         self.left = FRAGMENTS
 
     def _open(self, call: int) -> Inbox:
@@ -49,8 +50,8 @@ class Feeder:
         tokens = tuple(Token(n, b" word", n, "drafted", 1.0) for n in range(3))
         return wire.Progress(1, Fragment(1, " word word word", tokens, ()), REPORT)
 
-    def _send(self, message: wire.Message) -> None: ...
-    def _abandon(self, call: int) -> None: ...
+    def _cancel(self, inbox: Inbox) -> None: ...
+    def _abandon(self, inbox: Inbox) -> None: ...
 
 
 async def measure(*, provenance: bool) -> list[float]:

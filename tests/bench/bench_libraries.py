@@ -17,7 +17,7 @@ from unittest.mock import patch
 
 from outrider_services import sources
 from outrider_services.commands.prepared import with_files
-from outrider_services.options import Settings
+from outrider_services.table import Settings
 from outrider_services.tuning import decisions
 from outrider_services.tuning.probe import Job, Partner
 

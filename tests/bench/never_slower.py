@@ -28,8 +28,8 @@ from outrider_services import sources
 from outrider_services.bench import prompts
 from outrider_services.bench.prompts import Category
 from outrider_services.commands.prepared import with_files
-from outrider_services.options import Settings
 from outrider_services.pipeline.launcher import Launcher
+from outrider_services.table import Settings
 from outrider_services.terminal import News
 from outrider_services.tuning import search
 

@@ -18,6 +18,7 @@ from outrider.errors import ModelNotFound
 from outrider_services.models import catalogue
 from outrider_services.terminal import progress_reporter
 
+ROOT = Path(__file__).resolve().parents[2]
 COMMAND = [sys.executable, "-m", "outrider_services"]
 
 
@@ -69,25 +70,36 @@ def default_draft() -> Path:
     return model("default_draft")
 
 
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of tiny models, which `scripts/make-tiny-models` describes."""
+    if not HAS_LLAMA:
+        pytest.skip("llama-cpp-python is not installed")
+    folder = tmp_path_factory.mktemp("tiny")
+    make = [sys.executable, str(ROOT / "scripts" / "make-tiny-models"), str(folder)]
+    subprocess.run(make, check=True, timeout=60)
+    return folder
+
+
 Serve = Callable[..., outrider.Client]
 
 
 @pytest.fixture(scope="module")
 def serve() -> Iterator[Serve]:
-    """`serve(*flags)` starts `outrider serve` and returns a client of it."""
+    """`serve(*flags)` starts `outrider serve` and returns a client of it, within `seconds`."""
     started: list[tuple[subprocess.Popen[bytes], outrider.Client]] = []
     with tempfile.TemporaryDirectory(prefix="or-", dir="/tmp") as directory:
         outside = os.environ.get("XDG_RUNTIME_DIR")
         os.environ["XDG_RUNTIME_DIR"] = directory
 
-        def start(*flags: str | Path) -> outrider.Client:
+        def start(*flags: str | Path, seconds: float = 60) -> outrider.Client:
             name = f"e2e-{len(started)}"
             arguments = [*COMMAND, "serve", "--no-gateway", f"--name={name}"]
             arguments += map(str, flags)
             process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL)
-            client = outrider.Client(name, timeout_s=60)
+            client = outrider.Client(name, timeout_s=seconds)
             started.append((process, client))
-            wait_for_workers(client)
+            wait_for_workers(client, seconds)
             return client
 
         try:

@@ -20,6 +20,7 @@ from outrider.core.engine import Cancelled, EngineFault, Part
 from outrider.core.sampling import Scores
 from outrider.core.values import TokenId
 from outrider.engines.llama import engine as llama
+from outrider.engines.llama.devices import Offload
 from outrider.engines.llama.engine import LlamaEngine, LlamaSettings
 from outrider.engines.llama.setup import LONG, attention
 from outrider.errors import BadRequest, ModelNotFound, ModelUnusable
@@ -310,8 +311,6 @@ def test_a_rewind_that_the_cache_refuses_is_a_fault(
 @pytest.mark.parametrize(
     ("answers", "words"),
     [
-        ({"llama_model_is_recurrent": True}, "cannot take back single tokens"),
-        ({"llama_model_is_hybrid": True}, "cannot take back single tokens"),
         ({"llama_model_has_decoder": False}, "continues a text"),
         ({"llama_model_is_diffusion": True}, "token by token"),
         ({"llama_vocab_type": 0}, "no vocabulary"),
@@ -555,7 +554,7 @@ DRAFT = LlamaSettings(context=512, slots=1, threads=1, drafts=True)
         ({}, True, (True, "bf16", "bf16")),
         ({}, False, (True, "f16", "f16")),
         ({"context": LONG + 1}, True, (False, "f16", "f16")),
-        ({"context": LONG + 1, "gpu_layers": -1}, True, (True, "f16", "f16")),
+        ({"context": LONG + 1, "offload": Offload(-1)}, True, (True, "f16", "f16")),
         ({"exact": True}, True, (True, "f16", "f16")),
         ({"cache_type_k": "q8_0"}, True, (True, "q8_0", "f16")),
         ({"context": LONG + 1, "drafts": False}, True, (True, "f16", "f16")),
@@ -602,7 +601,7 @@ def test_a_draft_pays_less_for_a_long_text_than_with_the_targets_attention(
         {"slots": 8, "batch": 4},
         {"cache_type_k": "q3"},
         {"cache_type_v": "q8_0", "flash_attention": False},
-        {"exact": True, "gpu_layers": 1},
+        {"exact": True, "offload": Offload(1)},
     ],
     ids=str,
 )

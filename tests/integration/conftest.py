@@ -200,6 +200,7 @@ class Served:
         flags = ("--backend=toy", "--listen=tcp://127.0.0.1:0", *arguments)
         self.process = cli.start("serve", f"--name={name}", *flags)
         self.lines: list[str] = []
+        self._unread = b""  # several lines may come at once
         ready = self.line("Ready:")
         self.tcp = ready.split(" | ")[-1].strip()
         self.url = ready.split()[1]  # if it has a gateway
@@ -208,14 +209,18 @@ class Served:
     def line(self, start: str, within_s: float = 15.0) -> str:
         """Wait for a line of its stderr that begins so."""
         assert self.process.stderr is not None
-        deadline = time.monotonic() + within_s
+        deadline, stderr = time.monotonic() + within_s, self.process.stderr.fileno()
         while time.monotonic() < deadline:
-            if select.select([self.process.stderr], [], [], 0.1)[0]:
-                line = self.process.stderr.readline()
-                self.lines.append(line)
-                if line.startswith(start):
-                    return line
-                assert line, "".join(self.lines)
+            line, end, rest = self._unread.partition(b"\n")
+            if end:
+                self._unread = rest
+                self.lines.append(line.decode() + "\n")
+                if self.lines[-1].startswith(start):
+                    return self.lines[-1]
+            elif select.select([stderr], [], [], 0.1)[0]:
+                more = os.read(stderr, 1 << 16)
+                assert more, "".join(self.lines)
+                self._unread += more
         raise AssertionError(f"no line {start!r} in {self.lines}")
 
     def pids(self) -> dict[str, int]:

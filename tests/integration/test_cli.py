@@ -36,18 +36,21 @@ PROMPT = "The river runs"
 QUICK = ("--backend=toy", "--toy-step-ms=2", "--toy-draft-ms=0.2", "--toy-row-ms=0.02")
 GREEDY = ("--temperature", "0")
 HELP = {
-    "run": ("target", "draft", "sampling", "pipeline", "toy", "log", "terminal"),
-    "serve": ("target", "draft", "pipeline", "coordinator", "server", "toy", "log"),
-    "worker draft": ("target", "pipeline", "toy", "log"),
-    "worker target": ("target", "pipeline", "toy", "log"),
+    "run": ("target", "draft", "sampling", "pipeline", "toy", "links", "log", "terminal"),
+    "serve": (
+        "target", "draft", "pipeline", "coordinator", "hosts", "links", "server", "toy", "log",
+    ),
+    "worker draft": ("target", "pipeline", "toy", "links", "log"),
+    "worker target": ("target", "pipeline", "toy", "links", "log"),
     "pull": ("pipeline",),
     "tune": ("target", "draft", "pipeline", "log"),
     "ls": (),
+    "devices": (),
     "ps": (),
-    "top": (),
-    "stop": (),
+    "top": ("links",),
+    "stop": ("links",),
     "show": tuple(dict.fromkeys(key.split(".")[0] for key in OPTIONS)),
-}
+}  # fmt: skip
 
 
 def parsed(done: CompletedProcess[str]) -> dict[str, Any]:
@@ -94,7 +97,11 @@ def test_every_mode_and_draft_length_says_what_the_target_says_alone(
 
     def run(way: tuple[str, int]) -> dict[str, Any]:
         flags = ("--mode", way[0], "--n-draft", str(way[1]), "-n", "96", "-o", "json")
-        return parsed(served.cli("run", *place, *sampling, *flags, "-p", PROMPT))
+        for _ in range(3):  # on a busy machine a draft may join when all has been said
+            result = parsed(served.cli("run", *place, *sampling, *flags, "-p", PROMPT))
+            if way[0] == "plain" or result["stats"]["accepted_tokens"]:
+                break
+        return result
 
     with ThreadPoolExecutor(2) as pool:
         results = dict(zip(ways, pool.map(run, ways), strict=True))
@@ -253,7 +260,8 @@ def statistics(text: str) -> dict[str, int]:
         rf"Draft tokens created: (?P<created>{number})",
         rf"Draft tokens verified: (?P<verified>{number})",
         rf"Draft tokens accepted: (?P<accepted>{number})",
-        rf"Draft tokens discarded: (?P<discarded>{number}) \(plus (?P<hits>{number}) hits\)",
+        rf"Draft tokens discarded: (?P<discarded>{number}) \(plus (?P<hits>{number}) hits\)"
+        rf"(; {number} misses foreseen)?",
         rf"Acceptance rate: ({ratio}%|n/a) \(accepted / verified\)",
         rf"Mean accepted length: {ratio}",
         rf"Overlap: ({number}%|n/a) of draft compute",
@@ -460,13 +468,16 @@ def test_help_names_every_verb_but_the_launchers_own(cli: Cli) -> None:
         "run",
         "serve",
         "bench",
+        "doctor",
         "worker",
         "pull",
         "tune",
         "ls",
+        "devices",
         "ps",
         "top",
         "stop",
+        "keys",
         "show",
         "gateway",
     ]
@@ -680,7 +691,7 @@ def test_a_coordinator_that_is_not_running_is_one_sentence(cli: Cli) -> None:
 
 
 def test_a_pipeline_that_did_not_get_ready_is_one_sentence(cli: Cli) -> None:
-    done = cli("run", *QUICK, "--target-place=remote", "--ready-timeout=2", PROMPT)
+    done = cli("run", *QUICK, "--target-place=remote", "--ready-timeout=5", PROMPT)
     told = sentence(done, 6)
     assert "target" in told
 

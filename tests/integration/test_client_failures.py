@@ -116,7 +116,8 @@ async def test_a_pipeline_that_ends_is_one_error_for_each_request(pipeline: Any)
         await end(up)
         for stream in streams:
             with pytest.raises((WorkerLost, ConnectionFailed)):
-                await asyncio.wait_for(stream.result(), 10)
+                async with asyncio.timeout(10):
+                    await stream.result()
         with pytest.raises(ConnectionFailed):
             await client.create_completion(PROMPT)
 

@@ -293,7 +293,8 @@ async def test_another_thread_may_close_a_client_but_not_use_it(served: Served) 
         await asyncio.sleep(0.05)
         await asyncio.to_thread(asyncio.run, client.close())
         with pytest.raises(ConnectionFailed):
-            await asyncio.wait_for(asking, 1)
+            async with asyncio.timeout(1):
+                await asking
 
 
 ENDS = """

@@ -46,8 +46,7 @@ if TYPE_CHECKING:
     Pipelines = Callable[..., AbstractAsyncContextManager[Pipeline]]
 
 PROMPT = "The river runs"
-ERROR_S = 10.0  # the longest that a client may be left without an outcome
-SEEN_S = 0.5  # a connection that ends is seen at once: milliseconds, and what a busy machine adds
+SEEN_S = 1.5  # a connection that ends is seen at once: milliseconds, and what a busy machine adds
 SLOW = {"toy__step_ms": 10.0, "toy__draft_ms": 1.0}
 
 
@@ -174,98 +173,126 @@ async def test_a_draft_that_stays_stopped_costs_little_time(
 # ---- a target worker that dies or hangs ---------------------------------------------------------
 
 
-async def test_a_target_that_is_killed_is_one_error_and_comes_back(
-    pipeline: Pipelines, oracle: Oracle
-) -> None:
+async def test_a_target_that_is_killed_is_a_pause(pipeline: Pipelines, oracle: Oracle) -> None:
     async with pipeline(**SLOW) as up, up.connect() as client:
         stream = await begin(client, 400)
-        began = time.monotonic()
-        os.kill(up.pids()["target"], signal.SIGKILL)
-        with pytest.raises(WorkerLost, match="target worker"):
-            await stream.result()
-        assert time.monotonic() - began < SEEN_S
-        assert ids(stream) == oracle(PROMPT, 400).token_ids[: len(ids(stream))]
-        await up.joined(client, "target")
+        killed = up.pids()["target"]
+        os.kill(killed, signal.SIGKILL)
+        await stream.result()
+        assert ids(stream) == oracle(PROMPT, 400).token_ids
+        assert up.pids()["target"] != killed
         after = await complete(client, 40)
         assert ids(after) == oracle(PROMPT, 40).token_ids
         assert after.stats.accepted_tokens > 0
 
 
-async def test_a_target_that_hangs_is_one_error_for_what_runs_and_what_is_asked(
+async def test_a_target_that_hangs_is_ended_and_all_that_was_asked_goes_on(
     pipeline: Pipelines, oracle: Oracle
 ) -> None:
     async with pipeline(**SLOW) as up, up.connect() as client:
         stream = await begin(client, 400)
         pid = up.pids()["target"]
         os.kill(pid, signal.SIGSTOP)
-        try:
-            began = time.monotonic()
-            asked = asyncio.ensure_future(client.tokenize("some text"))
-            submitted = asyncio.ensure_future(complete(client, 5))
-            for waiting in (stream.result(), asked, submitted):
-                with pytest.raises(WorkerLost, match="target worker"):
-                    await waiting
-            assert LOST_S < time.monotonic() - began < LOST_S + 2.0
-            with pytest.raises(WorkerLost, match="no target worker is connected"):
-                await complete(client, 5)
-        finally:
-            os.kill(pid, signal.SIGCONT)
-        await up.joined(client, "target")
-        assert ids(await complete(client, 40)) == oracle(PROMPT, 40).token_ids
+        began = time.monotonic()
+        asked = asyncio.ensure_future(client.detokenize([65, 66]))
+        submitted = asyncio.ensure_future(complete(client, 5))
+        assert await asked == "AB"
+        assert LOST_S < time.monotonic() - began < LOST_S + 5.0
+        assert ids(await submitted) == oracle(PROMPT, 5).token_ids
+        await stream.result()
+        assert ids(stream) == oracle(PROMPT, 400).token_ids
+        assert up.pids()["target"] != pid
+        assert any("did not answer and was ended" in line for line in up.lines)
 
 
-async def test_a_request_that_waits_fails_with_the_target_too(pipeline: Pipelines) -> None:
-    async with pipeline(**SLOW, pipeline__parallel=1) as up, up.connect() as client:
+async def test_a_target_that_does_not_come_back_is_one_error_for_each(
+    pipeline: Pipelines, oracle: Oracle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits = {"pipeline__parallel": 1, "coordinator__resume_s": 0.5}
+    async with pipeline(**SLOW, **limits) as up, up.connect() as client:
+        monkeypatch.setattr(launchers, "RESTARTS", (0, 60.0))
         running = await begin(client, 400)
         waiting = asyncio.ensure_future(complete(client, 5))
         await up.until("a request waits", lambda: waits(client))
+        began = time.monotonic()
         os.kill(up.pids()["target"], signal.SIGKILL)
         for answer in (running.result(), waiting):
-            with pytest.raises(WorkerLost):
-                await asyncio.wait_for(answer, ERROR_S)
+            with pytest.raises(WorkerLost, match=r"and no other came within 0\.5 s"):
+                await answer
+        assert 0.5 < time.monotonic() - began < 0.5 + 2 * SEEN_S
+        assert ids(running) == oracle(PROMPT, 400).token_ids[: len(ids(running))]
+        with pytest.raises(WorkerLost, match="no target worker is connected"):
+            await complete(client, 5)
 
 
 async def waits(client: AsyncClient) -> bool:
     return bool((await client.health())["requests"]["waiting"])
 
 
-def test_a_command_whose_target_is_killed_ends_with_one_sentence(cli: Cli) -> None:
-    running = cli.start("run", "--backend=toy", "--temperature=0", "-n", "400", PROMPT)
-    until_text(running)
+def test_a_command_whose_target_is_killed_says_the_same_and_succeeds(
+    cli: Cli, oracle: Oracle
+) -> None:
+    running = cli.start("run", "--backend=toy", "--temperature=0", "-n", "200", PROMPT)
+    begun = until_text(running)
     target = child(running, "target")
     assert target is not None
-    began = time.monotonic()
     target.kill()
-    _, err = running.communicate(timeout=20)
-    assert time.monotonic() - began < ERROR_S
-    assert running.returncode == 6
-    assert len([line for line in err.splitlines() if line.startswith("outrider: ")]) == 1
+    rest, err = running.communicate(timeout=20)
+    assert running.returncode == 0, err
+    assert begun + rest == oracle(PROMPT, 200).text + "\n"
+    assert "the target process ended by itself" in err
     assert "Traceback" not in err
 
 
 # ---- the coordinator or the launcher dies -------------------------------------------------------
 
 
-async def test_a_coordinator_that_is_killed_is_one_error_for_the_client(
-    pipeline: Pipelines,
-) -> None:
+async def test_a_coordinator_that_is_killed_is_a_pause(pipeline: Pipelines, oracle: Oracle) -> None:
     async with pipeline(**SLOW) as up, up.connect() as client:
+        workers = up.pids()
+        stream = await begin(client, 400)
+        os.kill(workers["coordinator"], signal.SIGKILL)
+        await stream.result()
+        assert ids(stream) == oracle(PROMPT, 400).token_ids
+        assert "".join(one.text for one in stream.fragments) == oracle(PROMPT, 400).text
+        now = up.pids()
+        assert now.pop("coordinator") != workers.pop("coordinator")
+        assert now == workers  # they found it again
+        after = await complete(client, 40)
+        assert ids(after) == oracle(PROMPT, 40).token_ids
+        assert after.stats.accepted_tokens > 0
+
+
+async def test_a_coordinator_that_does_not_come_back_is_one_error_for_each(
+    pipeline: Pipelines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launchers, "RESTARTS", (0, 60.0))
+    async with pipeline(**SLOW) as up, connect(up.name, resume_s=1.0) as client:
         stream = await begin(client, 400)
         began = time.monotonic()
         os.kill(up.pids()["coordinator"], signal.SIGKILL)
-        with pytest.raises(ConnectionFailed):
-            await asyncio.wait_for(stream.result(), ERROR_S)
-        assert time.monotonic() - began < ERROR_S
         with pytest.raises(WorkerLost, match="coordinator"):
-            await asyncio.wait_for(asyncio.shield(up.launcher.failed), 1.0)
+            async with asyncio.timeout(1.0):
+                await asyncio.shield(up.launcher.failed)
+        with pytest.raises(ConnectionFailed, match="was lost before the answer ended"):
+            await stream.result()
+        assert time.monotonic() - began < 1.0 + 2 * SEEN_S
+        with pytest.raises(ConnectionFailed, match="is gone"):
+            await complete(client, 5)  # now it is known
 
 
-def test_a_pipeline_whose_coordinator_is_killed_ends(serve: Serve) -> None:
+def test_a_pipeline_whose_coordinator_is_killed_stays_where_it_is(
+    cli: Cli, serve: Serve, oracle: Oracle
+) -> None:
     served = serve("headless")
-    os.kill(served.pids()["coordinator"], signal.SIGKILL)
-    _, err = served.process.communicate(timeout=10)
-    assert served.process.returncode == 6, err
-    assert "Traceback" not in err
+    with outrider.Client(served.tcp) as client:  # at a port that the system has chosen
+        stream = client.create_completion(PROMPT, max_tokens=200, temperature=0, stream=True)
+        next(stream)
+        os.kill(served.pids()["coordinator"], signal.SIGKILL)
+        assert stream.result().text == oracle(PROMPT, 200).text
+        assert client.detokenize([65]) == "A"
+    assert cli("run", "--connect=headless", "-n", "5", PROMPT).returncode == 0
+    assert served.stop() == 143
 
 
 def test_nothing_is_left_three_seconds_after_the_launcher_is_killed(
@@ -868,7 +895,7 @@ TAKEN = """print('["error", "busy", "there is a draft worker already"]')"""
             {"role": "target"},
             "invalid_config",
             "this pipeline starts its target worker itself; to let others join, start it with "
-            "--target-place remote",
+            "--target-place both",
         ),
     ],
     ids=["another-protocol", "a-second-target"],
@@ -934,14 +961,21 @@ async def test_a_second_draft_is_refused_and_the_first_rides_on(
         assert done.stats.accepted_tokens > 0
 
 
-async def test_a_second_draft_from_elsewhere_is_told_that_one_is_there(
-    without_draft: Served,
+async def test_a_second_draft_from_elsewhere_stands_by(
+    without_draft: Served, oracle: Oracle
 ) -> None:
-    async with Byzantine(wrong_tokens).connected(without_draft.ipc) as first:
+    async with (
+        without_draft.connect() as client,
+        Byzantine(wrong_tokens).connected(without_draft.ipc) as first,
+        Byzantine(wrong_tokens, incarnation=5, curve_s=(1.0,)).connected(
+            without_draft.ipc
+        ) as second,
+    ):
         assert isinstance(first.joined.result(), wire.Welcome)
-        async with Byzantine(wrong_tokens, incarnation=5).connected(without_draft.ipc) as second:
-            answer = wire.Refused("busy", "there is a draft worker already")
-            assert second.joined.result() == answer
+        assert isinstance(second.joined.result(), wire.Welcome)
+        done = await complete(client, 40)
+        assert ids(done) == oracle(PROMPT, 40).token_ids
+        assert (first.asked > 0, second.asked) == (True, 0)
 
 
 @pytest.mark.parametrize("role", ["draft", "target"])

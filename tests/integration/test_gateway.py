@@ -150,10 +150,13 @@ def test_a_stop_string_ends_it(client: openai.OpenAI, oracle: Oracle) -> None:
 def test_provenance_tells_of_each_token_and_of_both_lanes(client: openai.OpenAI) -> None:
     asked: Any = {"model": "", "messages": SAID, "max_tokens": 40, "temperature": 0}
     more = {"return_provenance": True}
-    chunks = list(client.chat.completions.create(**asked, stream=True, extra_body=more))
-    told: list[Any] = [c.model_extra["outrider"] for c in chunks if "outrider" in c.model_extra]
-    tokens = [token for one in told for token in one["tokens"]]
-    assert len(tokens) == 40
+    for _ in range(3):  # on a busy machine the draft may be late for a whole answer
+        chunks = list(client.chat.completions.create(**asked, stream=True, extra_body=more))
+        told: list[Any] = [c.model_extra["outrider"] for c in chunks if "outrider" in c.model_extra]
+        tokens = [token for one in told for token in one["tokens"]]
+        assert len(tokens) == 40
+        if any(token["kind"] == "drafted" for token in tokens):
+            break
     assert {"drafted", "plain"} <= {token["kind"] for token in tokens}
     spans = [span for one in told for span in one["spans"]]
     assert {span["lane"] for span in spans} == {"target", "draft"}

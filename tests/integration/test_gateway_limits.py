@@ -20,7 +20,7 @@ import pytest
 
 from outrider_services.gateway import connections, limits, server
 from outrider_services.gateway.sockets import listen, url_of
-from outrider_services.options import ServerOptions
+from outrider_services.table import ServerOptions
 
 if TYPE_CHECKING:
     from tests.integration.conftest import Cli, Serve, Served
@@ -293,7 +293,7 @@ async def test_a_stream_that_fails_says_so_and_the_next_one_is_served(
     pipeline: Callable[..., Any],
 ) -> None:
     async with (
-        pipeline() as up,
+        pipeline(coordinator__resume_s=0.0) as up,
         gateway(up.name) as url,
         openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="x", max_retries=0) as client,
         httpx2.AsyncClient(base_url=url) as http,
@@ -303,7 +303,7 @@ async def test_a_stream_that_fails_says_so_and_the_next_one_is_served(
         stream = await client.completions.create(**asked, max_tokens=1900, stream=True)
         await anext(stream)
         os.kill(up.pids()["target"], signal.SIGKILL)
-        with pytest.raises(openai.APIError, match="target worker"):
+        with pytest.raises(openai.APIError, match="target worker is gone"):
             async for _ in stream:
                 pass
         loading = await http.get("/health")

@@ -140,7 +140,7 @@ def test_top_shows_a_running_request_and_both_lanes(cli: Cli, serve: Serve) -> N
     assert shown.returncode == 0, shown.stderr
     assert "seen: ok" in shown.stdout
     assert re.search(r"1 running, 0 waiting; [1-9]\d*\.\d tokens/s, \d+% of the", shown.stdout)
-    assert re.search(r"^target +\d+% +\S* +\d+\.\d +toy", shown.stdout, re.MULTILINE)
+    assert re.search(r"^target +\d+% +\S* +\d+\.\d +1 +- .*toy", shown.stdout, re.MULTILINE)
     assert re.search(r"^1 +\w+ +pipelined +14 +\d+ +\d+\.\d +\d+%$", shown.stdout, re.MULTILINE)
     assert PROMPT not in shown.stdout + json.dumps(told)
     (one,) = told["requests"]

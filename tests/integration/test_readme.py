@@ -7,9 +7,11 @@ import os
 import re
 import shlex
 import socket
+import subprocess
+import sys
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 import pytest
 
@@ -25,7 +27,7 @@ TOY = {
     "OUTRIDER_TOY__ROW_MS": "0.05",
 }
 LASTING = {"serve", "worker"}  # commands that go on until they are ended
-NOT_RUN = {"./scripts/test", "curl", "ssh"}
+NOT_RUN = {"./scripts/test", "curl"}
 
 
 def blocks(language: str) -> list[str]:
@@ -34,10 +36,10 @@ def blocks(language: str) -> list[str]:
 
 
 def commands(block: str) -> list[list[str]]:
-    """The words of each command; `big$` and the like are a prompt."""
+    """The words of each command."""
     found = []
     for line in block.splitlines():
-        words = shlex.split(re.sub(r"^\w+\$ ", "", line), comments=True)
+        words = shlex.split(line, comments=True)
         parts = groupby(words, lambda word: word in {"&", ";"})
         found += [list(part) for is_separator, part in parts if not is_separator]
     return found
@@ -59,11 +61,11 @@ def free_port() -> int:
 
 
 def on_this_machine(block: str) -> str:
-    """With a port that is free and cores that may be used."""
+    """With cores that may be used."""
     cores = sorted(os.sched_getaffinity(0))
     block = block.replace("--target-cores 0", f"--target-cores {cores[0]}")
     block = block.replace("--draft-cores 1", f"--draft-cores {cores[-1]}")
-    return block.replace("5701", str(free_port()))
+    return block
 
 
 def shape(line: str) -> str:
@@ -74,15 +76,17 @@ def workers(cli: Cli) -> set[str]:
     return {role for up in json.loads(cli("ps", "--json").stdout) for role in up["workers"]}
 
 
-@pytest.mark.parametrize("block", blocks("sh"), ids=lambda block: block.split("  ")[0])
+ON_ONE_MACHINE = [block for block in blocks("sh") if not re.search(r"^\w+\$ ", block, re.MULTILINE)]
+
+
+@pytest.mark.parametrize("block", ON_ONE_MACHINE, ids=lambda block: block.split("  ")[0])
 def test_the_commands_run(cli: Cli, block: str) -> None:
     given = [words for words in commands(on_this_machine(block)) if words[0] not in NOT_RUN]
     lasting = []
     for words in map(arguments, given):
         if words[0] in LASTING:
             lasting.append((words[0], cli.start(*words, **TOY)))
-            role = "draft" if words[0] == "worker" else "target"
-            while role not in workers(cli):
+            while "target" not in workers(cli):
                 assert lasting[-1][1].poll() is None, words
         else:
             done = cli(*words, **TOY)
@@ -94,6 +98,108 @@ def test_the_commands_run(cli: Cli, block: str) -> None:
             process.terminate()
         process.communicate(timeout=10)
         assert process.returncode == (143 if verb == "serve" and not stopped else 0)
+
+
+# ---- the two machines ---------------------------------------------------------------------------
+
+
+class Machine:
+    """One that the README calls `NAME$`: a home of its own, and `ssh` to the others."""
+
+    def __init__(self, name: str, cli: Cli, network: Path) -> None:
+        self.name, self._cli = name, cli
+        home = network / name
+        runtime = cli.runtime if name == "big" else home / "run"
+        self.keys = home / ".config" / "outrider" / "curve"
+        self._environment = {
+            "HOME": str(home),
+            "XDG_RUNTIME_DIR": str(runtime),
+            "PATH": f"{network / 'bin'}:{os.environ['PATH']}",
+            "OUTRIDER_SERVER__NO_GATEWAY": "true",
+            "OUTRIDER_LOG__FORMAT": "text",
+            **TOY,
+        }
+        home.mkdir(mode=0o700)
+        exports = "".join(f"export {k}={shlex.quote(v)}\n" for k, v in self._environment.items())
+        (network / f"{name}.sh").write_text(exports)
+
+    def start(self, line: str) -> subprocess.Popen[str]:
+        """What a shell does with `line` there."""
+        process = subprocess.Popen(
+            ["bash", "-o", "pipefail", "-c", line],
+            env=self._environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self._cli.started.append(process)
+        return process
+
+    def run(self, line: str) -> tuple[str, str]:
+        """The same to its end: what it printed on stdout and on stderr."""
+        process = self.start(line)
+        out, err = process.communicate(timeout=25)
+        assert process.returncode == 0, (line, err)
+        return out, err
+
+
+def two_machines(cli: Cli, network: Path) -> dict[str, Machine]:
+    (network / "bin").mkdir()
+    programs = {
+        "outrider": f'exec {sys.executable} -m outrider_services "$@"',
+        "ssh": f'. {network}/$1.sh; shift; exec "$@"',
+    }
+    for name, line in programs.items():
+        path = network / "bin" / name
+        path.write_text(f"#!/bin/bash\n{line}\n")
+        path.chmod(0o755)
+    return {name: Machine(name, cli, network) for name in ("big", "small")}
+
+
+def told(stream: IO[str] | None, beginning: str) -> None:
+    """Wait until such a line comes."""
+    assert stream
+    seen = []
+    for line in stream:
+        seen.append(line)
+        if line.startswith(beginning):
+            return
+    raise AssertionError(seen)
+
+
+@pytest.mark.timeout(90)  # it starts nine processes, most of them one after the other
+def test_two_machines_meet_by_the_commands_shown(cli: Cli, tmp_path: Path) -> None:
+    """On this one's loopback, spelt as a network would be: so the link needs its keys."""
+    (block,) = set(blocks("sh")) - set(ON_ONE_MACHINE)
+    assert "ssh" in block
+    for shown, here in (("0.0.0.0", "lo"), ("tcp://big", "tcp://127.1"), ("5701", free_port())):
+        assert shown in block
+        block = block.replace(shown, str(here))
+    machines, lasting, answer = two_machines(cli, tmp_path), [], ("", "")
+    for line in block.splitlines():
+        name, command = line.split("$ ", 1)
+        verb = shlex.split(command)[1]
+        if verb not in LASTING:
+            answer = machines[name].run(command)
+            continue
+        lasting.append(machines[name].start(f"exec {command}"))
+        if verb == "serve":
+            told(lasting[-1].stderr, "Ready: ")
+        else:
+            told(lasting[-1].stdout, '["ready"')
+    assert answer[0].strip()
+    assert "Mode: pipelined" in answer[1]
+    assert not re.search(r"Draft tokens created: 0\b", answer[1])
+    for machine, files in (
+        ("big", ["coordinator.key"]),
+        ("small", ["client.key", "draft.key"]),
+    ):  # no secret has left its machine
+        assert sorted(path.name for path in machines[machine].keys.glob("*.key")) == files
+    for process in reversed(lasting):
+        process.terminate()
+        process.communicate(timeout=10)
+    assert [process.returncode for process in lasting] == [143, 0]
 
 
 def test_the_python_example_prints_an_answer(

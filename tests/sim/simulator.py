@@ -44,6 +44,8 @@ from outrider.core.events import (
 from outrider.core.events import Event as SessionEvent
 from outrider.core.experience import Experience
 from outrider.core.gathering import Gathering
+from outrider.core.orders import Orders
+from outrider.core.pace import MOST_AHEAD, MOST_STEPS
 from outrider.core.rules import FixedRule, PricedRule, Rule
 from outrider.core.sampling import FAR, Sampling, Scores, choose
 from outrider.core.session import Phase, Session
@@ -51,6 +53,7 @@ from outrider.core.stats import Stats
 from outrider.core.stragglers import Stragglers
 from outrider.core.stream import Begun, Stream
 from outrider.core.values import (
+    Block,
     Drafted,
     Fragment,
     Proposal,
@@ -267,27 +270,59 @@ class Link:
 class Target:
     """The target worker's part of a request: one pass over the last token and the drafted ones."""
 
+    orders_type: type[Orders] = Orders
+
     def __init__(self, asked: Asked) -> None:
         self.asked = asked
         self.tokens = list(asked.tokens)
         self.engine, self.matcher = asked.engine(), asked.matcher()
+        self.orders = self.orders_type()
+        self.block: Block | None = None  # what it is to verify, or just verifies
+        self.passes = 0
+        self.closed = False
+        self.seen: Counter[str] = Counter()
         if self.tokens[:-1]:
             self.engine.extend(0, self.tokens[:-1], 0)
 
-    def verify(self, order: Verify) -> Verdict:
-        base, drafted = order.base, order.drafted
-        assert base == len(self.tokens), "the target is asked to verify behind another text"
-        drafted = self.legal(drafted)
+    def take(self, order: Verify) -> bool:
+        """An order has come; whether there is something to do at last."""
+        assert order.round == self.orders.latest + 1
+        assert order.follows or order.base <= len(self.tokens), "it is behind another text"
+        assert order.until <= self.asked.context
+        self.orders.make_room(self.tokens)
+        assert len(self.orders.waiting) <= MOST_AHEAD
+        self.orders.add(order)
+        return self.block is None and self.go_on()
+
+    def go_on(self) -> bool:
+        """Whether there is something to do without waiting for a message."""
+        waited = len(self.orders.waiting)
+        if self.closed or (self.passes and self.tokens[-1] in ENDS):
+            self.block = None
+            return False
+        rest = self.orders.rest(self.tokens)
+        self.seen["order dropped"] += waited - len(self.orders.waiting)
+        self.block = self.orders.take(self.tokens)
+        self.seen["begun at once"] += bool(rest) and self.orders.round > 0
+        self.seen["own step"] += rest is None and self.block is not None
+        return self.block is not None
+
+    def verify(self) -> Verdict:
+        base, block = len(self.tokens), self.block
+        assert block is not None
+        drafted = self.legal(block)
         rows = self.engine.extend(0, [self.tokens[-1], *drafted], len(drafted) + 1)
-        verdict = decoding.verify(drafted, self.choices(order.round, drafted, rows), ENDS)
+        verdict = decoding.verify(drafted, self.choices(self.passes, drafted, rows), ENDS)
+        self.passes += 1
         self.rewind(base + verdict.accepted)
         self.tokens += verdict.tokens
+        self.orders.judged(verdict.accepted == len(block))
         return verdict.changed(
-            round=order.round,
+            round=self.orders.round,
             base=base,
             pieces=tuple(map(self.engine.piece, verdict.tokens)),
             margins=(FAR,) * len(verdict.tokens),
-            forbidden=len(order.drafted) - len(drafted),
+            forbidden=len(block) - len(drafted),
         )
 
     def legal(self, drafted: tuple[TokenId, ...]) -> tuple[TokenId, ...]:
@@ -485,7 +520,7 @@ class Draft:
 
 @dataclass(slots=True)
 class Pass:
-    """One verify round as the target saw it."""
+    """One round as the target saw it; in steps of its own, `round` is that of the last order."""
 
     round: int
     drafted: int
@@ -506,7 +541,6 @@ class Run:
     ends: list[Finish | Fault] = field(default_factory=list)
     allowed: int = 0  # the furthest `until` so far
     lied: bool = False  # somebody spoke in the draft's name
-    verifying: list[int] = field(default_factory=list)  # rounds without a verdict
     alarm: object = None
 
     @property
@@ -538,9 +572,9 @@ class Run:
         assert not self.ends, "something was commanded after the end"
         match command:
             case Prefill(tokens):
-                self._ask_target(Verify(0, len(tokens), ()))
+                self.sim.ask_target(self, Verify(command.round, len(tokens), ()))
             case Verify():
-                self._ask_target(command)
+                self.sim.ask_target(self, command)
             case OpenDraft():
                 self._allow(command.until)
                 self.sim.tell_draft(lambda draft: draft.open(self, command))
@@ -552,29 +586,20 @@ class Run:
             case Fragment():
                 self.emitted.append(command)
             case Settle():
-                assert self.verifying, "settling, although the target waits"
+                assert self.session.phase is Phase.VERIFYING, "settling, although the target waits"
                 self.session.rule.settle()
             case Finish() | Fault():
                 self.ends.append(command)
-                self.sim._count()
+                self.sim.close(self)
 
     def _allow(self, until: int) -> None:
         """The last token of an answer is never drafted, nor what lies beyond the lead."""
-        asked, rule = self.asked, self.session.rule
+        asked = self.asked
         longest = len(asked.tokens) + asked.n_predict if asked.n_predict else asked.context
         assert until <= min(longest, asked.context) - 1
-        lead = max(rule.lead(busy) for busy in (False, True))
+        lead = max(self.session.dispatch.lead(busy) for busy in (False, True))
         assert until <= len(self.session.tokens) + lead
         self.allowed = max(self.allowed, until)
-
-    def _ask_target(self, order: Verify) -> None:
-        assert not self.verifying, "a second pass while one is under way"
-        self.verifying.append(order.round)
-        self.sim.ask_target(self, order)
-
-    def on_verdict(self, verdict: Verdict) -> None:
-        self.verifying.remove(verdict.round)
-        self.happens(verdict)
 
     # ---- what must be true ----------------------------------------------------------------------
 
@@ -587,6 +612,7 @@ class Run:
         assert session.phase is not Phase.WAITING or session.deadline is not None, (
             "the target is idle, and nobody is waited for"
         )
+        self._look_at_the_target()
         sim = self.sim
         draft = sim.draft
         ride = draft.of(self) if draft else None
@@ -609,6 +635,22 @@ class Run:
         assert stream.lineage == session.stock.lineage, "each has a lineage of its own"
         stock = [*session.tokens, *ids_of(session.stock.drafted)]
         assert stream.tokens == stock, "each has a stream of its own"
+
+    def _look_at_the_target(self) -> None:
+        """If nothing is on its way, session and target agree on what the target has to do.
+
+        It may still be at a step of its own that an order, which came too late, would have stopped.
+        """
+        sim, session, target = self.sim, self.session, self.target
+        if sim.to_target.under_way or sim.from_target.under_way or sim.holds_back or self.ends:
+            return
+        if session.phase not in (Phase.VERIFYING, Phase.WAITING):
+            return
+        is_busy, believed = target.block is not None, session.phase is Phase.VERIFYING
+        assert is_busy or not believed, "the session waits for a target that waits for it"
+        assert believed or not is_busy or session.rule.mode == "pipelined"
+        sim.seen["step too many"] += is_busy and not believed
+        assert session.dispatch.orders.until == target.orders.until
 
     def check(self) -> None:
         """At the end: the answer is whole, it ended once, and the figures add up."""
@@ -646,14 +688,15 @@ class Run:
             reasons.add("grammar")
         assert set(+stats.discarded) <= reasons
         assert stats.discarded["cancelled"] == 0 or reason == "cancelled"
-        # one pass a round, no round twice; the last one's verdict may have come too late
-        assert [one.round for one in self.passes] == list(range(len(self.passes)))
-        assert len(self.passes) - (reason == "cancelled") <= self.session.round + 1
-        counted = self.passes if reason != "cancelled" else self.passes[: len(self.emitted)]
-        drafted = [one.drafted for one in counted if one.drafted]
+        # one pass a round, and little work that nobody wants before the target hears of the end
+        commits, rounds = self.session.commits, [one.round for one in self.passes]
+        assert rounds == sorted(rounds)
+        assert 0 <= len(self.passes) - commits <= MOST_STEPS + MOST_AHEAD
+        self.sim.seen["unwanted pass"] += len(self.passes) - commits
+        drafted = [one.drafted for one in self.passes[:commits] if one.drafted]
+        assert (stats.rounds, stats.verified) == (len(drafted), sum(drafted))
         if reason != "cancelled":
-            assert (stats.rounds, stats.verified) == (len(drafted), sum(drafted))
-            assert len(self.passes) == len(self.emitted) == self.session.round + 1
+            assert len(self.emitted) == commits
         report = stats.report()
         for share in (report.acceptance_rate, report.overlap, report.target_busy):
             assert share is None or 0 <= share <= 1 + 1e-9
@@ -679,7 +722,7 @@ class Simulation:
     from_target: Link = field(init=False)
     to_draft: Link = field(init=False)
     from_draft: Link = field(init=False)
-    _queue: deque[tuple[Run, Verify, float]] = field(init=False, default_factory=deque)
+    _queue: deque[tuple[Run, float]] = field(init=False, default_factory=deque)
     _passing: bool = field(init=False, default=False)
     _stragglers: Stragglers[int] = field(init=False, default_factory=Stragglers)
     _gathered: Gathering[Run] = field(init=False, default_factory=Gathering)
@@ -728,6 +771,7 @@ class Simulation:
         self.clock.run(most if isinstance(world.rule, FixedRule) else 3 * most)
         for run in self.runs:
             run.check()
+            self.seen.update(run.target.seen)
         return self
 
     def _begin(self, asked: Asked) -> None:
@@ -751,8 +795,11 @@ class Simulation:
         run.happens(Start(draft=self.member is not None))
 
     def _count(self) -> None:
-        """Costs depend on how many requests run."""
-        self.experience.costs.crowd = max(1, sum(not run.ends for run in self.runs))
+        """Costs depend on how many requests run, and so does what the target may do by itself."""
+        running = [run for run in self.runs if not run.ends]
+        self.experience.costs.crowd = max(1, len(running))
+        for run in running:
+            run.session.dispatch.together = [one.session for one in running]
 
     def _priced(self, rule: Priced) -> PricedRule:
         return PricedRule(rule.mode, rule.n_max, self.experience)
@@ -842,6 +889,17 @@ class Simulation:
 
     # ---- the target worker ----------------------------------------------------------------------
 
+    @property
+    def holds_back(self) -> bool:
+        """Whether there are orders that others are waited for with."""
+        return bool(self._gathered._orders)
+
+    def close(self, run: Run) -> None:
+        """It is over: the target is told."""
+        self._count()
+        self._gathered.drop(run)
+        self.to_target.send(lambda: setattr(run.target, "closed", True))
+
     def ask_target(self, run: Run, order: Verify) -> None:
         if order.round:
             self._gathered.add(run, order, self.clock.now)
@@ -853,7 +911,7 @@ class Simulation:
         if self._several:
             return
         orders = self._gathered.release(
-            (run.session for run in self.runs if not run.ends), self.clock.now
+            {run: run.session for run in self.runs if not run.ends}, self.clock.now
         )
         if orders:
             self.to_target.send(lambda: self._take(orders))
@@ -861,8 +919,9 @@ class Simulation:
     def _take(self, orders: Sequence[tuple[Run, Verify]]) -> None:
         now = self.clock.now
         for run, order in orders:
-            self._queue.append((run, order, now))
-            self._stragglers.asked(id(run), now)
+            if not run.target.closed and run.target.take(order):
+                self._queue.append((run, now))
+                self._stragglers.asked(id(run), now)
         self._next_pass()
 
     def _next_pass(self) -> None:
@@ -870,26 +929,26 @@ class Simulation:
         if self._passing or not self._queue:
             return
         for run in self.runs:
-            if run.ends:
+            if run.target.closed:
                 self._stragglers.gone(id(run))
         if wait_s := self._stragglers.expected(self.clock.now):
             self.clock.at(self.clock.now + wait_s, self._next_pass)
             return
-        shares = [share for share in self._queue if not share[0].ends]  # else closed before
+        shares = [share for share in self._queue if not share[0].target.closed]
         self._queue.clear()
         if not shares:
             return
         began, elapsed_s = self.clock.now, next(self.pass_s)
         self._passing = True
-        found = [run.target.verify(order) for run, order, _ in shares]
+        found = [run.target.verify() for run, _ in shares]
         drafted = [
-            len(order.drafted) - one.forbidden
-            for (_, order, _), one in zip(shares, found, strict=True)
+            len(run.target.block or ()) - one.forbidden
+            for (run, _), one in zip(shares, found, strict=True)
         ]
-        reads = any(order.round == 0 for _, order, _ in shares)
+        reads = any(one.round == 0 for one in found)
         rows = 0 if reads else sum(drafted) + len(shares)
         verdicts: list[tuple[Run, Verdict]] = []
-        for (run, _, asked), verdict in zip(shares, found, strict=True):
+        for (run, asked), verdict in zip(shares, found, strict=True):
             self.seen["waited for a pass"] += began > asked
             told = verdict.changed(
                 elapsed_s=elapsed_s, waited_s=began - asked, rows=rows, requests=len(shares)
@@ -900,9 +959,12 @@ class Simulation:
         def end() -> None:
             self._passing = False
             self._stragglers.passed(elapsed_s)
-            for (run, order, _), count in zip(shares, drafted, strict=True):
-                self._stragglers.answered(id(run), self.clock.now)
-                run.passes.append(Pass(order.round, count, began, self.clock.now))
+            for (run, _), one, count in zip(shares, found, drafted, strict=True):
+                run.passes.append(Pass(one.round, count, began, self.clock.now))
+                if run.target.go_on():
+                    self._queue.append((run, self.clock.now))
+                else:
+                    self._stragglers.answered(id(run), self.clock.now)
             self.from_target.send(lambda: self._deliver(verdicts))
             self._next_pass()
 
@@ -911,6 +973,6 @@ class Simulation:
     def _deliver(self, verdicts: Sequence[tuple[Run, Verdict]]) -> None:
         self._several = True
         for run, verdict in verdicts:
-            run.on_verdict(verdict)
+            run.happens(verdict)
         self._several = False
         self.release()

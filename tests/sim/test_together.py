@@ -8,7 +8,8 @@ the rules learn of costs has to be what the same requests, one after the other, 
 from __future__ import annotations
 
 from functools import cache
-from typing import Literal
+from types import SimpleNamespace
+from typing import Any, Literal
 
 import pytest
 from tests.sim.simulator import Asked, Priced, Simulation, World
@@ -23,13 +24,23 @@ from outrider.core.values import Proposal, Verdict
 
 InTurns = Literal["sync", "pipelined"]
 
-PASS_S, TOKEN_S, LINK_S = 0.010, 0.001, 0.0005
+PASS_S, TOKEN_S, LINK_S = 0.010, 0.001, 0.00015  # messages take 3 % of a pass, as on one machine
 APART_S = 10.0  # no request takes so long
-OFF, LINK_OFF_S = 0.05, 1e-4  # a message both ways takes 1 ms
+OFF, LINK_OFF_S = 0.05, 1e-4
 LENGTH = 120
+
+TAKES_TURNS: Any = SimpleNamespace(takes_turns=True)  # with its draft: the target must fall idle
 
 modes = pytest.mark.parametrize("mode", ["sync", "pipelined"])
 counts = pytest.mark.parametrize("count", [2, 4], ids=["two", "four"])
+
+
+class AsksEachTime(Session):
+    """Its target does nothing without being asked."""
+
+    def handle(self, event: SessionEvent, now: float) -> list[Command]:
+        self.dispatch.together = (TAKES_TURNS,)
+        return super().handle(event, now)
 
 
 class WaitsAtItsOwnCost(Session):
@@ -48,10 +59,11 @@ def simulated(
     session: type[Session] = Session,
     token_s: float = TOKEN_S,
     agreement: float = 0.9,
+    link_s: float = LINK_S,
 ) -> Simulation:
     """`count` requests in different languages, each beginning `apart_s` after the one before."""
     first, *others = (Asked(n_predict=LENGTH, language=language) for language in range(count))
-    link = (LINK_S,)
+    link = (link_s,)
     world = World(
         first,
         rule,
@@ -82,7 +94,7 @@ def plain_batching_s(count: int) -> float:
 
 @pytest.mark.parametrize("count", [1, 2, 4, 8])
 def test_plain_requests_share_every_pass(count: int) -> None:
-    assert plain_batching_s(count) == pytest.approx(LENGTH * (PASS_S + 2 * LINK_S), rel=0.05)
+    assert plain_batching_s(count) == pytest.approx(LENGTH * PASS_S + 2 * LINK_S, rel=0.015)
 
 
 @pytest.mark.parametrize("agreement", [0.5, 0.9])
@@ -108,15 +120,18 @@ def test_pipelined_drafts_gain_however_many_share_them(count: int) -> None:
 
 def test_requests_that_begin_at_odd_times_share_their_passes_all_the_same() -> None:
     apart_s = 0.0043
-    sim = simulated(FixedRule("plain"), 4, apart_s)
-    assert ended(sim) <= plain_batching_s(4) + 3 * apart_s + 8 * PASS_S
+    for session in (Session, AsksEachTime):
+        sim = simulated(FixedRule("plain"), 4, apart_s, session)
+        slower = 1.0 if session is Session else 1 + 2 * LINK_S / PASS_S
+        assert ended(sim) <= slower * plain_batching_s(4) + 3 * apart_s + 8 * PASS_S
 
 
 def test_control_without_waiting_for_stragglers_they_take_turns(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(Stragglers, "expected", lambda self, now: 0.0)
-    assert ended(simulated(FixedRule("plain"), 4, 0.0043)) > 1.5 * plain_batching_s(4)
+    sim = simulated(FixedRule("plain"), 4, 0.0043, AsksEachTime)
+    assert ended(sim) > 1.5 * plain_batching_s(4)
 
 
 # ---- what is learnt ------------------------------------------------------------------------------
@@ -137,7 +152,7 @@ def check_costs(mode: InTurns, count: int, together: Simulation) -> None:
     assert learnt.verify_s == pytest.approx(right.verify_s, rel=OFF)
     assert learnt.draft_s == pytest.approx(right.draft_s, rel=OFF)
     if mode == "pipelined":  # in turns, passes that are shared do not tell it
-        assert learnt.link_s == pytest.approx(right.link_s, abs=LINK_OFF_S)
+        assert learnt.link_s <= right.link_s + LINK_OFF_S  # less where blocks are ordered ahead
     assert together.experience.step_s == pytest.approx(PASS_S + 2 * LINK_S, rel=2 * OFF)
 
 
@@ -158,7 +173,7 @@ def test_the_costs_of_requests_one_by_one_are_those_of_the_world(mode: InTurns, 
     assert not alone.seen["waited for a pass"]
     assert costs.verify_s == pytest.approx((PASS_S,) * len(costs.verify_s), rel=0.01)
     assert costs.draft_s == pytest.approx(TOKEN_S, rel=0.01)
-    assert costs.link_s == pytest.approx(2 * LINK_S, rel=0.1)
+    assert 0 <= costs.link_s <= 2.2 * LINK_S  # none where a pass began without asking
 
 
 @counts
@@ -174,9 +189,11 @@ def test_a_good_draft_does_not_rest_because_several_share_it(count: int) -> None
 def test_waiting_for_a_pass_is_nobodys_cost(
     session: type[Session], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where nobody is waited for, requests wait for each other's passes; the control counts it."""
+    """Where nobody is waited for, requests wait for each other's passes; the control counts it.
+
+    So a draft seems to lose that brings little, and rests.
+    """
     monkeypatch.setattr(Stragglers, "expected", lambda self, now: 0.0)
-    together = simulated(Priced("pipelined"), 4, 0.0043, session)
+    together = simulated(Priced("pipelined"), 4, 0.0043, session, agreement=0.5, link_s=0.0)
     assert together.seen["waited for a pass"] > 10
-    learnt_s = costs_of(together).link_s
-    assert (learnt_s == pytest.approx(2 * LINK_S, abs=LINK_OFF_S)) == (session is Session)
+    assert (together.seen["rested"] == 0) == (session is Session)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import io
 import json
 import os
 import re
 from argparse import Namespace
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -17,11 +19,12 @@ import pytest
 
 from outrider.core.values import Span
 from outrider.errors import ConfigError
-from outrider_services import options
-from outrider_services.bench import peers, plots, prompts, runner
+from outrider_services import table
+from outrider_services.bench import peers, plots, prompts, runner, suites
 from outrider_services.bench import plan as plans
 from outrider_services.bench import results as measures
 from outrider_services.bench.plan import Arm, Prompt
+from outrider_services.bench.prompts import Category
 from outrider_services.bench.results import Results, Sample
 from outrider_services.commands import bench as command
 
@@ -37,6 +40,8 @@ def parsed(**changes: Any) -> Namespace:
         "category": None,
         "per_category": 1,
         "prompts": None,
+        "suite": None,
+        "restarts": None,
         "peer_n_max": "1-12",
         "lanes": None,
         "require_speedup": None,
@@ -122,7 +127,7 @@ def test_workers_go_where_the_placement_says(
     placement: str, target: tuple[str, int], draft: tuple[str, int]
 ) -> None:
     with mock.patch.object(os, "sched_getaffinity", return_value={3, 5, 7}):
-        placed = command.on_cores_of(placement, options.Settings())
+        placed = command.on_cores_of(placement, table.Settings())
     assert (placed.target.cores, placed.target.threads) == target
     assert (placed.draft.cores, placed.draft.threads) == draft
 
@@ -132,7 +137,7 @@ def test_one_core_cannot_be_split() -> None:
         mock.patch.object(os, "sched_getaffinity", return_value={2}),
         pytest.raises(ConfigError, match="two cores"),
     ):
-        command.on_cores_of("split", options.Settings())
+        command.on_cores_of("split", table.Settings())
 
 
 # --- prompts --------------------------------------------------------------------------------------
@@ -174,6 +179,70 @@ def test_a_file_of_prompts_must_be_as_described(text: str, tmp_path: Path) -> No
 
 
 # --- figures --------------------------------------------------------------------------------------
+
+
+SPEC_BENCH = {"question_id": 81, "category": "writing", "turns": ["Write.", "Once more."]}
+HUMAN_EVAL = {"task_id": "HumanEval/0", "prompt": "def f():", "canonical_solution": "..."}
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_question_files_of_others_are_read(packed: bool, tmp_path: Path) -> None:
+    lines = [SPEC_BENCH, HUMAN_EVAL, {**SPEC_BENCH, "turns": ["Sing."]}]
+    text = "\n\n".join(map(json.dumps, lines)).encode()
+    path = tmp_path / ("suite.jsonl.gz" if packed else "suite.jsonl")
+    path.write_bytes(gzip.compress(text) if packed else text)
+    writing = Category("writing", True, ("Write.",))
+    tasks = Category("HumanEval", False, ("def f():",))
+    assert suites.load(str(path), [], 1) == [writing, tasks]
+    assert suites.load(str(path), ["writing"], 2) == [
+        Category("writing", True, ("Write.", "Sing."))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("data", "wanted", "what"),
+    [
+        (b"", (), "has no question"),
+        (b"{}", (), "line 1: a question is an object with"),
+        (b"\nnot JSON", (), "line 2: a question is"),
+        (b"[" * 10**5, (), "line 1: a question is"),
+        (b"\xff", (), "is not UTF-8"),
+        (
+            json.dumps(SPEC_BENCH).encode(),
+            ("writin",),
+            "has no category 'writin'; did you mean writing",
+        ),
+        (json.dumps({**SPEC_BENCH, "turns": []}).encode(), (), "line 1: a question"),
+    ],
+)
+def test_a_suite_that_cannot_be_asked_is_one_sentence(
+    data: bytes, wanted: tuple[str, ...], what: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "suite.jsonl"
+    path.write_bytes(data)
+    with pytest.raises(ConfigError, match=what):
+        suites.load(str(path), wanted, 1)
+
+
+def test_neither_a_file_that_is_not_there_nor_one_with_too_few_questions(tmp_path: Path) -> None:
+    path = tmp_path / "suite.jsonl"
+    with pytest.raises(ConfigError, match="No such file"):
+        suites.load(str(path), (), 1)
+    path.write_text(json.dumps(SPEC_BENCH))
+    with pytest.raises(ConfigError, match="has 1 questions of writing, not 2"):
+        suites.load(str(path), (), 2)
+    path.rename(tmp_path / "suite.gz")
+    with pytest.raises(ConfigError, match="cannot read"):
+        suites.load(str(tmp_path / "suite.gz"), (), 1)
+
+
+def test_a_suite_is_asked_with_ten_restarts(tmp_path: Path) -> None:
+    path = tmp_path / "suite.jsonl"
+    path.write_text(json.dumps(SPEC_BENCH))
+    assert plans.read_plan(parsed()).restarts == 1
+    plan = plans.read_plan(parsed(suite=str(path)))
+    assert (plan.restarts, plan.categories) == (10, (Category("writing", True, ("Write.",)),))
+    assert plans.read_plan(parsed(suite=str(path), restarts=3)).restarts == 3
 
 
 def results(**speeds: list[float]) -> Results:
@@ -275,6 +344,22 @@ def test_markdown_has_speed_ups_first_and_its_columns_in_line() -> None:
     assert "the same token ids" in text
 
 
+def test_what_differs_between_restarts_is_shown() -> None:
+    """In each alone every answer is compared with those of the same processes."""
+    found = results(auto=[30, 20], plain=[10, 20], llama_server=[10, 20])
+    for at, sample in enumerate(found.samples):
+        found.samples[at] = replace(sample, repetition=0, restart=sample.repetition)
+    assert found.by_restart()["auto"] == pytest.approx([3.0, 1.0])
+    assert found.by_restart()["plain"] == [1.0, 1.0]
+    assert "| auto         |        2 | 1.000 |  2.000 | 3.000 |" in measures.as_markdown(found)
+    assert json.loads(measures.as_json(found))["geometric_means_by_restart"].keys() == {
+        "plain",
+        "auto",
+        "llama-server",
+    }
+    assert results(auto=[30, 20], plain=[10, 20]).by_restart() == {}
+
+
 def test_csv_and_json_say_the_same() -> None:
     lines = measures.as_csv(FOUND).splitlines()
     assert lines[0] == "# machine: a test"
@@ -314,10 +399,10 @@ def test_the_speed_of_a_peer_is_read_from_its_output() -> None:
 
 def test_peers_get_the_cores_and_threads_of_our_workers() -> None:
     every = {0, 1, 2, 3}
-    target = options.TargetOptions(model="t.gguf", cores="0", threads=4, ctx=512)
-    draft = options.DraftOptions(model="d.gguf", cores="2-3", threads=2)
+    target = table.TargetOptions(model="t.gguf", cores="0", threads=4, ctx=512)
+    draft = table.DraftOptions(model="d.gguf", cores="2-3", threads=2)
     with mock.patch.object(os, "sched_getaffinity", return_value=every):
-        setup = peers.Setup.of(options.Settings(target=target, draft=draft))
+        setup = peers.Setup.of(table.Settings(target=target, draft=draft))
     flags = dict(zip(setup.flags[::2], setup.flags[1::2], strict=True))
     assert setup.cores == {0, 2, 3}
     assert [flags[name] for name in ("-m", "-md", "-t", "-tb", "-td", "-tbd", "-c")] == [

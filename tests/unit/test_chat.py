@@ -55,7 +55,9 @@ class Client:
         self.requests: list[dict[str, Any]] = []
 
     async def health(self) -> dict[str, Any]:
-        return {"workers": {"draft": {"model": "small"}, "target": {"model": "large"}}}
+        models = {"draft": "small", "target": "large", "draft-2": "small"}
+        roles = {name: name.removesuffix("-2") for name in models}
+        return {"workers": {n: {"role": roles[n], "model": one} for n, one in models.items()}}
 
     async def create_chat_completion(
         self, messages: Any, *, stream: bool, **request: Any

@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from outrider_services.options import Settings
 from outrider_services.pipeline.exposition import exposition
 from outrider_services.pipeline.families import FAMILIES
 from outrider_services.pipeline.launcher import STOP_S
 from outrider_services.pipeline.metrics import Metrics
 from outrider_services.pipeline.requests import Requests
 from outrider_services.pipeline.roster import Roster
+from outrider_services.table import Settings
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 BOARD = json.loads((DEPLOY / "grafana" / "outrider.json").read_text())

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from outrider.core.constraints import Constraint
-from outrider.core.drafter import DrafterInfo, Opening
+from outrider.core.drafter import Drafter, DrafterInfo, Opening
 from outrider.core.engine import Cancelled, EngineFault
 from outrider.core.events import Commit, OpenDraft
 from outrider.core.sampling import BadScores, Sampling
@@ -44,7 +44,7 @@ class Clock:
     monotonic = perf_counter
 
 
-class ByHeart:
+class ByHeart(Drafter):
     """Knows the song: after any of its tokens, the next `many` of it; after others, nothing."""
 
     token_s = 0.25
@@ -63,6 +63,7 @@ class ByHeart:
         self.asked: list[tuple[int, tuple[TokenId, ...]]] = []
         self.cuts: list[tuple[int, int]] = []
         self.is_cut = False
+        self.farthest, self.bite = 10**6, 10**6  # what it goes back to, and reads at once, at most
         self.prepared: list[Constraint] = []
         self.preparing = threading.Event()  # a constraint is not prepared before this is set
         self.unknown: BadRequest | None = None  # it says so of any constraint
@@ -75,7 +76,7 @@ class ByHeart:
             raise self.unknown
 
     def open(self, slot: int, opening: Opening) -> None:
-        sampling, vocabulary, skip, known, source, constraint, begins = opening
+        sampling, vocabulary, skip, known, source, constraint, begins, _ = opening
         assert sampling is SAMPLING
         if constraint and self.unknown:
             raise self.unknown
@@ -85,7 +86,8 @@ class ByHeart:
 
     def cut(self, slot: int, length: int) -> None:
         self.cuts.append((slot, length))
-        self.texts[slot] = min(self.texts[slot], length)
+        if length < self.texts[slot]:
+            self.texts[slot] = min(length, self.farthest)
 
     def read(self, slot: int) -> int:
         return self.texts[slot]
@@ -100,8 +102,8 @@ class ByHeart:
         if self.is_cut:
             self.is_cut = False
             raise Cancelled
-        self.texts[slot] = len(text)
-        if text[-1] not in SONG:
+        self.texts[slot] = min(len(text), self.texts[slot] + self.bite)
+        if self.texts[slot] < len(text) or text[-1] not in SONG:
             return ()
         at = SONG.index(text[-1]) + 1
         return tuple(Drafted(token, self.confidence) for token in SONG[at : at + self.many])
@@ -203,6 +205,17 @@ async def test_it_drafts_as_far_as_it_may_in_pieces_of_its_drafters(desk: Desk) 
     assert desk.drafter.opened == [(0, 200)]
 
 
+async def test_an_opening_that_comes_twice_or_late_has_no_effect(desk: Desk) -> None:
+    desk.open(until=6)
+    assert tokens(await desk.proposals()) == [(4, SONG[4:6])]
+    desk.commit(4, SONG[4:5], until=8)
+    desk.open(until=6)
+    assert tokens(await desk.proposals()) == [(6, SONG[6:8])]
+    again = OpenDraft(2, 4, SONG[:4], SAMPLING, 200, (END,), 5)  # one of a later lineage has
+    desk.worker.handle(wire.Do(1, again))
+    assert tokens(await desk.proposals()) == [(4, SONG[4:5])]
+
+
 async def test_each_says_how_long_it_took_and_that_it_goes_on(desk: Desk) -> None:
     desk.open()
     first, second = await desk.proposals()
@@ -237,6 +250,18 @@ async def test_where_the_target_said_something_else_a_lineage_begins(desk: Desk)
     assert (more.lineage, more.position, ids_of(more.drafted)) == (2, 6, SONG[41:44])
     assert desk.drafter.asked[-1] == (0, (*SONG[:5], SONG[40]))
     assert desk.drafter.cuts[-1] == (0, 5)
+
+
+async def test_a_drafter_that_goes_back_farther_than_asked_reads_again_and_drafts_on(
+    desk: Desk,
+) -> None:
+    desk.open(text=SONG[:40], until=50)
+    await desk.proposals()
+    desk.drafter.farthest, desk.drafter.bite = 5, 16
+    desk.commit(40, (SONG[40], SONG[60]), until=45)
+    (proposal,) = await desk.proposals()
+    assert ids_of(proposal.drafted) == SONG[61:64]
+    assert [length for _, length in desk.drafter.cuts[-3:]] == [41, 21, 37]
 
 
 async def test_a_commit_that_does_not_follow_is_not_believed(desk: Desk) -> None:

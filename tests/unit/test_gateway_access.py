@@ -12,7 +12,8 @@ import pytest
 from outrider.errors import ConfigError
 from outrider_services.gateway.access import Rules, check_exposure, read_keys
 from outrider_services.gateway.errors import Refused
-from outrider_services.options import OPTIONS, ServerOptions, Settings, to_flags
+from outrider_services.options import OPTIONS, to_flags
+from outrider_services.table import ServerOptions, Settings
 
 OWN = (b"host", b"localhost:5700")
 KEYED = ServerOptions(api_key=("alpha", "beta"))

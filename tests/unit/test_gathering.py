@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from outrider.core.dispatch import BLOCK_PATIENCE_S
 from outrider.core.events import Start, Task
 from outrider.core.gathering import Gathering, waits
 from outrider.core.rules import FixedRule
 from outrider.core.sampling import Sampling
-from outrider.core.session import BLOCK_PATIENCE_S, Session
+from outrider.core.session import Session
 from outrider.core.stats import Stats
-from outrider.core.values import Mode, Verdict, Verify
+from outrider.core.values import Drafted, Mode, Proposal, Verdict, Verify
 
 BLOCK = Verify(1, 4, (5,))
 
@@ -35,9 +36,20 @@ def test_a_block_is_held_back_while_another_request_still_drafts_in_turns() -> N
     gathering = Gathering[int]()
     gathering.add(1, BLOCK, 0.0)
     assert waits(session("sync"))
-    assert gathering.release([session("sync")], 0.1) == []
-    assert gathering.release([session("pipelined")], 0.2) == [(1, BLOCK)]
-    assert gathering.release([], 0.3) == []
+    assert gathering.release({2: session("sync")}, 0.1) == []
+    assert gathering.release({2: session("pipelined")}, 0.2) == [(1, BLOCK)]
+    assert gathering.release({}, 0.3) == []
+
+
+def test_a_block_waits_for_the_pass_of_another_request_that_takes_turns() -> None:
+    """Else they take turns with each other, too, at half the speed."""
+    gathering, other = Gathering[int](), session("sync")
+    drafted = Proposal(other.stock.lineage, 4, (Drafted(7, 0.9), Drafted(8, 0.9)), 0.01)
+    (order,) = (one for one in other.handle(drafted, 0.1) if isinstance(one, Verify))
+    gathering.add(1, BLOCK, 0.1)
+    assert gathering.release({1: session("sync"), 2: other}, 0.1) == []
+    gathering.add(2, order, 0.1)
+    assert gathering.release({1: session("sync"), 2: other}, 0.1) == [(1, BLOCK), (2, order)]
 
 
 def test_nobody_is_held_back_for_ever_by_requests_that_come_and_go() -> None:
@@ -46,12 +58,12 @@ def test_nobody_is_held_back_for_ever_by_requests_that_come_and_go() -> None:
     gathering.add(1, BLOCK, 10.0)
     gathering.add(2, BLOCK, 11.0)
     now = 10.0
-    while not (orders := gathering.release([session("sync", now)], now)):
+    while not (orders := gathering.release({3: session("sync", now)}, now)):
         now += 0.05
         assert now < 10.0 + 2 * BLOCK_PATIENCE_S
     assert [key for key, _ in orders] == [1, 2]
     gathering.add(1, BLOCK, now)
-    assert gathering.release([session("sync", now)], now) == [], "it waits anew"
+    assert gathering.release({3: session("sync", now)}, now) == [], "it waits anew"
 
 
 def test_the_block_of_a_request_that_has_left_goes_nowhere() -> None:
@@ -59,4 +71,4 @@ def test_the_block_of_a_request_that_has_left_goes_nowhere() -> None:
     gathering.add(1, BLOCK, 0.0)
     gathering.drop(1)
     gathering.drop(2)
-    assert gathering.release([], 0.0) == []
+    assert gathering.release({}, 0.0) == []

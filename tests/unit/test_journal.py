@@ -41,8 +41,9 @@ TOKEN = Token(17, SECRET, 40, "bonus", 1.25, -0.5)
         ),
         pytest.param(
             Proposal(2, 41, (Drafted(9, 0.87654321),), 0.001),
-            "Proposal(lineage=2, position=41, drafted=[Drafted(token=9, confidence=0.8765)], "
-            "elapsed_s=0.001, waited_s=0, paused=False, recalled=[], requests=1)",
+            "Proposal(lineage=2, position=41, drafted=[Drafted(token=9, confidence=0.8765, "
+            "free=False)], elapsed_s=0.001, waited_s=0, paused=False, recalled=[], requests=1, "
+            "foreseen=False)",
             id="proposal",
         ),
         pytest.param(
@@ -58,11 +59,12 @@ def test_a_line_shows_an_event_with_its_ids(event: Any, line: str) -> None:
 
 
 def test_a_line_shows_what_an_event_led_to_in_order() -> None:
-    commands = [Verify(4, 42, (9, 10)), CloseDraft(), Finish("stop")]
+    commands = [Verify(4, 42, (9, 10), until=50), CloseDraft(), Finish("stop")]
     told = journal.line(1, Start(draft=False), commands, "OVER, draft IDLE")
     assert told == (
         "request 1: Start(draft=False) -> "
-        "Verify(round=4, base=42, drafted=[9, 10]), CloseDraft(), Finish(reason=stop); "
+        "Verify(round=4, base=42, drafted=[9, 10], follows=False, until=50), "
+        "CloseDraft(), Finish(reason=stop); "
         "OVER, draft IDLE"
     )
 

@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 
 from outrider.core.stream import AT_ONCE
+from outrider.engines.toy import ToyEngine
 from outrider.errors import ConfigError, ModelNotFound
-from outrider_services.models.loading import PASS, load_engine
-from outrider_services.options import PipelineOptions, Settings, TargetOptions, ToyOptions
+from outrider_services.models.loading import PASS, build_of, load_engine
+from outrider_services.options import checked
 from outrider_services.pipeline.target_worker import CHUNK, ROWS
+from outrider_services.table import PipelineOptions, Settings, TargetOptions, ToyOptions
 
 TOY = Settings(
     target=TargetOptions(ctx=128),
@@ -33,6 +35,33 @@ def test_a_made_up_model_has_the_context_and_slots_of_the_settings() -> None:
             assert (engine.info.context, engine.info.slots) == (128, 2)
         finally:
             engine.close()
+
+
+def test_passes_of_a_made_up_target_cost_what_the_list_says() -> None:
+    settings = replace(TOY, toy=replace(TOY.toy, step_ms=20.0, rows="4:2,2:1.5"))
+    target, draft = (load_engine(role, settings, silent) for role in ("target", "draft"))
+    assert isinstance(target, ToyEngine)
+    assert isinstance(draft, ToyEngine)
+    costs = target.settings.costs
+    expected = [0.020, 0.030, 0.035, 0.040, 0.045]
+    assert [costs.of(n, n) for n in range(1, 6)] == pytest.approx(expected)
+    assert draft.settings.costs.curve_s == ()
+    target.close()
+    draft.close()
+
+
+@pytest.mark.parametrize("rows", ["x", "2", "2:", "0:1", "2:0", "2:nan", "2:1e9", "600:2"])
+def test_a_list_of_costs_that_is_none_is_one_sentence(rows: str) -> None:
+    with pytest.raises(ConfigError, match="--toy-rows is a list such as"):
+        checked(replace(TOY, toy=replace(TOY.toy, rows=rows)))
+
+
+def test_what_a_worker_computes_with_is_told() -> None:
+    assert build_of(TOY) == "made up"
+    exact = PipelineOptions(exact=True)
+    told = build_of(Settings(target=TargetOptions(without="tiled,flash"), pipeline=exact))
+    assert told.startswith("llama-cpp-python ")
+    assert told.endswith("; without flash,tiled; exact")
 
 
 def test_another_vocabulary_does_not_fit() -> None:

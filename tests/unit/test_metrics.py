@@ -113,6 +113,8 @@ async def test_what_is_left_of_the_drafted_is_discarded_for_a_reason(up: Pipelin
     check_identities(await counted(up), is_over=False)
     await up.says(CLIENT, wire.Cancel(1))
     up.core.on_gone(TARGET)
+    up.now += 600
+    up.core.look()
     counts = await counted(up)
     reasons = counts["spec_decode_num_discarded_draft_tokens_total"]
     assert (reasons["cancelled"], reasons["failed"], sum(reasons.values())) == (3, 3, 6)
@@ -270,6 +272,8 @@ async def test_a_running_request_has_a_line_without_its_text(up: Pipeline) -> No
             "tokens_per_s": 6.0,
             "acceptance_rate": 1.0,
             "mode": "pipelined",
+            "target": "target",
+            "draft": "draft",
         }
     }
     await up.says(CLIENT, wire.Cancel(1))

@@ -13,7 +13,7 @@ from fastapi.routing import APIRoute
 
 from outrider_services.gateway import page
 from outrider_services.gateway.access import Rules
-from outrider_services.options import ServerOptions
+from outrider_services.table import ServerOptions
 
 STATIC = Path(page.__file__).parent / "static"
 NAMES = sorted(path.name for path in STATIC.iterdir())

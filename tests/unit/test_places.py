@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import socket
+from typing import Any
 
 import pytest
 
 from outrider_services import sources
-from outrider_services.pipeline.places import VISIBLE, place, share_cores, shared
+from outrider_services.pipeline.places import place, share_cores, shared
+
+CARD, OTHER_CARD = "gpu 0000:01:00.0", "gpu 0000:02:00.0"
 
 
 @pytest.mark.parametrize(
@@ -18,13 +21,13 @@ from outrider_services.pipeline.places import VISIBLE, place, share_cores, share
         ("a:0,1", "a:2,3", False),
         ("a:0", "b:0", False),
         ("a:1", "a:11", False),
-        ("a:gpu0", "a:gpu0,gpu1", True),
-        ("a:gpu0", "a:gpu1", False),
-        ("a:gpu*", "a:gpu1", True),
-        ("a:gpu*", "a:gpu*", True),
-        ("a:gpu*", "b:gpu*", False),
-        ("a:gpu*", "a:0,1", False),
-        ("a:gpu0", "a:0,1", False),
+        (f"a:{CARD}", f"a:{OTHER_CARD},{CARD}", True),
+        (f"a:{CARD}", f"a:{OTHER_CARD}", False),
+        (f"a:{CARD}", f"b:{CARD}", False),
+        (f"a:{CARD}", "a:0,1", False),
+        (f"a:{CARD},0,1", "a:0,1", True),  # layers on both
+        ("a:gpu Vulkan0", "a:0,1", False),
+        ("a:gpu Vulkan0", "a:gpu Vulkan0", True),
         ("", "a:0", False),
         ("", "", False),
     ],
@@ -34,16 +37,34 @@ def test_who_shares(one: str, other: str, expected: bool) -> None:
     assert shared(other, one) is expected
 
 
-def test_where_a_model_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_a_model_is_computed() -> None:
     host = socket.gethostname()
-    for name in VISIBLE:
-        monkeypatch.delenv(name, raising=False)
     cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))
-    assert place("cpu, 2 threads on cores 0, 1") == f"{host}:{cores}"
-    assert place("gpu, all layers; cpu, 2 threads") == f"{host}:gpu*"
-    assert place("toy") == ""
-    monkeypatch.setenv(VISIBLE[0], "0, 2")
-    assert place("gpu, all layers; cpu, 2 threads") == f"{host}:gpu0,gpu2"
+    assert place(("cpu",)) == f"{host}:{cores}"
+    assert place(("0000:01:00.0",)) == f"{host}:{CARD}"
+    assert place(("0000:01:00.0", "cpu")) == f"{host}:{CARD},{cores}"
+    assert place(()) == ""
+
+
+@pytest.mark.parametrize(
+    ("target", "draft", "expected"),
+    [
+        ({"device": "CUDA0"}, {}, False),
+        ({"device": "CUDA0"}, {"device": "CUDA1"}, False),
+        ({"device": "CUDA0,CUDA1"}, {"device": "cuda1"}, True),
+        ({"device": "CUDA0"}, {"ngl": -1}, True),
+        ({"ngl": -1}, {}, False),
+        ({"device": "none"}, {"device": "Vulkan0"}, False),
+        ({"device": "CUDA0", "ngl": 3}, {}, True),  # the processor has the other layers
+    ],
+    ids=str,
+)
+def test_workers_that_may_use_the_same_gpu_share_it(
+    target: dict[str, Any], draft: dict[str, Any], expected: bool
+) -> None:
+    given = {f"target.{key}": value for key, value in target.items()}
+    given |= {f"draft.{key}": value for key, value in draft.items()}
+    assert share_cores(sources.settings(given)) is expected
 
 
 def test_workers_that_may_use_the_same_core_share_it() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -101,6 +102,53 @@ def test_the_rate_in_turns_is_what_a_known_chain_gives() -> None:
     rate = stopping.solve(costs, spread_of(0.999)).rate
     expected = sum(0.995**n for n in range(LONGEST + 1))
     assert rate == pytest.approx(expected / (0.1 + LONGEST * 0.01), rel=0.02)
+
+
+DEARER = [replace(FLAT, rollback_s=seconds) for seconds in (0.0, 0.02, 0.05, 0.1, 0.3, 1.0)]
+
+
+def test_the_dearer_taking_back_is_the_less_is_gained_and_the_shorter_are_the_blocks() -> None:
+    likely = np.full(12, 0.85)
+    assert [price.plan(costs, 0.86, likely, 100, None) for costs in DEARER][:1] == [12]
+    for figures in (
+        [price.plan(costs, 0.86, likely, 100, None) or 0 for costs in DEARER],
+        [price.solve(costs, 0.86)[0] for costs in DEARER],
+        [price.forecast(costs, 0.86, pipelined=False) for costs in DEARER],
+        [in_turns_to_the_end(costs) for costs in DEARER],
+        [stopping.solve(costs, spread_of(0.87)).rate for costs in DEARER],
+    ):
+        assert figures == sorted(figures, reverse=True)
+        assert figures[-1] < 0.7 * figures[0]
+    assert [price.plan(costs, 0.86, SURE, 100, None) for costs in DEARER][-1] == 8
+
+
+def in_turns_to_the_end(costs: Costs) -> int:
+    """How many tokens are drafted and verified, each as likely as the last."""
+    found = (in_turn(costs, 0.87, [0.87] * drafted) for drafted in range(LONGEST + 1))
+    return next(block for block in found if block is not None)
+
+
+def test_the_rate_in_turns_is_that_of_the_best_block_where_drafting_is_free() -> None:
+    costs = Costs((0.1,) * 16, 1e-5, 0.0, rollback_s=0.1)
+    blocks = np.arange(LONGEST + 1)
+    tokens = np.cumsum(0.87**blocks)
+    best = (tokens / (0.1 + 0.1 * (1 - 0.87**blocks))).max()
+    assert stopping.solve(costs, spread_of(0.87)).rate == pytest.approx(best, rel=0.02)
+    assert price.forecast(costs, 0.87, pipelined=False) == pytest.approx(best, rel=0.01)
+
+
+@pytest.mark.parametrize("likely", [[0.9], [0.95, 0.6], [0.9, 0.9, 0.3, 0.9]])
+def test_what_one_more_token_is_worth_counts_taking_back_too(likely: list[float]) -> None:
+    costs = replace(SLOPED, rollback_s=0.1)
+    later = price.appraise(costs, 0.8, np.array(likely), 100).with_one_more
+    then = price.appraise(costs, 0.8, np.array([*likely, 0.8]), 100).now
+    assert later == pytest.approx(then, abs=1e-6)
+
+
+def test_what_taking_back_costs_counts_for_all_who_wait_and_not_where_it_is_nothing() -> None:
+    model = CostModel([0.1, 0.11], 0.01, crowd_s=[0.1, 0.1], rollback_s=0.03)
+    assert [model.shared_by(crowd).rollback_s for crowd in (1, 2)] == pytest.approx([0.03, 0.06])
+    assert CostModel([0.1, 0.11], 0.01, rollback_s=2e-6).costs.rollback_s == 0.0
 
 
 def test_a_decision_takes_less_than_a_millisecond() -> None:

@@ -187,6 +187,24 @@ def test_it_can_be_read_on_a_page() -> None:
     assert len(inspect.getsource(generate).splitlines()) <= 40
 
 
+class GoesBackInSteps(ToyEngine):
+    """Keeps the state after every eighth token alone."""
+
+    def rewind(self, slot: int, length: int) -> None:
+        super().rewind(slot, length - length % 8 if length < self.length(slot) else length)
+
+
+@samplings
+@pytest.mark.parametrize("n_draft", [1, 4, 16])
+def test_a_target_that_goes_back_farther_than_asked_says_the_same(
+    sampling: Sampling, n_draft: int
+) -> None:
+    blocks = generate(
+        GoesBackInSteps(ToySettings(context=512)), model(0.7), PROMPT, sampling, n_draft
+    )
+    assert first(blocks) == first_alone(sampling)
+
+
 # ---- controls -----------------------------------------------------------------------------------
 
 

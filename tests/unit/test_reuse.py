@@ -125,12 +125,13 @@ class Life(RuleBasedStateMachine):
 
     def compute(self, most: int = 1000) -> None:
         async def work() -> None:
-            for _ in range(most):
-                if not await self.worker.compute():
-                    return
+            async with asyncio.timeout(20):
+                for _ in range(most):
+                    if not await self.worker.compute():
+                        return
             assert most < 1000, "it never comes to an end"
 
-        self.loop.run_until_complete(asyncio.wait_for(work(), 20))
+        self.loop.run_until_complete(work())
         self.take()
 
     def take(self) -> None:
@@ -399,6 +400,40 @@ class DraftLife(Life):
             claimed = holder.tokens[skip:]
             common = self.engine.holds(ride.slot, claimed)
             assert common >= min(self.engine.length(ride.slot), len(claimed))
+
+
+@pytest.mark.parametrize(("name", "is_known"), [("a", True), (None, False)])
+def test_a_draft_reads_only_what_it_does_not_know(name: str | None, is_known: bool) -> None:
+    """And drafts what it would draft had it read all: acceptance is that of a fresh request."""
+    life, text = DraftLife(), PHRASES[0] * 4
+
+    def ride(more: bytes) -> tuple[int, tuple[TokenId, ...]]:
+        """How many tokens the draft evaluates for text and more; what it drafts behind them."""
+        evaluated = 0
+        extend_all = ToyEngine.extend_all
+
+        def counting(engine: ToyEngine, parts: Sequence[Part]) -> list[Scores]:
+            nonlocal evaluated
+            evaluated += sum(len(part.tokens) for part in parts)
+            return extend_all(engine, parts)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ToyEngine, "extend_all", counting)
+            life.open(tuple(text + more), 65, name, skip=0, stock=0, recall=0)
+            life.compute()
+        stream = life.worker._rides[life.count].stream
+        return evaluated, tuple(stream.tokens[stream.committed :])
+
+    try:
+        ride(b"")
+        life.close(0)
+        evaluated, drafted = ride(b"so ")
+        fresh = tuple(text) + tuple(b"so ") + (65,)
+        assert drafted[:1] == (follows("draft", fresh),)
+        assert (evaluated <= len(b"so ") + 1 + len(drafted)) == is_known
+        assert is_known or evaluated >= len(fresh)
+    finally:
+        life.teardown()
 
 
 OFTEN = settings(

@@ -13,8 +13,9 @@ from outrider.core.engine import Vocabulary
 from outrider.core.values import Role
 from outrider.errors import BadRequest, OutriderError, ProtocolError, RequestTimeout, WorkerLost
 from outrider.wire import messages as wire
-from outrider_services.pipeline import roster as rosters
-from outrider_services.pipeline.roster import LOST_S, SILENT_S, Member, Roster
+from outrider_services.pipeline import calls
+from outrider_services.pipeline.member import SILENT_S, Member
+from outrider_services.pipeline.roster import LOST_S, MOST, Roster
 
 VOCABULARY = Vocabulary("bpe", 12, None, 1, False, False, (1,), "one")
 OTHER_DIGEST = VOCABULARY.changed(digest="two")
@@ -39,9 +40,9 @@ class World:
         self.paused: list[bool] = []
         self.roster = Roster(
             lambda peer, message: self.told.append((peer, message)),
-            self.joined.append,
-            lambda role, why: self.lost.append((role, why)),
-            self.paused.append,
+            lambda member: self.joined.append(member.role),
+            lambda member, why: self.lost.append((member.role, why)),
+            lambda _, is_paused: self.paused.append(is_paused),
             lambda: self.now,
             tokens,
         )
@@ -53,17 +54,19 @@ class World:
     async def welcomed(self, peer: bytes, said: wire.Hello) -> Member:
         await self.hello(peer, said)
         assert self.to(peer)[-1] == wire.Welcome()
-        member = self.roster.get(said.role)
-        assert member is not None
-        return member
+        return next(one for one in self.roster.members if one.peer == peer)
 
     def to(self, peer: bytes) -> list[wire.Message]:
         return [message for to, message in self.told if to == peer]
 
     def beat(self, peer: bytes, steps: int, busy: bool) -> None:
-        role = self.roster.role_of(peer)
-        assert role is not None
-        self.roster.on_beat(role, wire.Beat(steps, busy))
+        member = self.roster.member_of(peer)
+        assert member is not None
+        self.roster.on_beat(member, wire.Beat(steps, busy))
+
+    def role_of(self, peer: bytes) -> Role | None:
+        member = self.roster.member_of(peer)
+        return member.role if member else None
 
     async def answer_labels(self, texts: dict[bytes, tuple[str, ...]]) -> None:
         """Each peer tells the texts of its tokens as long as somebody asks."""
@@ -98,19 +101,19 @@ async def test_workers_are_welcomed_and_known_by_their_connections(world: World)
     await world.welcomed(b"d", hello("draft", 2))
     assert world.joined == ["target", "draft"]
     assert [member.peer for member in world.roster.members] == [b"t", b"d"]
-    assert world.roster.role_of(b"t") == "target"
-    assert world.roster.role_of(b"d") == "draft"
+    assert world.role_of(b"t") == "target"
+    assert world.role_of(b"d") == "draft"
     assert world.roster.target().peer == b"t"
 
 
 async def test_one_that_nobody_knows_is_asked_who_it_is(world: World) -> None:
-    assert world.roster.role_of(b"x") is None
+    assert world.role_of(b"x") is None
     assert world.to(b"x") == [wire.Who()]
 
 
 async def test_one_that_is_being_looked_at_is_not_asked_again(world: World) -> None:
     world.roster.on_hello(b"t", hello("target"))
-    assert world.roster.role_of(b"t") is None
+    assert world.role_of(b"t") is None
     world.roster.on_hello(b"t", hello("target"))
     await turns()
     assert world.to(b"t") == [wire.Welcome()]
@@ -152,7 +155,7 @@ async def test_what_cannot_serve_is_refused_and_remembered(
     assert isinstance(refused, wire.Refused)
     assert refused.code == code
     assert words in refused.reason
-    assert world.roster.get("target") is None
+    assert world.roster.of("target") == []
     assert world.roster.refusals == {"target": refused.reason}
     with pytest.raises(WorkerLost, match="no target worker is connected") as found:
         world.roster.target()
@@ -166,14 +169,57 @@ async def test_a_refusal_is_forgotten_once_another_is_welcomed(world: World) -> 
 
 
 @pytest.mark.parametrize("role", ["target", "draft"])
-async def test_a_second_worker_of_a_role_is_refused_and_the_first_stays(
+async def test_a_second_worker_of_a_role_is_refused_where_we_start_one(role: Role) -> None:
+    world = World({role: "secret"})
+    first = await world.welcomed(b"a", hello(role, 1, token="secret"))
+    await world.hello(b"b", hello(role, 2, token="secret"))
+    assert world.to(b"b") == [wire.Refused("busy", f"there is a {role} worker already")]
+    assert world.roster.of(role) == [first]
+    assert world.roster.refusals == {}
+    assert world.lost == []
+
+
+@pytest.mark.parametrize("role", ["target", "draft"])
+async def test_elsewhere_many_may_join_and_each_has_a_name_of_its_own(
     world: World, role: Role
 ) -> None:
-    first = await world.welcomed(b"a", hello(role, 1))
-    await world.hello(b"b", hello(role, 2))
-    assert world.to(b"b") == [wire.Refused("busy", f"there is a {role} worker already")]
-    assert world.roster.get(role) is first
-    assert world.roster.refusals == {}
+    members = [await world.welcomed(bytes([number]), hello(role, number)) for number in range(MOST)]
+    names = [role, *(f"{role}-{number}" for number in range(2, MOST + 1))]
+    assert [member.name for member in members] == names
+    await world.hello(b"more", hello(role, 99))
+    assert world.to(b"more") == [wire.Refused("busy", f"there are {MOST} {role} workers already")]
+    world.roster.on_gone(bytes([4]))
+    assert world.lost == [(role, f"the {role}-5 worker is gone")]
+    assert (await world.welcomed(b"more", hello(role, 99))).name == f"{role}-5"
+    assert len(world.roster.of(role)) == MOST
+
+
+async def test_a_connection_speaks_for_one_worker_only(world: World) -> None:
+    first = await world.welcomed(b"a", hello("draft", 1))
+    await world.hello(b"a", hello("draft", 2))
+    await world.hello(b"a", hello("target", 3))
+    assert world.roster.members == [first]
+    assert world.to(b"a") == [wire.Welcome()]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model": "other"}, "its model is not that of the other target worker: other here"),
+        ({"vocabulary": OTHER_DIGEST}, "its vocabulary is not that of the other target worker"),
+        ({"context": 32}, "its context is not that of the other target worker: 32 here, 64 there"),
+    ],
+    ids=["model", "vocabulary", "context"],
+)
+async def test_a_second_target_has_the_model_of_the_first_for_any_may_serve(
+    world: World, changes: dict[str, Any], words: str
+) -> None:
+    await world.welcomed(b"t", hello("target"))
+    await world.hello(b"u", hello("target", 2, **changes))
+    (refused,) = world.to(b"u")
+    assert isinstance(refused, wire.Refused)
+    assert words in refused.reason
+    await world.welcomed(b"v", hello("target", 3, curve_s=(0.5,), slots=9))
     assert world.lost == []
 
 
@@ -194,7 +240,7 @@ async def test_only_our_own_workers_join_where_we_start_them(
     assert (world.joined, world.roster.refusals) == ([], {})
     await world.welcomed(b"a", hello(role, 2, token="secret"))
     await world.hello(b"x", hello(role, 2, **changes))  # not in its name either
-    assert world.roster.role_of(b"a") == role
+    assert world.role_of(b"a") == role
     assert world.lost == []
     other: Role = "draft" if role == "target" else "target"
     await world.welcomed(b"b", hello(other, 3))  # anybody, where we start none
@@ -208,9 +254,10 @@ async def test_a_stranger_that_is_refused_is_not_told_of_who_is_there(world: Wor
     assert world.roster.refusals == {}
 
 
-async def test_of_two_that_come_at_once_one_is_welcomed(world: World) -> None:
-    world.roster.on_hello(b"a", hello("draft", 1))
-    world.roster.on_hello(b"b", hello("draft", 2))
+async def test_of_two_that_come_at_once_for_one_place_one_is_welcomed() -> None:
+    world = World({"draft": "secret"})
+    world.roster.on_hello(b"a", hello("draft", 1, token="secret"))
+    world.roster.on_hello(b"b", hello("draft", 2, token="secret"))
     await turns()
     assert world.to(b"a") == [wire.Welcome()]
     assert world.to(b"b") == [wire.Refused("busy", "there is a draft worker already")]
@@ -223,8 +270,8 @@ async def test_the_same_worker_on_a_new_connection_begins_anew(world: World, rol
     await world.welcomed(b"b", hello(role, 7))
     assert world.lost == [(role, f"the {role} worker's connection was interrupted")]
     assert world.joined == [role, role]
-    assert world.roster.role_of(b"b") == role
-    assert world.roster.role_of(b"a") is None
+    assert world.role_of(b"b") == role
+    assert world.role_of(b"a") is None
 
 
 # ---- pairs --------------------------------------------------------------------------------------
@@ -274,6 +321,27 @@ async def test_a_draft_has_to_go_for_a_target_that_it_does_not_fit(world: World)
     assert [member.peer for member in world.roster.members] == [b"t"]
 
 
+async def test_a_target_is_compared_with_each_draft_and_those_that_do_not_fit_leave(
+    world: World,
+) -> None:
+    await world.welcomed(b"d", hello("draft", 2))
+    await world.welcomed(b"e", hello("draft", 3, vocabulary=VOCABULARY.changed(kind="spm")))
+    await world.welcomed(b"f", hello("draft", 4, vocabulary=None))
+    await world.welcomed(b"t", hello("target"))
+    assert world.lost == [("draft", world.lost[0][1])]
+    assert [member.peer for member in world.roster.members] == [b"d", b"f", b"t"]
+    assert isinstance(world.to(b"e")[-1], wire.Refused)
+    assert world.roster.refusals == {}  # the pipeline has a draft
+
+
+async def test_a_draft_is_not_refused_for_a_target_that_leaves_meanwhile(world: World) -> None:
+    await world.welcomed(b"t", hello("target"))
+    await world.hello(b"d", hello("draft", 2, vocabulary=OTHER_DIGEST))
+    world.roster.on_gone(b"t")
+    await turns()
+    assert world.to(b"d")[-1] == wire.Welcome()
+
+
 @pytest.mark.parametrize("texts", [TEXTS[:7], ()], ids=["too-few", "none"])
 async def test_a_draft_that_cannot_tell_its_texts_does_not_fit(
     world: World, texts: tuple[str, ...]
@@ -290,7 +358,7 @@ async def test_one_that_goes_while_it_is_looked_at_does_not_join(world: World) -
     world.roster.on_gone(b"d")
     await world.answer_labels({b"t": TEXTS})
     assert world.joined == ["target"]
-    assert world.roster.role_of(b"d") is None
+    assert world.role_of(b"d") is None
     assert world.to(b"d") == [wire.Who()]  # it may come back on this connection
 
 
@@ -306,7 +374,7 @@ async def test_a_draft_is_looked_at_again_if_the_target_changed_meanwhile(world:
     await world.welcomed(b"u", hello("target", 3, vocabulary=VOCABULARY.changed(kind="spm")))
     assert world.roster.on_answer(b"d", wire.LabelTexts(asked.call, TEXTS[5:]))
     await turns()
-    assert world.roster.get("draft") is None
+    assert world.roster.of("draft") == []
     assert "vocabulary type is spm" in world.roster.refusals["draft"]
 
 
@@ -321,7 +389,7 @@ async def test_one_that_falls_silent_is_lost_once(world: World, role: Role) -> N
     looks(world, 0.5)
     world.roster.look()
     assert world.lost == [(role, f"the {role} worker has not been heard of for 10 s")]
-    assert world.roster.get(role) is None
+    assert world.roster.of(role) == []
 
 
 def looks(world: World, seconds: float) -> None:
@@ -334,11 +402,11 @@ def looks(world: World, seconds: float) -> None:
 async def test_nobody_waits_for_a_draft_that_is_paused_and_it_comes_back(world: World) -> None:
     await world.welcomed(b"d", hello("draft"))
     looks(world, SILENT_S)
-    assert (world.paused, world.roster.has_draft) == ([], True)
+    assert (world.paused, bool(world.roster.drafts)) == ([], True)
     looks(world, 5.0)
-    assert (world.paused, world.roster.has_draft) == ([True], False)
+    assert (world.paused, bool(world.roster.drafts)) == ([True], False)
     world.beat(b"d", 1, False)
-    assert (world.paused, world.roster.has_draft) == ([True, False], True)
+    assert (world.paused, bool(world.roster.drafts)) == ([True, False], True)
     looks(world, SILENT_S)
     assert world.lost == []
 
@@ -380,7 +448,7 @@ def pass_time(world: World, seconds: float, steps: list[int], busy: bool) -> Non
     """A beat every half second, `steps` in turn, and a look after each."""
     for beat in range(int(seconds * 2)):
         world.now += 0.5
-        if world.roster.get("target"):
+        if world.roster.of("target"):
             world.beat(b"t", steps[beat % len(steps)], busy)
         world.roster.look()
 
@@ -501,6 +569,20 @@ async def test_somebody_else_cannot_answer(world: World) -> None:
     assert (await asked.task).tokens == (1,)
 
 
+async def test_no_two_coordinators_ask_under_the_same_numbers(world: World) -> None:
+    """A worker may answer what an earlier one has asked, over the connection to the next."""
+    other = World()
+    asked = [Asked(one, await one.welcomed(b"t", hello("target"))) for one in (world, other)]
+    mine, others = [await one.call() for one in asked]
+    assert mine != others
+    assert not world.roster.on_answer(b"t", wire.Failed(others, "busy", "no"))
+    world.roster.on_answer(b"t", wire.Tokens(others, (666,)))
+    world.roster.on_answer(b"t", wire.Tokens(mine, (1,)))
+    assert (await asked[0].task).tokens == (1,)
+    asked[1].task.cancel()
+    await other.roster.close()
+
+
 async def test_the_failure_of_a_request_answers_no_question(world: World) -> None:
     await world.welcomed(b"t", hello("target"))
     assert not world.roster.on_answer(b"t", wire.Failed(1 << 61, "busy", "no"))
@@ -509,7 +591,7 @@ async def test_the_failure_of_a_request_answers_no_question(world: World) -> Non
 async def test_a_question_fails_with_the_worker_that_was_asked(world: World) -> None:
     asked = Asked(world, await world.welcomed(b"t", hello("target")))
     await asked.call()
-    world.roster.lose("target", "the target worker is gone")
+    world.roster.lose(world.roster.target(), "the target worker is gone")
     with pytest.raises(WorkerLost, match="is gone"):
         await asked.task
 
@@ -518,13 +600,13 @@ async def test_a_question_to_one_worker_outlives_the_other(world: World) -> None
     asked = Asked(world, await world.welcomed(b"t", hello("target")))
     await world.welcomed(b"d", hello("draft", 2))
     call = next(m.call for m in world.to(b"t") if isinstance(m, wire.Tokenize))
-    world.roster.lose("draft", "it is gone")
+    world.roster.lose(world.roster.drafts[0], "it is gone")
     assert world.roster.on_answer(b"t", wire.Tokens(call, (1,)))
     assert (await asked.task).tokens == (1,)
 
 
 async def test_nobody_is_waited_for_for_long(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rosters, "ANSWER_S", 0.0)
+    monkeypatch.setattr(calls, "ANSWER_S", 0.0)
     asked = Asked(world, await world.welcomed(b"t", hello("target")))
     with pytest.raises(RequestTimeout, match="target worker has not answered") as found:
         await asked.task

@@ -18,7 +18,7 @@ from outrider.core.values import Span
 from outrider.errors import BadRequest, ConfigError
 from outrider_services.commands import run
 from outrider_services.commands.printing import chrome_trace, measured, statistics, write_trace
-from outrider_services.options import PipelineOptions, SamplingOptions, Settings
+from outrider_services.table import PipelineOptions, SamplingOptions, Settings
 from outrider_services.tuning import advice
 from outrider_services.tuning.decisions import Decision
 

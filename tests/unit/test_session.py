@@ -27,19 +27,23 @@ from outrider.core.events import (
     Prefill,
     Settle,
     Start,
+    TargetLost,
+    TargetReady,
     Task,
     Timer,
 )
+from outrider.core.pace import STEPS, TURN_STEPS, Pace
 from outrider.core.reading import NOTHING, UNKNOWN, Held, Reading
 from outrider.core.rules import FixedRule, Rule
 from outrider.core.sampling import FAR
-from outrider.core.session import OFFENCES, UNTOLD, Phase, Session
+from outrider.core.session import OFFENCES, UNTOLD, UNTOLD_SILENT, Phase, Session
 from outrider.core.stats import Stats
 from outrider.core.values import (
     Drafted,
     Fragment,
     Mode,
     Proposal,
+    Received,
     TokenId,
     TopLogprob,
     Verdict,
@@ -55,12 +59,29 @@ VOCABULARY = 100
 STEP_S = 0.01  # of virtual time between two events
 
 TASK = Task(PROMPT, None, (), frozenset({END}), 1000, VOCABULARY)
-PREFILL = Prefill(PROMPT, TASK.sampling, False)
+PREFILL = Prefill(PROMPT, TASK.sampling, False, begins=BASE)
 
 
 def opened(lineage: int, base: int, tokens: tuple[TokenId, ...], until: int) -> OpenDraft:
     begins = len(TASK.prompt)
-    return OpenDraft(lineage, base, tokens, TASK.sampling, VOCABULARY, (END,), until, begins=begins)
+    return OpenDraft(
+        lineage,
+        base,
+        tokens,
+        TASK.sampling,
+        VOCABULARY,
+        (END,),
+        until,
+        begins=begins,
+        foresees=True,
+    )
+
+
+class Near(Pace):
+    """Messages take no time, whatever the clock of the test says: nothing is ordered ahead."""
+
+    is_far = False
+    passes_away = 0
 
 
 class Ride:
@@ -68,6 +89,7 @@ class Ride:
 
     def __init__(self, task: Task = TASK, rule: Rule | None = None, draft: bool = True) -> None:
         self.session = Session(task, rule or FixedRule("pipelined", 4), Stats())
+        self.session.dispatch.pace = Near()
         self.now = 0.0
         self.commands: list[Command] = []
         self.last: list[Command] = []
@@ -78,7 +100,8 @@ class Ride:
         commands = self.session.handle(event, self.now)
         settles = [command for command in commands if isinstance(command, Settle)]
         passes = any(isinstance(command, Verify) for command in commands)
-        assert settles == ([Settle()] if passes else []), "settled when the target is not busy"
+        assert settles == [Settle()] or not passes
+        assert not settles or self.session.phase is Phase.VERIFYING, "the target is not busy"
         assert not settles or commands[-1] == Settle()
         self.now += STEP_S
         self.last = [command for command in commands if not isinstance(command, Settle)]
@@ -90,7 +113,7 @@ class Ride:
         verdict = Verdict(
             accepted=accepted,
             tokens=tokens,
-            round=session.round,
+            round=session.dispatch.round,
             base=len(session.tokens),
             pieces=tuple(bytes((ord("a") + token % 26,)) if token else b"" for token in tokens),
             margins=(9.0,) * len(tokens),
@@ -171,6 +194,9 @@ class Ride:
         (found,) = [command for command in self.last if isinstance(command, kind)]
         return found
 
+    def one_or_none(self, kind: type[Any]) -> Any:
+        return next((command for command in self.last if isinstance(command, kind)), None)
+
     def check_counts(self) -> None:
         """The identities that hold when a request is over."""
         stats, kinds = self.session.stats, Counter(self.kinds)
@@ -218,7 +244,7 @@ def test_a_plain_request_opens_no_draft(rule: Rule) -> None:
 def test_without_a_draft_worker_it_is_plain_until_one_comes() -> None:
     ride = Ride(draft=False)
     assert ride.last == [PREFILL]
-    assert ride.verdict(1)[0] == Verify(1, BASE + 1, ())
+    assert ride.verdict(1)[0] == Verify(1, BASE + 1, (), until=BASE + 2 + STEPS)
     assert ride.ready() == [opened(1, BASE + 1, (*PROMPT, 1), BASE + 1 + 10)]
     assert ride.ready() == []
 
@@ -290,7 +316,7 @@ def test_top_logprobs_go_with_their_tokens() -> None:
 
 def test_the_target_is_told_which_logprobs_are_wanted() -> None:
     ride = Ride(replace(TASK, logprobs=True, top_logprobs=3))
-    assert ride.commands[0] == Prefill(PROMPT, TASK.sampling, True, top_logprobs=3)
+    assert ride.commands[0] == Prefill(PROMPT, TASK.sampling, True, top_logprobs=3, begins=BASE)
 
 
 def test_the_workers_are_told_before_the_client() -> None:
@@ -680,7 +706,8 @@ def test_an_offence_while_the_target_waits_does_not_leave_it_waiting() -> None:
     for _ in range(OFFENCES - 1):
         ride.drafted()
         assert ride.session.deadline is not None
-    assert ride.drafted() == [CloseDraft(), Verify(1, BASE + 1, ())]
+    step = Verify(1, BASE + 1, (), until=BASE + 2 + TURN_STEPS)
+    assert ride.drafted() == [CloseDraft(), step]
     assert ride.session.deadline is None
 
 
@@ -711,7 +738,8 @@ def test_what_a_lost_draft_has_drafted_is_still_verified() -> None:
         ride.drafted(token)
     ride.lost()
     assert ride.verdict(2) == [Verify(2, BASE + 2, (3, 4)), ride.one(Fragment)]
-    assert ride.verdict(3, 4, 5, accepted=2)[0] == Verify(3, BASE + 5, (6,))
+    last = Verify(3, BASE + 5, (6,), until=BASE + 7 + STEPS)
+    assert ride.verdict(3, 4, 5, accepted=2)[0] == last
     assert ride.drafted(9) == []
     assert ride.stock == [6]
 
@@ -721,7 +749,7 @@ def test_a_lost_draft_is_not_waited_for() -> None:
     ride.verdict(1)
     ride.drafted(2)
     assert ride.session.deadline is not None
-    assert ride.lost() == [Verify(1, BASE + 1, (2,))]
+    assert ride.lost() == [Verify(1, BASE + 1, (2,), until=BASE + 3 + STEPS)]
     assert ride.session.deadline is None
     assert ride.lost() == []
 
@@ -765,7 +793,7 @@ def test_a_correction_of_the_old_stock_breaks_the_new_drafts_lineage_too() -> No
 def test_a_draft_that_came_during_prefill_has_the_prompt_only() -> None:
     ride = Ride(rule=FixedRule("sync", 4))
     ride.lost()
-    assert ride.ready() == [opened(2, BASE, PROMPT, BASE)]
+    assert ride.ready() == [opened(2, BASE, PROMPT, BASE).changed(foresees=False)]
 
 
 def test_a_late_draft_is_waited_for_until_the_deadline_and_not_again() -> None:
@@ -890,7 +918,7 @@ def test_what_was_held_back_is_shown_before_the_cancellation() -> None:
 
 def test_once_over_nothing_that_still_comes_has_an_effect() -> None:
     ride = verifying(3)
-    late = Verdict(1, (3, 4), ride.session.round, BASE + 2, (b"d", b"e"), (9.0, 9.0))
+    late = Verdict(1, (3, 4), ride.session.dispatch.round, BASE + 2, (b"d", b"e"), (9.0, 9.0))
     ride.cancel()
     created = ride.session.stats.created
     assert ride.happens(late) == []
@@ -904,15 +932,29 @@ def test_once_over_nothing_that_still_comes_has_an_effect() -> None:
 # --- verdicts that come late or cannot be ---------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "changes", [{"round": 1}, {"round": 3}, {"base": BASE + 1}, {"base": BASE + 3}], ids=repr
-)
+@pytest.mark.parametrize("changes", [{"round": 1}, {"round": 3}, {"base": BASE + 1}], ids=repr)
 def test_a_verdict_of_another_round_or_base_is_ignored(changes: dict[str, int]) -> None:
     ride = verifying(3)
-    assert ride.session.round == 2
+    assert ride.session.dispatch.round == 2
     assert ride.verdict(3, 4, accepted=1, **changes) == []
     assert (ride.answer, ride.session.phase) == ([1, 2], Phase.VERIFYING)
     assert ride.verdict(3, 4, accepted=1) != []
+
+
+def test_behind_a_verdict_that_did_not_come_the_target_reads_anew() -> None:
+    """It has gone on by itself, so the next one tells. If that goes on, somebody lies."""
+    ride, answer = verifying(3), [1, 2]
+    for token in range(10, 10 + OFFENCES):
+        (order,) = ride.verdict(9, base=BASE + len(answer) + 1)
+        assert isinstance(order, Prefill)
+        assert order.tokens == PROMPT + tuple(answer)
+        assert ride.verdict(9, base=BASE + len(answer) + 1) == [], "it reads already"
+        assert ride.verdict(token) != []
+        answer.append(token)
+        assert ride.answer == answer
+    end = ride.verdict(9, base=BASE + len(answer) + 1)[-1]
+    assert isinstance(end, Fault)
+    assert "out of order" in str(end.error)
 
 
 def test_a_verdict_counts_once() -> None:
@@ -991,7 +1033,10 @@ def test_there_is_one_end_and_each_round_is_numbered(mode: Mode, guess: str) -> 
     assert isinstance(ride.commands[-1], Finish)
     rounds = [command.round for command in ride.commands if isinstance(command, Verify)]
     assert rounds == list(range(1, len(rounds) + 1))
-    assert [c.round for c in ride.commands if isinstance(c, Fragment)] == [0, *rounds]
+    fragments = [c.round for c in ride.commands if isinstance(c, Fragment)]
+    assert fragments == list(range(len(fragments)))
+    if mode != "plain":  # else the target takes most steps by itself
+        assert fragments == [0, *rounds]
 
 
 # --- several requests ----------------------------------------------------------------------------
@@ -1066,10 +1111,131 @@ def test_an_answer_without_rivals_has_no_smallest_margin() -> None:
     assert (report.near_ties, report.smallest_margin) == (0, None)
 
 
+# --- a target that is lost ------------------------------------------------------------------------
+
+
+def test_a_target_that_is_lost_is_no_loss_to_the_text() -> None:
+    ride = verifying(3, 4)
+    round_ = ride.session.dispatch.round
+    assert ride.happens(TargetLost()) == []
+    assert (ride.session.phase, ride.session.deadline) == (Phase.LOST, None)
+    assert ride.stock == [3, 4]  # as good as before
+    (order,) = ride.happens(TargetReady())
+    assert order == PREFILL.changed(tokens=(*PROMPT, 1, 2), round=round_ + 1)
+    assert ride.happens(TargetReady()) == []
+    ride.verdict(3)
+    assert ride.one(Verify).drafted == (4,)
+    assert (ride.answer, ride.text) == ([1, 2, 3], "bcd")
+    ride.verdict(END)
+    assert ride.one(Finish) == Finish("stop")
+    ride.check_counts()
+
+
+def test_what_a_lost_target_says_late_is_stale() -> None:
+    ride = verifying(3)
+    late = Verdict(1, (3, 4), ride.session.dispatch.round, BASE + 2, (b"d", b"e"), (9.0, 9.0))
+    for _ in range(2):
+        ride.happens(TargetLost())
+        assert ride.happens(late) == []
+        ride.happens(TargetReady())
+        assert ride.happens(late) == []
+    assert ride.answer == [1, 2]
+    ride.verdict(3)
+    assert ride.answer == [1, 2, 3]
+
+
+def test_a_draft_may_come_and_go_and_draft_while_there_is_no_target() -> None:
+    ride = verifying(3)
+    ride.happens(TargetLost())
+    ride.drafted(4)
+    assert ride.stock == [3, 4]
+    assert ride.lost() == []
+    assert ride.one_or_none(OpenDraft) is None
+    ride.ready()
+    assert ride.one(OpenDraft).tokens == (*PROMPT, 1, 2, 3, 4)
+    ride.happens(TargetReady())
+    ride.verdict(9)
+    assert ride.stock == []
+
+
+def test_a_request_without_a_target_is_cancelled_and_fails_as_any_other() -> None:
+    error = WorkerLost("it is gone", "target")
+    for event, last in ((Cancel(), Finish("cancelled")), (Failure(error), Fault(error))):
+        ride = verifying(3)
+        ride.happens(TargetLost())
+        assert ride.happens(event) == [CloseDraft(), last]
+        assert ride.happens(TargetReady()) == []
+
+
+def test_the_time_without_a_target_is_no_part_of_what_passes_cost(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[tuple[int, float]] = []
+    monkeypatch.setattr(FixedRule, "committed", lambda self, *seconds: seen.append(seconds))
+    ride = verifying(3)
+    ride.happens(TargetLost())
+    ride.now += 60
+    ride.happens(TargetReady())
+    seen.clear()
+    ride.verdict(3, rows=0)
+    assert seen == []
+    ride.verdict(4)
+    assert [tokens for tokens, _ in seen] == [1]
+
+
+# --- an answer that was begun before --------------------------------------------------------------
+
+
+def received(*tokens: TokenId) -> tuple[Received, ...]:
+    return tuple(Received(token, bytes((ord("a") + token,))) for token in tokens)
+
+
+def test_an_answer_that_was_begun_goes_on_with_the_next_token() -> None:
+    ride = Ride(replace(TASK, received=received(1, 2), n_predict=4))
+    opening = ride.one(OpenDraft)
+    assert ride.one(Prefill) == PREFILL.changed(tokens=(*PROMPT, 1, 2))
+    assert (opening.tokens, opening.begins) == ((*PROMPT, 1, 2), BASE)
+    ride.verdict(3)
+    assert ride.text == "d"  # what was received is not said again
+    ride.verdict(4)
+    assert ride.one(Finish) == Finish("length")
+    report = ride.session.stats.report()
+    assert (report.generated_tokens, report.resumed_tokens) == (4, 2)
+
+
+def test_text_that_was_held_back_of_what_was_received_is_said() -> None:
+    """Of a stop string, and of a character."""
+    ride = Ride(replace(TASK, received=received(1, 2), stop=("cx",)))
+    ride.verdict(3)
+    assert ride.text == "cd"
+    half = (Received(1, "é".encode()[:1]),)
+    ride = Ride(replace(TASK, received=half))
+    ride.verdict(2, pieces=("é".encode()[1:],))
+    assert ride.text == "é"
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"received": received(1, END)}, "stop"),
+        ({"received": received(1, 2), "stop": ("bc",)}, "stop"),
+        ({"received": received(1, 2), "n_predict": 2}, "length"),
+        ({"received": received(1, 2), "context": BASE + 2}, "length"),
+    ],
+    ids=["end-token", "stop-string", "length", "context"],
+)
+def test_an_answer_of_which_all_was_received_ends_at_once(
+    changes: dict[str, Any], reason: str
+) -> None:
+    ride = Ride(replace(TASK, **changes))
+    assert ride.last == [Finish(reason)]  # type: ignore[arg-type]
+    assert ride.session.stats.report().generated_tokens == 2
+
+
 # --- states --------------------------------------------------------------------------------------
 
 
-def test_a_lost_target_ends_the_request_with_its_error() -> None:
+def test_a_request_that_cannot_go_on_ends_with_its_error() -> None:
     ride = verifying(3)
     error = WorkerLost("it is gone", "target")
     assert ride.happens(Failure(error)) == [CloseDraft(), Fault(error)]
@@ -1170,7 +1336,9 @@ def test_a_draft_that_is_dismissed_may_come_back() -> None:
     assert CloseDraft() in ride.verdict(9)
     assert ride.session.draft.state is DraftState.IDLE
     rule.dismissing = False
-    assert any(isinstance(command, OpenDraft) for command in ride.verdict(8))
+    for _ in range(TURN_STEPS):  # of its own: the draft must not read meanwhile
+        assert not all_of(ride.verdict(8), OpenDraft)
+    assert all_of(ride.verdict(8), OpenDraft)
 
 
 def test_the_rule_hears_how_long_the_answer_was() -> None:
@@ -1242,3 +1410,24 @@ class Remembers(Reads):
     ) -> Reading:
         self.held.append(held)
         return super().reads(text, written, room, busy, held)
+
+
+class Silent(FixedRule):
+    """Its draft hardly ever has an idea."""
+
+    is_silent = True
+
+
+def test_a_target_goes_on_beside_a_silent_draft_which_is_told_every_few_tokens() -> None:
+    ride = Ride(rule=Silent("pipelined", 4))
+    assert ride.verdict(1)[0] == Verify(1, BASE + 1, (), until=BASE + 2 + STEPS)
+    rest = range(2, UNTOLD_SILENT + 2)
+    told = [[one for one in ride.verdict(n) if isinstance(one, Commit)] for n in rest]
+    assert not any(told[:-1])
+    assert told[-1][0].tokens == (1, *rest)
+    assert ride.session.phase is Phase.VERIFYING
+    # what comes after all stands behind the step that the target is in
+    ride.drafted(51, 52, 53)
+    (order,) = ride.timer() if ride.session.deadline else ride.last
+    assert isinstance(order, Verify)
+    assert (order.base, order.drafted) == (BASE + 1 + len(rest), (51, 52, 53))

@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -40,7 +41,7 @@ def setup() -> Iterator[Any]:
     yield load("setup")
     sys.dont_write_bytecode = without_bytecode
     sys.path.remove(str(SCRIPTS))
-    for name in ("scripts_setup", "toolchain"):
+    for name in ("scripts_setup", "toolchain", "gpus"):
         sys.modules.pop(name, None)
 
 
@@ -338,7 +339,7 @@ def test_llama_is_left_out_only_if_asked(
     project: Any, monkeypatch: pytest.MonkeyPatch, arguments: list[str], extras: set[str]
 ) -> None:
     asked: list[set[str]] = []
-    monkeypatch.setattr(project, "set_up", lambda extras, cpu: asked.append(extras))
+    monkeypatch.setattr(project, "set_up", lambda extras, cpu, gpu: asked.append(extras))
     monkeypatch.setattr(sys, "argv", ["setup", *arguments])
     project.main()
     assert asked == [extras]
@@ -390,7 +391,7 @@ def test_an_interrupted_set_up_is_not_taken_for_a_whole_one(
 
 def test_again_chooses_and_installs_anew(project: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     built: list[str] = []
-    monkeypatch.setattr(project, "install_llama", lambda _, by, cpu: built.append(by.text))
+    monkeypatch.setattr(project, "install_llama", lambda _, by, *more: built.append(by.text))
     monkeypatch.setattr(sys, "argv", ["setup"])
     project.main()
     project.main()
@@ -415,6 +416,51 @@ def test_again_does_not_take_what_another_set_up_did_meanwhile(
     monkeypatch.setattr(project, "wait_for", lambda lock: project.STAMP.write_text(stamp))
     project.main()
     assert len(built) == builds
+
+
+def vulkan(setup: Any) -> Any:
+    return setup.Gpu("Vulkan", ("-DGGML_VULKAN=ON",), "headers 1", {"OF_GPU": "1"})
+
+
+def test_later_set_ups_keep_to_the_gpu(project: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[str] = []
+
+    def install(requirement: str, compiler: object, cpu: object, gpu: Any) -> None:
+        built.append(gpu.name if gpu else "cpu")
+
+    monkeypatch.setattr(project, "install_llama", install)
+    monkeypatch.setattr(project, "find", lambda name, environ: vulkan(project))
+    for arguments in (
+        [],
+        ["--gpu", "vulkan"],
+        [],
+        ["--extra", "plot"],
+        ["--gpu", "vulkan"],
+        ["--again"],
+        ["--gpu", "cpu"],
+        [],
+    ):
+        monkeypatch.setattr(sys, "argv", ["setup", *arguments])
+        project.main()
+    assert built == ["cpu", "Vulkan", "Vulkan", "cpu"]
+
+
+def test_what_a_gpu_lacks_is_told_and_changes_nothing(
+    project: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lacks(name: str, environ: object) -> None:
+        raise project.Lacking("a build for Vulkan needs its library; `sudo apt install it`")
+
+    cpu = machine(project)
+    monkeypatch.setattr(project, "install_llama", lambda *args: None)
+    monkeypatch.setattr(project, "processor", lambda cpuinfo: cpu)
+    monkeypatch.setattr(project, "find", lacks)
+    monkeypatch.setattr(sys, "argv", ["setup"])
+    project.main()
+    monkeypatch.setattr(sys, "argv", ["setup", "--gpu", "vulkan"])
+    with pytest.raises(SystemExit, match=r"^setup: a build for Vulkan needs its library; `sudo a"):
+        project.main()
+    assert project.is_current({"llama"}, cpu, "cpu")
 
 
 @pytest.mark.parametrize("damage", ["", "{}", "[1]", "nonsense", '{"key": 1, "extras": null}'])
@@ -479,6 +525,33 @@ def test_a_wheel_is_built_once_for_each_thing_that_shapes_it(wheels: Any) -> Non
     assert len(wheels.builds) == 1
     others = {wheel(wheels, flags=("-x",)), wheel(wheels, text="gcc 13"), wheel(wheels, cpu="amx")}
     assert len(others | {first}) == len(wheels.builds) == 4
+
+
+def test_a_wheel_for_a_gpu_is_another_one(wheels: Any) -> None:
+    plain, gpu = wheel(wheels), vulkan(wheels)
+    built_with = wheels.Compiler("/bin/cc", "/bin/c++", False, 12, "gcc 12")
+
+    def make(gpu: Any) -> Any:
+        return wheels.cached_wheel("llama==1", built_with, machine(wheels, "avx2"), (), gpu)
+
+    found = {make(gpu), make(gpu), make(replace(gpu, found="headers 2"))}
+    assert len(found | {plain}) == len(wheels.builds) == 3
+    without, with_gpu, _ = wheels.builds
+    assert "-DGGML_VULKAN=ON" in shlex.split(with_gpu["CMAKE_ARGS"])
+    assert (with_gpu["OF_GPU"], with_gpu["CC"]) == ("1", "/bin/cc")
+    assert "VULKAN" not in without["CMAKE_ARGS"]
+    assert wheels.carried[1]["built-by.txt"] == "gcc 12, for Vulkan\n"
+
+
+def test_a_library_whose_driver_is_elsewhere_stays_unproved(
+    project: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    says = "echo OSError: libcuda.so.1: cannot open shared object file >&2; exit 1"
+    program(tmp_path, "python", f'case "$1" in -c) echo model.gguf;; *) {says};; esac')
+    monkeypatch.setattr(project, "PYTHON", tmp_path / "python")
+    assert project.is_proved(tmp_path / "llama.whl")
+    assert not list(tmp_path.glob("verdict-*"))
+    assert "libcuda.so.1" in project.said[-1]
 
 
 def test_a_build_that_was_cut_off_is_never_used(wheels: Any) -> None:

@@ -12,7 +12,8 @@ import pytest
 from outrider_services import sources
 from outrider_services.commands import show
 from outrider_services.commands.cli import main
-from outrider_services.options import OPTIONS, Option, Settings
+from outrider_services.options import OPTIONS, Option
+from outrider_services.table import Settings
 from outrider_services.tuning import search
 from outrider_services.tuning.decisions import Decision
 

@@ -8,7 +8,7 @@ import pytest
 
 from outrider.errors import ConfigError
 from outrider_services.bench.simulated import ideal, read_numbers
-from outrider_services.options import Settings, ToyOptions
+from outrider_services.table import Settings, ToyOptions
 
 
 def test_the_ideal_stays_within_its_limits_and_grows_with_the_draft() -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from outrider.errors import ConfigError
-from outrider_services.sources import from_environment, settings
+from outrider_services.sources import from_environment, from_file, settings
 
 KUBERNETES = {
     "OUTRIDER_SERVICE_HOST": "10.0.0.7",
@@ -67,3 +69,19 @@ def test_a_seed_that_no_worker_would_take_is_refused_at_once(seed: int) -> None:
     with pytest.raises(ConfigError, match="--seed must be from"):
         settings({"sampling.seed": seed})
     assert settings({"sampling.seed": (1 << 63) - 1}).sampling.seed == (1 << 63) - 1
+
+
+@pytest.mark.parametrize("value", ["9" * 5000, "[" * 5000], ids=["digits", "nest"])
+def test_a_file_with_something_endless_in_it_is_one_sentence(tmp_path: Path, value: str) -> None:
+    path = tmp_path / "outrider.toml"
+    path.write_text(f"[target]\nctx = {value}\n")
+    with pytest.raises(ConfigError, match="is not TOML"):
+        from_file(path)
+
+
+@pytest.mark.parametrize("value", ["[]", '["a", "b"]'])
+def test_a_list_where_one_value_belongs_is_told(value: str, tmp_path: Path) -> None:
+    path = tmp_path / "outrider.toml"
+    path.write_text(f"[target]\nmodel = {value}\n[sampling]\nstop = []\n")
+    with pytest.raises(ConfigError, match=r"target\.model must be one value"):
+        from_file(path)

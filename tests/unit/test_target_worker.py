@@ -15,6 +15,7 @@ from outrider.core.constraints import Constraint
 from outrider.core.engine import EngineFault, Part
 from outrider.core.events import Prefill
 from outrider.core.logprobs import top_logprobs
+from outrider.core.orders import MOST_WAITING
 from outrider.core.sampling import Sampling, Scores
 from outrider.core.values import TopLogprob, Verdict, Verify
 from outrider.engines.toy import ToyEngine
@@ -214,6 +215,28 @@ async def test_blocks_of_several_requests_are_one_pass_and_one_message(desk: Des
     alone.extend(0, TEXT[::-1], 0)
     rows = alone.extend(0, first[2].tokens, 1)
     assert said[2].tokens == (int(rows[0].argmax()),)
+
+
+async def test_what_comes_twice_or_late_has_no_effect(desk: Desk) -> None:
+    desk.open(7)
+    first = verdicts(await desk.work())[7]
+    again = Prefill(TEXT, GREEDY, False, cache="")
+    order = Verify(1, len(TEXT) + 1, ())
+    for message in (again, order, again, order):
+        desk.worker.handle(wire.Do(7, message))
+    second = verdicts(await desk.work())[7]
+    assert (second.round, second.base) == (1, len(TEXT) + 1)
+    for message in (order, again):
+        desk.worker.handle(wire.Do(7, message))
+    assert await desk.work() == []
+    desk.worker.handle(wire.Do(7, Verify(2, len(TEXT) + 2, ())))
+    assert verdicts(await desk.work())[7].round == 2
+    # a later one is no repetition: the text was committed with another worker
+    text = (*TEXT, *first.tokens)
+    later = again.changed(tokens=text, begins=len(TEXT), round=3)
+    desk.worker.handle(wire.Do(7, later))
+    resumed = verdicts(await desk.work())[7]
+    assert (resumed.round, resumed.tokens) == (3, second.tokens)
 
 
 async def test_a_conversation_is_read_on_from_where_it_was(desk: Desk) -> None:
@@ -453,3 +476,87 @@ async def test_a_request_closed_while_its_form_is_compiled_does_nothing(desk: De
     worker.handle(wire.Close(5))
     await desk.settle()
     assert sent == []
+
+
+# ---- without waiting for a message --------------------------------------------------------------
+
+
+def alone(count: int) -> list[int]:
+    """What the target says behind TEXT."""
+    engine, said = ToyEngine(), list[int]()
+    rows = engine.extend(0, TEXT, 1)
+    for _ in range(count):
+        said.append(int(rows[0].argmax()))
+        rows = engine.extend(0, said[-1:], 1)
+    return said
+
+
+def all_verdicts(sent: Sequence[wire.Message]) -> list[Verdict]:
+    return [
+        one.done for one in sent if isinstance(one, wire.Done) and isinstance(one.done, Verdict)
+    ]
+
+
+async def test_it_takes_plain_steps_by_itself_as_far_as_it_may(desk: Desk) -> None:
+    desk.open(1)
+    base = len(TEXT)
+    said = all_verdicts(await desk.work())
+    desk.worker.handle(wire.Do(1, Verify(1, base + 1, (), until=base + 4)))
+    said += all_verdicts(await desk.work())
+    assert [(one.round, one.base) for one in said] == [
+        (0, base),
+        *((1, base + n) for n in (1, 2, 3)),
+    ]
+    assert [token for one in said for token in one.tokens] == alone(4)
+    desk.worker.handle(wire.Do(1, Verify(2, base + 4, (), until=base + 9)))
+    await desk.worker.compute()
+    desk.worker.handle(wire.Close(1))
+    await desk.work()
+    assert all(holder.is_free for holder in desk.worker.slots._holders)
+    assert len(passes(desk)) <= 6, "nobody waits for the rest"
+
+
+async def test_a_block_that_was_sent_ahead_is_begun_at_once_or_dropped(desk: Desk) -> None:
+    right, base = tuple(alone(9)), len(TEXT)
+    wrong = (right[5] + 1) % 256
+    desk.open(1)
+    said = all_verdicts(await desk.work())
+    orders = (
+        Verify(1, base + 1, right[1:3]),
+        Verify(2, base + 3, right[3:5], follows=True),
+        Verify(3, base + 5, (wrong, *right[6:8]), follows=True),
+        Verify(4, base + 8, right[8:], follows=True),
+    )
+    desk.worker.handle(wire.Pass(tuple((1, order) for order in orders)))
+    said += all_verdicts(await desk.work())
+    assert [(one.round, one.accepted, len(one.tokens)) for one in said] == [
+        *((0, 0, 1), (1, 2, 3), (2, 1, 2))
+    ]
+    assert [token for one in said for token in one.tokens] == [*right[:6]]
+    desk.worker.handle(wire.Do(1, Verify(5, base + 6, right[6:8])))
+    (last,) = all_verdicts(await desk.work())
+    assert (last.round, last.tokens) == (5, right[6:9])
+
+
+async def test_more_orders_than_it_keeps_cost_the_request_alone(desk: Desk) -> None:
+    desk.open(1)
+    desk.open(2, TEXT[::-1])
+    base = len(TEXT) + 1
+    for number in range(1, MOST_WAITING + 2):
+        desk.worker.handle(wire.Do(1, Verify(number, base + number, (65,), follows=True)))
+    assert [one.id for one in desk.sent if isinstance(one, wire.Failed)] == [1]
+    assert 2 in verdicts(await desk.work())
+
+
+async def test_a_worker_that_waits_for_stragglers_can_be_ended(
+    worker: TargetWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if somebody wakes it at the same moment."""
+    monkeypatch.setattr(worker._stragglers, "expected", lambda now: 60.0)
+    worker._turns.append(Verified(1, 0, [1], USUAL, False, 0.0))
+    gathering = asyncio.ensure_future(worker._gather())
+    await asyncio.sleep(0)
+    worker.wake()
+    gathering.cancel()
+    await asyncio.wait([gathering], timeout=1)
+    assert gathering.cancelled()

@@ -10,13 +10,20 @@ from rich.console import Console
 
 from outrider_services.commands.top import BAR, Look, bar, compare, duration, screen
 
+
+def worker(role: str, model: str, busy: float, passes_per_s: float) -> dict[str, Any]:
+    told = {"role": role, "model": model, "device": "cpu"}
+    return {**told, "busy": busy, "passes_per_s": passes_per_s}
+
+
 HEALTH: dict[str, Any] = {
     "status": "ok",
     "mode": "pipelined",
     "uptime_s": 3725.4,
     "workers": {
-        "draft": {"model": "small", "device": "cpu", "busy": 0.5, "passes_per_s": 300.0},
-        "target": {"model": "[red]big\x1b[2J", "device": "cpu", "busy": 1.0, "passes_per_s": 40.0},
+        "draft": worker("draft", "small", 0.5, 300.0) | {"requests": 2, "worth": 91.25},
+        "draft-2": worker("draft", "small", 0.0, 0.0) | {"requests": 0, "link_s": 0.0123},
+        "target": worker("target", "[red]big\x1b[2J", 1.0, 40.0),
     },
     "requests": {"running": 2, "waiting": 1},
     "slots": {
@@ -58,7 +65,9 @@ def test_rates_are_those_between_two_looks() -> None:
 def test_the_target_comes_first_and_requests_in_their_order() -> None:
     lines = [line.split() for line in shown(compare("here", look(1, 0), look(2, 80))).splitlines()]
     firsts = [line[0] for line in lines if line]
-    assert firsts == ["here:", "2", "lane", "target", "draft", "request", "7", "8"]
+    assert firsts == ["here:", "2", "lane", "target", "draft", "draft-2", "request", "7", "8"]
+    assert " ".join(lines[5]).endswith("300.0 2 91.2 tokens/s - small cpu")
+    assert " ".join(lines[6]).endswith("0.0 0 - 12.3 ms small cpu")
     assert lines[-2] == ["7", "verifying", "pipelined", "12", "90", "45.2", "62%"]
     assert lines[-1] == ["8", "new", "9", "0", "-", "-"]
 

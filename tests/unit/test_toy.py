@@ -229,6 +229,15 @@ def test_costs_add_up() -> None:
     assert costs.of(5, 2) == pytest.approx(1.13)
 
 
+def test_a_curve_stands_for_costs_that_no_slope_describes() -> None:
+    costs = ToyCosts(first_row_s=9.0, prefill_row_s=0.01, curve_s=(1.0, 3.0, 3.5))
+    assert [costs.of(rows, rows) for rows in (1, 2, 3, 4, 6)] == [1.0, 3.0, 3.5, 4.0, 5.0]
+    assert costs.of(4, 0) == pytest.approx(0.04)
+    assert ToyCosts(curve_s=(1.0,)).of(7, 7) == 1.0
+    with pytest.raises(ValueError, match="costs"):
+        ToyCosts(curve_s=(1.0, -1.0))
+
+
 def test_extend_takes_its_time_without_the_processor() -> None:
     engine = ToyEngine(ToySettings(costs=ToyCosts(first_row_s=0.1)))
     begin, busy = time.monotonic(), time.thread_time()

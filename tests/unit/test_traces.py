@@ -13,7 +13,7 @@ from outrider.errors import BadRequest, ConfigError, IncompatiblePair
 from outrider_services.bench import traces
 from outrider_services.bench.prompts import Category
 from outrider_services.bench.traces import record
-from outrider_services.options import PipelineOptions, Settings, TargetOptions, ToyOptions
+from outrider_services.table import PipelineOptions, Settings, TargetOptions, ToyOptions
 
 SETTINGS = Settings(
     target=TargetOptions(ctx=64),

@@ -201,6 +201,22 @@ async def test_a_link_over_which_something_unreadable_comes_ends(
     await until(lambda: house.gone)
 
 
+async def test_a_worker_that_says_something_unreadable_loses_its_connection(
+    house: House, guest: Guest
+) -> None:
+    """Its verdict may have been in it; of others it is only counted."""
+    guest.link._post(b"", b"nonsense")
+    await guest.say(wire.Health(1))
+    await until(lambda: house.heard[-1][1] == wire.Health(1))
+    assert not guest.lost
+    house.router.send(house.peer, wire.Welcome())
+    await until(lambda: guest.heard)
+    guest.link._post(b"", b"nonsense")
+    await until(lambda: guest.lost and house.gone)
+    await guest.say(wire.Health(2))  # it may come back
+    await until(lambda: house.heard[-1][1] == wire.Health(2))
+
+
 async def test_a_link_without_a_connection_says_so(house: House) -> None:
     guest = Guest("ipc:///nowhere.sock")
     try:

@@ -7,7 +7,7 @@ import json
 import os
 import struct
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,14 @@ import pytest
 
 from outrider.engines import processor
 from outrider.engines.llama import library, quantise
+from outrider.engines.llama.devices import Offload
 from outrider.engines.toy import ToyEngine
 from outrider.errors import ConfigError, ModelNotFound, ModelUnusable, RequestTimeout, WorkerLost
-from outrider_services import options, sources
+from outrider_services import options, sources, table
 from outrider_services.models import catalogue
-from outrider_services.options import Settings
-from outrider_services.pipeline.launcher import worker_arguments
+from outrider_services.pipeline.arguments import worker_arguments
 from outrider_services.pipeline.places import share_cores
+from outrider_services.table import Settings
 from outrider_services.tuning import advice, decisions, forecasts, probe, search, tuner
 from outrider_services.tuning.decisions import Decision, Trial, Variant
 from outrider_services.tuning.probe import Findings, Job, Turns
@@ -263,7 +264,7 @@ def test_the_thorough_search_tries_all_kernels(settings: Settings) -> None:
     children = Children()
     children.without |= {"repack": 0.9, "flash": 0.5}
     assert search.tune(settings, children).without == "flash"
-    assert {without for without, _ in children.tried} == {"", *options.KERNELS}
+    assert {without for without, _ in children.tried} == {"", *table.KERNELS}
 
 
 @pytest.mark.parametrize(
@@ -273,14 +274,15 @@ def test_the_thorough_search_tries_all_kernels(settings: Settings) -> None:
         ({"target__without": "none"}, ""),
         ({"pipeline__exact": True}, ""),
         ({"target__ngl": 1}, ""),
+        ({"target__device": "CUDA0"}, ""),
     ],
-    ids=["his-own", "none", "exact", "on-the-GPU"],
+    ids=["his-own", "none", "exact", "on-the-GPU", "on-a-named-GPU"],
 )
 def test_kernels_that_the_user_decided_on_are_left_alone(
     default: Settings, values: dict[str, Any], tried: str
 ) -> None:
     children = Children()
-    children.without |= {name: 0.5 for name in options.KERNELS if name != tried}
+    children.without |= {name: 0.5 for name in table.KERNELS if name != tried}
     given = changed(default, **values)
     for _ in range(2):  # measured, and kept
         prepared = search.prepared(given, print, children)
@@ -655,8 +657,15 @@ def test_whatever_changes_what_is_measured_changes_the_key(
         {"pipeline__mode": "sync"},
         {"pipeline__exact": True},
         {"target__without": "tiled"},
+        {"target__device": "CUDA0"},
+        {"target__device": "CUDA1"},
+        {"target__device": "CUDA1", "target__ngl": 3},
+        {"target__device": "CUDA1", "target__split": "3,1"},
+        {"draft__device": "CUDA1"},
     ):
         keys.append(decisions.key(changed(settings, **values)))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")  # another card is called CUDA0
+    keys.append(decisions.key(changed(settings, target__device="CUDA0")))
     os.utime(str(settings.draft.model), ns=(1, 1))
     keys.append(decisions.key(settings))
     monkeypatch.setattr(processor, "kind", lambda: ["another"])
@@ -675,7 +684,7 @@ def test_what_was_left_unfinished_is_removed(settings: Settings, cache: Path) ->
 
 
 def test_every_type_has_a_number() -> None:
-    assert set(options.QUANTS) == quantise.KINDS.keys()
+    assert set(table.QUANTS) == quantise.KINDS.keys()
 
 
 def test_the_texts_are_there() -> None:
@@ -711,6 +720,14 @@ def test_a_child_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     monkeypatch.setattr("sys.executable", str(script))
     with pytest.raises(RequestTimeout, match="0 s"):
         probe.ask(Job("m.gguf", 1), 0.2)
+
+
+def test_a_child_gets_the_job_as_it_was() -> None:
+    offload = Offload(3, ("CUDA0", "CUDA1"), (3.0, 1.0), 1)
+    job = Job("m.gguf", 2, "0", offload, rows=(1, 4), texts=(("a", "b"),))
+    read = probe.read_job(json.dumps(asdict(job)))
+    assert (read.offload, read.rows, read.cores) == (offload, (1, 4), "0")
+    assert json.dumps(asdict(read)) == json.dumps(asdict(job))
 
 
 def test_a_real_child_says_why_it_cannot(tmp_path: Path) -> None:

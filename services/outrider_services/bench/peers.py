@@ -18,7 +18,7 @@ import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -27,13 +27,15 @@ from typing import Any, ClassVar
 import platformdirs
 
 from outrider.errors import ConfigError, WorkerLost
-from outrider_services.options import Settings, cores
+from outrider_services.options import cores, offload
+from outrider_services.table import DraftOptions, Settings, TargetOptions
 
 ANSWER_S = 1800.0  # for one answer, however slow the model
 STOP_S = 5.0
 DECODED = re.compile(r"decoded +(\d+) tokens in +[\d.]+ seconds, speed: +([\d.]+) t/s")
 ACCEPTED = re.compile(r"n_drafted += (\d+).*?n_accept += (\d+)", re.DOTALL)
 PR_SET_PDEATHSIG = 1
+DRAFT_FLAGS = ("-md", "--spec-type", "-td", "-tbd", "-ngld", "-devd")
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,12 +78,26 @@ class Setup:
             "-tb": threads,
             "-td": threads_draft,
             "-tbd": threads_draft,
-            "-ngl": _layers(target.ngl),
-            "-ngld": _layers(draft.ngl),
+            "-ngl": _layers(target),
+            "-ngld": _layers(draft),
+            **({"-dev": target.device} if target.device else {}),
+            **({"-devd": draft.device} if draft.device else {}),
         }
         listed = tuple(str(part) for flag in flags.items() for part in flag)
         timeout_s = settings.pipeline.ready_timeout_s
         return cls(target.model, draft.model, listed, frozenset(used), timeout_s)
+
+    def for_slots(self, slots: int) -> Setup:
+        """The same with a context of this size for each of so many requests."""
+        size = self.flags.index("-c") + 1
+        context = str(int(self.flags[size]) * slots)
+        return replace(self, flags=(*self.flags[:size], context, *self.flags[size + 1 :]))
+
+    def without_draft(self) -> Setup:
+        """The same for a program that decodes with the target alone."""
+        pairs = zip(self.flags[::2], self.flags[1::2], strict=True)
+        kept = [pair for pair in pairs if pair[0] not in DRAFT_FLAGS]
+        return replace(self, flags=tuple(part for pair in kept for part in pair))
 
 
 def default_directory() -> Path:
@@ -148,7 +164,8 @@ class Peer:
         with contextlib.suppress(ProcessLookupError):
             process.terminate()
         try:
-            await asyncio.wait_for(process.wait(), STOP_S)
+            async with asyncio.timeout(STOP_S):
+                await process.wait()
         except TimeoutError:
             process.kill()
             await process.wait()
@@ -197,19 +214,26 @@ def parse(output: str) -> Answer | None:
 
 
 class Server(Peer):
-    """One process for as long as `n_max` stays the same."""
+    """One process for as long as `n_max` stays the same.
+
+    With `slots` it answers so many requests at once, each with a context of its own and to the last
+    token asked for, whatever ends the text.
+    """
 
     name = "llama-server"
 
-    def __init__(self, program: Path, setup: Setup) -> None:
-        super().__init__(program, setup)
-        self._n_max, self._url = 0, ""
+    def __init__(self, program: Path, setup: Setup, slots: int | None = None) -> None:
+        super().__init__(program, setup if slots is None else setup.for_slots(slots))
+        self._n_max, self._url, self._slots = 0, "", slots
 
     async def generate(self, prompt: str, count: int, n_max: int) -> Answer:
         if self._process is None or self._n_max != n_max:
             await self.stop()
             await self._serve(n_max)
-        question = {"prompt": prompt, "n_predict": count, "temperature": 0, "cache_prompt": False}
+        question: dict[str, Any] = {"prompt": prompt, "n_predict": count}
+        question |= {"temperature": 0, "cache_prompt": False}
+        if self._slots is not None:
+            question["ignore_eos"] = True
         ask = partial(_ask, f"{self._url}/completion", json.dumps(question).encode(), ANSWER_S)
         answer = await self._while_alive(ask)
         try:
@@ -223,8 +247,8 @@ class Server(Peer):
     async def _serve(self, n_max: int) -> None:
         port = _free_port()
         self._n_max, self._url = n_max, f"http://127.0.0.1:{port}"
-        address = ("--host", "127.0.0.1", "--port", str(port), "-np", "1")
-        await self._start(*address, "--spec-draft-n-max", str(n_max))
+        address = ("--host", "127.0.0.1", "--port", str(port), "-np", str(self._slots or 1))
+        await self._start(*address, *(("--spec-draft-n-max", str(n_max)) if n_max else ()))
         try:
             async with asyncio.timeout(self._setup.ready_timeout_s):
                 while not await self._is_ready():  # noqa: ASYNC110  (another program has no event)
@@ -254,7 +278,8 @@ class Server(Peer):
             raise self._failed("answered what is not JSON") from None
         except ConnectionError:
             with contextlib.suppress(TimeoutError):  # if it has just ended, we may not know yet
-                await asyncio.wait_for(process.wait(), 0.2)
+                async with asyncio.timeout(0.2):
+                    await process.wait()
                 raise self._failed(f"ended with status {process.returncode}") from None
             raise
 
@@ -284,7 +309,8 @@ def _free_port() -> int:
     return port
 
 
-def _layers(count: int) -> str:
+def _layers(worker: TargetOptions | DraftOptions) -> str:
+    count = offload(worker).layers
     return "all" if count < 0 else str(count)
 
 

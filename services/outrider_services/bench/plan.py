@@ -9,10 +9,11 @@ from typing import Any, get_args
 from outrider.core.rules import MOST_DRAFTED
 from outrider.core.values import AskedMode
 from outrider.errors import ConfigError
-from outrider_services.bench import peers, prompts
+from outrider_services.bench import peers, prompts, suites
 from outrider_services.bench.results import PLAIN
 from outrider_services.options import nearest
 
+SUITE_RESTARTS = 10
 MODES: tuple[AskedMode, ...] = get_args(AskedMode)
 
 
@@ -44,7 +45,8 @@ class Plan:
     categories: tuple[prompts.Category, ...]
     count: int  # tokens of each answer
     repetitions: int  # of each prompt
-    warmup: int  # answers of each arm that do not count
+    restarts: int  # of all processes; each has all repetitions
+    warmup: int  # answers of each arm that do not count, after each start
     lanes: bool  # whether traces for the picture of the lanes are wanted
 
 
@@ -53,7 +55,11 @@ def read_plan(parsed: Any) -> Plan:
     names = [name.strip() for name in parsed.arms.split(",") if name.strip()]
     names = list(dict.fromkeys([PLAIN, *names]))  # the baseline is always measured
     arms = tuple(read_arm(name) for name in names if name not in peers.PEERS)
+    restarts = (
+        (SUITE_RESTARTS if parsed.suite else 1) if parsed.restarts is None else parsed.restarts
+    )
     for flag, value, least in (
+        ("--restarts", restarts, 1),
         ("--n-predict", parsed.n_predict, 2),  # the first token has no speed
         ("--repetitions", parsed.repetitions, 1),
         ("--warmup", parsed.warmup, 0),
@@ -71,9 +77,14 @@ def read_plan(parsed: Any) -> Plan:
         arms=arms,
         peers=tuple(name for name in names if name in peers.PEERS),
         peer_n_max=read_ranges(parsed.peer_n_max),
-        categories=tuple(prompts.load(parsed.prompts, chosen, parsed.per_category)),
+        categories=tuple(
+            suites.load(parsed.suite, chosen, parsed.per_category)
+            if parsed.suite
+            else prompts.load(parsed.prompts, chosen, parsed.per_category)
+        ),
         count=parsed.n_predict,
         repetitions=parsed.repetitions,
+        restarts=restarts,
         warmup=parsed.warmup,
         lanes=parsed.lanes is not None,
     )

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from outrider.core.branches import RANKS, Branch, Branches, Found, Ranks, chosen
 from outrider.core.decoding import verify
 from outrider.core.estimates import CostModel
 from outrider.core.events import (
@@ -30,13 +31,16 @@ from outrider.core.events import (
     Timer,
 )
 from outrider.core.experience import Experience
+from outrider.core.orders import Orders
 from outrider.core.rules import PricedRule, Rule
 from outrider.core.session import Session
 from outrider.core.stats import Stats
 from outrider.core.stream import Begun, Stream
-from outrider.core.values import Drafted, Proposal, TokenId, Verdict, Verify
+from outrider.core.values import Block, Drafted, Proposal, TokenId, Verdict, Verify
 
 WRONG = 10**6
+# number of the pass, the main line's text, what it is for besides, seconds
+Step = tuple[int, Begun | None, list[tuple[Branches, Branch, tuple[TokenId, ...]]], float]
 
 
 @dataclass(frozen=True)
@@ -45,19 +49,36 @@ class World:
 
     verify_s: tuple[float, ...]  # a pass over 1, 2, 3 … rows
     draft_s: float  # a drafted token
-    link_s: float = 0.00025  # a message, each way
+    link_s: float = 0.00025  # a message between coordinator and target, each way
+    draft_link_s: float | None = None  # … and draft; None: the same
     cuts: bool = True  # whether drafting is broken off once the text it was for has changed
     prompt: int = 1  # tokens
     prefill_s: float = 0.0  # the target's reading of one of them
     read_s: float = 0.0  # the draft's
+    rollback_s: float = 0.0  # added to the pass behind a block of which some had to be taken back
+    rows_s: tuple[float, ...] = ()  # the draft's pass over 1, 2 … rows, where it drafts branches
+
+    @property
+    def to_draft_s(self) -> float:
+        """What a message to or from the draft takes."""
+        return self.link_s if self.draft_link_s is None else self.draft_link_s
 
     def experience(self) -> Experience:
-        costs = CostModel(self.verify_s, self.draft_s, 2 * self.link_s, self.read_s)
+        costs = CostModel(
+            self.verify_s,
+            self.draft_s,
+            2 * self.link_s,
+            self.read_s,
+            rollback_s=self.rollback_s,
+        )
         return Experience(costs)
 
     def alone_s(self, length: int) -> float:
-        """Seconds of an answer of `length` tokens by plain steps, reading the prompt included."""
-        steps_s = (length - 1) * (self.verify_s[0] + 2 * self.link_s)
+        """Seconds of an answer of `length` tokens by plain steps, reading the prompt included.
+
+        The target goes on by itself: only the first step waits for messages.
+        """
+        steps_s = (length - 1) * self.verify_s[0] + 2 * self.link_s
         return self.prompt * self.prefill_s + steps_s
 
     def rule(self, mode: Any) -> PricedRule:
@@ -82,27 +103,37 @@ class Replay:
     world: World
     due: list[tuple[float, int, str, Any]] = field(default_factory=list)
     stream: Stream | None = None
+    orders: Orders = field(default_factory=Orders)  # of the target
+    block: Block | None = ()  # what it verifies; None: it is idle
+    length: int = 0  # of its text
+    owed_s: float = 0.0  # for what it has to take back
     busy: int | None = None  # number of the token that the draft computes; None: idle
     unsent: list[Drafted] = field(default_factory=list)
     unsent_at: tuple[int, int] = (0, 0)  # their lineage and first position
     unsent_s: float = 0.0  # what they took
     over: bool = False
+    ranks: Ranks = field(default_factory=Ranks)
 
     def speedup(self) -> float:
         """Play the answer. How many times as fast it was as with a plain step for every token.
 
         The time from the question to the last token counts.
         """
+        last = self.play().last_commit
+        assert last is not None
+        return self.world.alone_s(len(self.trace["match"])) / last
+
+    def play(self) -> Stats:
+        """Play the answer; what its session has counted."""
         self.count = itertools.count()
-        length = len(self.trace["match"])
+        length, self.length = len(self.trace["match"]), self.world.prompt
         task = Task(tuple(range(self.world.prompt)), length, (), frozenset(), 10**6, 10**9)
         self.session = Session(task, self.rule, Stats(self.rule.mode))
         self.handle(Start(draft=True), 0.0)
         while not self.over:
             now, _, kind, data = heapq.heappop(self.due)
             getattr(self, kind)(data, now)
-        assert self.session.stats.last_commit is not None
-        return self.world.alone_s(length) / self.session.stats.last_commit
+        return self.session.stats
 
     def at(self, when: float, kind: str, data: Any) -> None:
         heapq.heappush(self.due, (when, next(self.count), kind, data))
@@ -115,16 +146,14 @@ class Replay:
             self.at(max(self.session.deadline, now), "handle", Timer())
 
     def execute(self, command: Command, now: float) -> None:
-        link_s = self.world.link_s
         match command:
             case Prefill():
                 read_s = self.world.prompt * self.world.prefill_s
-                self.at(now + read_s, "verified", Verify(0, self.world.prompt, ()))
-            case Verify(_, _, drafted):
-                pass_s = self.world.verify_s[len(drafted)]
-                self.at(now + 2 * link_s + pass_s, "verified", command)
+                self.at(now + read_s, "verified", 0.0)
+            case Verify():
+                self.at(now + self.world.link_s, "ordered", command)
             case OpenDraft() | Commit():
-                self.at(now + link_s, "told", command)
+                self.at(now + self.world.to_draft_s, "told", command)
             case Settle():
                 self.session.rule.settle()
             case Finish():
@@ -132,24 +161,44 @@ class Replay:
 
     # ---- what happens ---------------------------------------------------------------------------
 
-    def verified(self, order: Verify, now: float) -> None:
+    def ordered(self, order: Verify, now: float) -> None:
+        self.orders.add(order)
+        if self.block is None:
+            self.go_on(now)
+
+    def go_on(self, now: float) -> None:
+        """The target begins what it can without waiting for a message."""
+        self.block = self.orders.take(range(self.length))
+        if self.block is not None:
+            pass_s, owed_s = self.world.verify_s[len(self.block)], self.owed_s
+            # a pass that reads again is no measurement of its rows
+            self.at(now + pass_s + owed_s, "verified", 0.0 if owed_s else pass_s)
+
+    def verified(self, pass_s: float, now: float) -> None:
         """The target has verified the block: what is right at a position is its number."""
-        right = range(order.base, order.base + len(order.drafted) + 1)
-        tokens = verify(order.drafted, right).tokens
+        base, block = self.length, self.block or ()
+        tokens = verify(block, range(base, base + len(block) + 1)).tokens
+        self.length += len(tokens)
+        self.orders.judged(len(tokens) > len(block))
+        self.owed_s = 0.0 if len(tokens) > len(block) else self.world.rollback_s
         verdict = Verdict(
             accepted=len(tokens) - 1,
             tokens=tokens,
-            round=order.round,
-            base=order.base,
+            round=self.orders.round,
+            base=base,
             pieces=(b"",) * len(tokens),
             margins=(0.0,) * len(tokens),
-            elapsed_s=self.world.verify_s[len(order.drafted)],
+            elapsed_s=pass_s,
+            rows=len(block) + 1 if pass_s else 0,
         )
-        self.handle(verdict, now)
+        self.at(now + self.world.link_s, "handle", verdict)
+        self.go_on(now)
 
     def told(self, order: OpenDraft | Commit, now: float) -> None:
         if isinstance(order, OpenDraft):
             self.stream = Stream.opened(order, 10**9)
+            if self.world.rows_s:
+                self.stream.branches = Branches(self.ranks)
             if order.recall:
                 self.recall(self.stream, order.recall, now)
         else:
@@ -158,6 +207,8 @@ class Replay:
             if (cut or self.stream.is_to_stop) and self.world.cuts:
                 self.busy = None
                 self.tell(now)
+            if self.stream.adopted:
+                self.foresaw(self.stream, now)
         self.draft(now)
 
     def recall(self, stream: Stream, count: int, now: float) -> None:
@@ -168,28 +219,54 @@ class Replay:
         stream.read = len(text) - 1
         recalled = tuple(self.recorded(text[:end]) for end in ends)
         proposal = Proposal(stream.lineage, len(text), (), took_s, recalled=recalled)
-        self.at(now + took_s + self.world.link_s, "handle", proposal)
+        self.at(now + took_s + self.world.to_draft_s, "handle", proposal)
 
     def draft(self, now: float) -> None:
         stream = self.stream
-        if stream and self.busy is None and stream.has_work:
-            self.busy, begun = next(self.count), stream.begin()
-            unread = max(0, len(begun.tokens) - 1 - begun.read)
-            took_s = self.world.draft_s + unread * self.world.read_s
-            self.at(now + took_s, "computed", (self.busy, begun, took_s))
+        if stream is None or self.busy is not None:
+            return
+        passes_s = self.world.rows_s or (self.world.draft_s,)
+        main = [stream.reach] if stream.has_work else []
+        room = len(passes_s) - 1 - len(stream.branches.begun if stream.branches else ())
+        growing = [(value, one, stream.branches) for value, one in stream.candidates(10**9)]
+        lines, branches = chosen(main, growing, room, passes_s)
+        if not (lines or branches):
+            return
+        self.busy, begun = next(self.count), stream.begin()
+        unread = max(0, len(begun.tokens) - 1 - begun.read) if lines else 0
+        took_s = passes_s[lines + len(branches) - 1] + unread * self.world.read_s
+        parts = [
+            (whose, one, (*begun.tokens[: one.place], *one.tokens))
+            for one, whose in branches
+            if whose
+        ]
+        what = self.busy, begun if lines else None, parts, took_s
+        self.at(now + took_s, "computed", what)
 
-    def computed(self, what: tuple[int, Begun, float], now: float) -> None:
-        number, begun, took_s = what
-        if number != self.busy or self.stream is None:
+    def computed(self, what: Step, now: float) -> None:
+        number, begun, branches, took_s = what
+        stream = self.stream
+        if number != self.busy or stream is None:
             return
         self.busy = None
-        drafted = self.recorded(begun.tokens)
-        if self.stream.took(begun, len(begun.tokens), [drafted]):
-            self.unsent.append(drafted)
-            self.unsent_s += took_s
-            self.unsent_at = begun.lineage, len(begun.tokens) + 1 - len(self.unsent)
+        for whose, branch, text in branches:
+            whose.grow(branch, self.found(text))
+        if begun:
+            found = self.found(begun.tokens)
+            if stream.took(begun, len(begun.tokens), [found.drafted], found.others):
+                self.unsent.append(found.drafted)
+                self.unsent_s += took_s
+                self.unsent_at = begun.lineage, len(begun.tokens) + 1 - len(self.unsent)
         self.draft(now)
         self.tell(now)
+
+    def foresaw(self, stream: Stream, now: float) -> None:
+        """A commit has led onto a branch: what that has drafted is there at once."""
+        stream.adopted, position = None, stream.committed
+        stream.read = max(stream.read, len(stream.tokens) - 1)
+        if stream.foreseen:
+            proposal = Proposal(stream.lineage, position, stream.foreseen, 0.0, foreseen=True)
+            self.at(now + self.world.to_draft_s, "handle", proposal)
 
     def tell(self, now: float) -> None:
         """Send what was drafted: at once, or, in turns, all together when the draft has to wait."""
@@ -202,8 +279,17 @@ class Replay:
                 elapsed_s=self.unsent_s,
                 paused=self.stream.is_paused,
             )
-            self.at(now + self.world.link_s, "handle", proposal)
+            self.at(now + self.world.to_draft_s, "handle", proposal)
             self.unsent, self.unsent_s = [], 0.0
+
+    def found(self, tokens: Sequence[TokenId]) -> Found:
+        """What the draft drafts behind `tokens`, and what it would have drafted in its place."""
+        drafted, position = self.recorded(tokens), len(tokens)
+        others = [position + WRONG * (2 + n) for n in range(len(RANKS))]
+        rank = self.trace.get("rank_at_miss", {}).get(str(position - self.world.prompt), 99)
+        if drafted.token != position and rank - 2 < len(others):
+            others[rank - 2] = position
+        return Found(drafted, tuple(others))
 
     def recorded(self, tokens: Sequence[TokenId]) -> Drafted:
         """What the draft drafts behind `tokens`, some of which may be wrong."""

@@ -11,7 +11,7 @@ import io
 import json
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from statistics import median
 from typing import Any
 
@@ -36,11 +36,12 @@ class Sample:
     n_max: int | None = None  # a peer's
     token_ids: tuple[int, ...] | None = None  # None: a peer tells only its speed
     margins: tuple[float, ...] = ()  # by how many logits each of them won
+    restart: int = 0  # which start of the processes it is of
 
     @property
-    def occasion(self) -> tuple[str, int, int]:
+    def occasion(self) -> tuple[str, int, int, int]:
         """The repetition of the prompt of the category that it is of."""
-        return self.category, self.prompt, self.repetition
+        return self.category, self.prompt, self.restart, self.repetition
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +93,15 @@ class Results:
         summaries = self.summaries()
         arms = dict.fromkeys(one.arm for one in summaries)
         return {arm: geometric_mean(s.ratio for s in summaries if s.arm == arm) for arm in arms}
+
+    def by_restart(self) -> dict[str, list[float]]:
+        """What `means` would be of each restart alone; nothing if there was only one."""
+        restarts = sorted({sample.restart for sample in self.samples})
+        alone = [
+            replace(self, samples=[one for one in self.samples if one.restart == restart]).means()
+            for restart in restarts
+        ]
+        return {arm: [of[arm] for of in alone] for arm in alone[0]} if len(restarts) > 1 else {}
 
     def against_peers(self) -> dict[str, dict[str, float]]:
         """By arm of ours and by category: how many times as fast it is as the best peer."""
@@ -202,6 +212,7 @@ def as_json(results: Results) -> str:
     found: dict[str, Any] = {
         "header": results.header,
         "geometric_means": results.means(),
+        "geometric_means_by_restart": results.by_restart(),
         "results": [asdict(summary) for summary in results.summaries()],
         "against_best_peer": {
             arm: {"geometric_mean": geometric_mean(ratios.values()), "categories": ratios}
@@ -238,6 +249,13 @@ def as_markdown(results: Results) -> str:
         ]
         parts += ["\n## Speed over the better peer\n"]
         parts += [table(["arm", *results.categories, "geometric mean"], rows)]
+    if between := results.by_restart():
+        head = ["arm", "restarts", "least", "median", "most"]
+        rows = [
+            [arm, str(len(of)), *(f"{x:.3f}" for x in (min(of), median(of), max(of)))]
+            for arm, of in between.items()
+        ]
+        parts += ["\n## Geometric mean, restart by restart\n", table(head, rows)]
     parts += ["\n## Details\n", _details(results), "", _verdict(results)]
     return "\n".join(parts) + "\n"
 

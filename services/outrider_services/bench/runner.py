@@ -14,6 +14,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
@@ -24,8 +25,9 @@ from outrider.errors import ConfigError
 from outrider_services.bench import peers
 from outrider_services.bench.plan import Arm, Plan, Prompt
 from outrider_services.bench.results import Results, Sample, geometric_mean
-from outrider_services.options import DraftOptions, Settings, TargetOptions, cores
+from outrider_services.options import cores, offload
 from outrider_services.pipeline.launcher import Launcher
+from outrider_services.table import DraftOptions, Settings, TargetOptions
 from outrider_services.terminal import News, tell
 
 FINALISTS = 4  # lengths of a peer that are tried on more than the first prompt of a category
@@ -46,6 +48,11 @@ class Bench:
         self.results = Results(header(settings), tuple(arm.name for arm in plan.arms), plan.peers)
 
     async def run(self) -> None:
+        for restart in range(self._plan.restarts):
+            await self._once(restart)
+
+    async def _once(self, restart: int) -> None:
+        """Start everything, and let every arm answer everything."""
         async with AsyncExitStack() as stack:
             name = f"bench-{secrets.token_hex(4)}"
             with News() as news:
@@ -58,7 +65,7 @@ class Bench:
                 self._peers[peer] = await stack.enter_async_context(made)
             for prompt in self._prompts():
                 self._texts[prompt] = await self._render(prompt)
-            await self._measure()
+            await self._measure(restart)
 
     def _prompts(self) -> Iterator[Prompt]:
         for category in self._plan.categories:
@@ -73,18 +80,19 @@ class Bench:
             return prompt.text
         return await self._client.apply_template(category.messages(prompt.text))
 
-    async def _measure(self) -> None:
+    async def _measure(self, restart: int) -> None:
         plan, all_prompts = self._plan, list(self._prompts())
-        await self._sweep()
+        if not restart:
+            await self._sweep()
         arms = [*(arm.name for arm in plan.arms), *plan.peers]
         for number in range(plan.warmup):
             for arm in arms:
                 sample = await self._sample(arm, all_prompts[0], -1)
                 tell(f"[warm-up {number + 1}/{plan.warmup}] {_line(sample)}")
-        questions = list(schedule(arms, all_prompts, plan.repetitions))
+        questions = list(schedule(arms, all_prompts, plan.repetitions, restart))
         for number, (prompt, repetition, arm) in enumerate(questions):
             sample = await self._sample(arm, prompt, repetition)
-            self.results.samples.append(sample)
+            self.results.samples.append(replace(sample, restart=restart))
             tell(f"[{number + 1}/{len(questions)}] {_line(sample)}")
         for mode in ("pipelined", "sync") if plan.lanes else ():
             answer = await self._ask(Arm(mode, mode), all_prompts[0], trace=True)
@@ -173,19 +181,20 @@ def finalists(tried: Mapping[int, Sequence[float]]) -> list[int]:
 
 
 def schedule(
-    arms: Sequence[str], all_prompts: Sequence[Prompt], repetitions: int
+    arms: Sequence[str], all_prompts: Sequence[Prompt], repetitions: int, first: int = 0
 ) -> Iterator[tuple[Prompt, int, str]]:
     """Who answers what, in this order: prompt, number of the repetition, arm.
 
-    Every arm answers once in each repetition of a prompt; each time another arm begins.
+    Every arm answers once in each repetition of a prompt; each time another arm begins, and the
+    one numbered `first` at first.
     """
-    begun = 0
+    begun = first
     for category in dict.fromkeys(prompt.category for prompt in all_prompts):
         for repetition in range(repetitions):
             for prompt in (p for p in all_prompts if p.category == category):
-                first = begun % len(arms)
+                at = begun % len(arms)
                 begun += 1
-                for arm in (*arms[first:], *arms[:first]):
+                for arm in (*arms[at:], *arms[:at]):
                     yield prompt, repetition, arm
 
 
@@ -204,7 +213,11 @@ def header(settings: Settings) -> dict[str, str]:
             return "a made-up model (--backend toy)"
         name, on = Path(worker.model or "").name, sorted(cores(worker.cores) or allowed)
         threads = min(worker.threads, len(on))
-        return f"{name}, {threads} thread{'s' * (threads > 1)} on cores {','.join(map(str, on))}"
+        text = f"{name}, {threads} thread{'s' * (threads > 1)} on cores {','.join(map(str, on))}"
+        asked = offload(worker)
+        gpus = ",".join(asked.devices) or "every GPU"
+        layers = "all" if asked.layers < 0 else str(asked.layers)
+        return f"{text}, {layers} layers on {gpus}" if asked.layers else text
 
     return {
         "machine": f"{processor.name()}, {len(allowed)} of {os.cpu_count()} cores usable",

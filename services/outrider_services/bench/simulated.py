@@ -24,9 +24,9 @@ from outrider.engines.toy import ToyEngine, ToySettings
 from outrider.errors import ConfigError
 from outrider_services.bench.replay import Replay, World
 from outrider_services.bench.traces import record
-from outrider_services.options import Settings
 from outrider_services.outlet import put
 from outrider_services.pipeline.launcher import Launcher
+from outrider_services.table import Settings
 from outrider_services.terminal import News, tell
 
 PROMPT = "The lantern "
@@ -80,9 +80,8 @@ async def measured(
     settings: Settings, acceptance: float, cost: float, count: int, repetitions: int
 ) -> Cell:
     """Both models made up as told; of each arm the fastest of `repetitions` answers counts."""
-    toy = replace(
-        settings.toy, agreement=acceptance, draft_ms=cost * settings.toy.step_ms, row_ms=0.0
-    )
+    draft_ms = cost * settings.toy.step_ms
+    toy = replace(settings.toy, agreement=acceptance, draft_ms=draft_ms, row_ms=0.0, rows="")
     pipeline = replace(settings.pipeline, backend="toy", mode="auto")
     settings = replace(settings, toy=toy, pipeline=pipeline)
     name = f"simulate-{secrets.token_hex(4)}"

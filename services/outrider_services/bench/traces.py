@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from outrider.core.engine import Engine
-from outrider.core.sampling import Sampling, propose
+from outrider.core.sampling import Sampling, Scores, propose
 from outrider.core.values import Drafted, TokenId
+from outrider.engines import suffix
 from outrider.errors import BadRequest, ConfigError
 from outrider_services.bench.prompts import Category
 from outrider_services.models.loading import load_engine
-from outrider_services.options import Settings
-from outrider_services.pipeline.launcher import own_settings
+from outrider_services.pipeline.arguments import own_settings
 from outrider_services.pipeline.vocabularies import Texts, check_pair
+from outrider_services.table import Settings
 from outrider_services.terminal import tell
 
 OFF_PATH = 12  # tokens that are recorded behind one that is wrong
@@ -33,6 +35,8 @@ def write(path: str, settings: Settings, categories: tuple[Category, ...], count
 
     The file is whole after every answer. Raises OutriderError.
     """
+    if settings.draft.model == suffix.NAME:
+        raise ConfigError("--record is about a draft model: say -md FILE")
     found: dict[str, Any] = {}
     _save(path, found)
     with ExitStack() as stack:
@@ -89,19 +93,24 @@ def record(target: Engine, draft: Engine, prompt: Sequence[TokenId], count: int)
 
     `match` and `confidence` have an entry for each token of the answer: whether the draft chose it
     too (1 or 0), and how probable the draft found its own choice. Where it chose another token,
-    `off_path_confidence` has, by position, how sure it was of each token drafted behind that one.
+    `rank_at_miss` has, by position, the place of the right token in the draft's list, from 1, and
+    `off_path_confidence` how sure it was of each token drafted behind its own choice.
     """
     known = target.info.vocabulary.size
     match: list[int] = []
     confidence: list[float] = []
     off_path: dict[str, list[float]] = {}
+    ranks: dict[str, int] = {}
     text = list(prompt)
     right = _choice(target, text).token
     for position in range(count):
-        choice = _choice(draft, text, known)
+        row = _row(draft, text)
+        choice = _chosen(draft, row, text, known)
         match.append(int(choice.token == right))
         confidence.append(choice.confidence)
         if choice.token != right:
+            score = row[right] if right < len(row) else -math.inf  # it may not know the token
+            ranks[str(position)] = 1 + int((row[:known] > score).sum())
             off_path[str(position)] = _goes_on(draft, [*text, choice.token], known)
         text.append(right)
         if right in target.info.vocabulary.ends:
@@ -109,7 +118,8 @@ def record(target: Engine, draft: Engine, prompt: Sequence[TokenId], count: int)
         right = _choice(target, text).token
     for engine in (target, draft):
         engine.rewind(0, 0)
-    return {"match": match, "confidence": confidence, "off_path_confidence": off_path}
+    behind = {"rank_at_miss": ranks, "off_path_confidence": off_path}
+    return {"match": match, "confidence": confidence, **behind}
 
 
 def _goes_on(draft: Engine, text: list[TokenId], known: int) -> list[float]:
@@ -123,16 +133,28 @@ def _goes_on(draft: Engine, text: list[TokenId], known: int) -> list[float]:
 
 
 def _choice(engine: Engine, text: Sequence[TokenId], known: int | None = None) -> Drafted:
-    """The likeliest token after `text`, among the ids below `known`.
+    """The likeliest token after `text`, among the ids below `known`."""
+    return _chosen(engine, _row(engine, text), text, known)
+
+
+def _chosen(
+    engine: Engine, row: Scores, text: Sequence[TokenId], known: int | None = None
+) -> Drafted:
+    size = engine.info.vocabulary.size
+    return propose(row, GREEDY, text, len(text), n_vocab=min(known or size, size))
+
+
+def _row(engine: Engine, text: Sequence[TokenId]) -> Scores:
+    """The logits of what may follow `text`.
 
     The KV cache of `engine` must hold a beginning of `text`; that is not evaluated again.
     """
     kept = min(engine.length(0), len(text) - 1)
     if engine.length(0) > kept:
         engine.rewind(0, kept)
+        kept = engine.length(0)
     while len(text) - kept > engine.info.chunk:
         engine.extend(0, text[kept : kept + engine.info.chunk], 0)
         kept += engine.info.chunk
-    row = engine.extend(0, text[kept:], 1)[0]
-    size = engine.info.vocabulary.size
-    return propose(row, GREEDY, text, len(text), n_vocab=min(known or size, size))
+    row: Scores = engine.extend(0, text[kept:], 1)[0]
+    return row

@@ -17,7 +17,8 @@ from outrider_services.bench.results import Results, as_csv, as_json, as_markdow
 from outrider_services.bench.runner import Bench
 from outrider_services.commands.prepared import has_draft, with_files, with_some_draft
 from outrider_services.commands.signals import until_signalled
-from outrider_services.options import Parser, Settings
+from outrider_services.options import Parser
+from outrider_services.table import Settings
 from outrider_services.terminal import tell
 from outrider_services.tuning import search
 
@@ -47,7 +48,21 @@ def _flags_of_questions(parser: Parser) -> None:
     add("--warmup", default=1, help="answers of each arm before it counts (default: 1)", **count)
     add("--category", metavar="LIST", help="kinds of prompts, such as code,chat (default: all)")
     add("--per-category", default=1, help="prompts of each category (default: 1)", **count)
-    add("--prompts", metavar="FILE", help="TOML of your own: [category] chat = …, prompts = [ … ]")
+    sources = parser.add_mutually_exclusive_group()
+    sources.add_argument(
+        "--prompts", metavar="FILE", help="TOML of your own: [category] chat = …, prompts = [ … ]"
+    )
+    sources.add_argument(
+        "--suite",
+        metavar="FILE",
+        help="questions in the form of Spec-Bench or HumanEval: JSON lines, perhaps gzipped",
+    )
+    add(
+        "--restarts",
+        help="all of it so many times, each with new processes and the arms in another order; how "
+        "much the speed-up differs between them is shown (default: 10 with --suite, else 1)",
+        **count,
+    )
 
 
 def _flags_of_arms(parser: Parser) -> None:
@@ -144,7 +159,7 @@ def with_both_models(settings: Settings, parsed: Any) -> Settings:
     settings = search.prepared(with_files(settings, fetch=parsed.pull), tell)
     settings = with_some_draft(replace(settings, pipeline=replace(settings.pipeline, mode="auto")))
     if not has_draft(settings) or settings.draft.place != "spawn":
-        raise ConfigError("bench starts both workers here: it needs a draft, and --n-draft above 0")
+        raise ConfigError("both workers are started here: it takes a draft, and --n-draft above 0")
     return settings
 
 

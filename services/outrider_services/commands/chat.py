@@ -104,7 +104,12 @@ class Chat:
 
     async def _greeting(self) -> str:
         workers = (await self._client.health())["workers"]
-        models = [workers[role]["model"] for role in ("target", "draft") if role in workers]
+        models = dict.fromkeys(
+            worker["model"]
+            for role in ("target", "draft")
+            for worker in workers.values()
+            if worker["role"] == role
+        )
         return f"{' with '.join(models)}\n/help tells what can be done; Ctrl-D leaves."
 
     async def _on(self, line: str) -> None:

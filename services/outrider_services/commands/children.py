@@ -9,8 +9,9 @@ from typing import Any
 from outrider.wire.addresses import address_of
 from outrider_services.commands.prepared import with_file_of_worker
 from outrider_services.gateway.sockets import listen, url_of
-from outrider_services.options import Parser, Settings
+from outrider_services.options import Parser, reach
 from outrider_services.pipeline import processes
+from outrider_services.table import Settings
 from outrider_services.terminal import tell
 from outrider_services.tuning import probe
 
@@ -31,12 +32,14 @@ def worker(settings: Settings, parsed: Any) -> int:
 
 def coordinator_flags(parser: Parser) -> None:
     parser.add_argument("--name", default="default")
-    parser.add_argument("--own", action="append", default=[], choices=("target", "draft"))
+    for flag in ("--own", "--open"):
+        parser.add_argument(flag, action="append", default=[], choices=("target", "draft"))
     parser.add_argument("--parent-fd", type=int)
 
 
 def coordinator(settings: Settings, parsed: Any) -> int:
-    processes.coordinator(settings, parsed.name, parsed.own, parsed.parent_fd)
+    own = {role: role in parsed.open for role in parsed.own}
+    processes.coordinator(settings, parsed.name, own, parsed.parent_fd)
     return 0
 
 
@@ -51,11 +54,12 @@ def gateway(settings: Settings, parsed: Any) -> int:
     """`outrider gateway`: HTTP for the pipeline at `--connect`, until a signal ends it."""
     from outrider_services.gateway.server import serve  # nobody else waits for its libraries
 
-    address = address_of(parsed.connect)
+    address, links = address_of(parsed.connect), settings.links
     with listen(settings.server) if parsed.fd is None else socket.socket(fileno=parsed.fd) as http:
         if parsed.parent_fd is None:
             tell(f"Ready: {url_of(http)}")
-        processes.run(serve(settings.server, address, http), parsed.parent_fd, lambda: None)
+        serving = serve(settings.server, address, http, **reach(links, address))
+        processes.run(serving, parsed.parent_fd, lambda: None)
     return 0
 
 

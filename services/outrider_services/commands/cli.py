@@ -20,6 +20,9 @@ from outrider_services.commands import (
     bench,
     children,
     descriptors,
+    devices,
+    doctor,
+    keys,
     models,
     pipelines,
     run,
@@ -28,12 +31,13 @@ from outrider_services.commands import (
     top,
     tune,
 )
-from outrider_services.options import Parser, Settings, add_options, given_flags
+from outrider_services.options import Parser, add_options, given_flags
+from outrider_services.table import Settings
 
 INTERRUPTED = 128 + signal.SIGINT
 TERMINATED = 128 + signal.SIGTERM
 PAIR = ("target", "draft", "pipeline", "toy", "log")  # sections of the table of settings
-WORKER = ("target", "pipeline", "toy", "log")
+WORKER = ("target", "pipeline", "toy", "links", "log")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,19 +61,27 @@ VERBS = (
         "run",
         "generate text, or converse",
         run.run,
-        (*PAIR, "sampling", "terminal"),
+        (*PAIR, "sampling", "links", "terminal"),
         run.flags,
     ),
     Verb(
         "serve",
         "start a pipeline and keep it up",
         serve.serve,
-        (*PAIR, "coordinator", "server"),
+        (*PAIR, "coordinator", "hosts", "links", "server"),
         serve.flags,
         role="launcher",
         serves=True,
     ),
     Verb("bench", "measure the speed-up", bench.bench, PAIR, bench.flags, bench.DECIDED),
+    Verb(
+        "doctor",
+        "measure the pair, predict what each mode gains, and say what to change",
+        doctor.doctor,
+        PAIR,
+        doctor.flags,
+        doctor.DECIDED,
+    ),
     Verb("worker", "run one worker here, for a coordinator elsewhere", children.worker),
     Verb(
         "pull",
@@ -87,15 +99,24 @@ VERBS = (
         tune.flags,
     ),
     Verb("ls", "list the models in the caches", models.ls, connects=False),
+    Verb(
+        "devices",
+        "list what a worker can compute on here: the processor and GPUs",
+        devices.devices,
+        (),
+        devices.flags,
+        connects=False,
+    ),
     Verb("ps", "list the pipelines that are up", pipelines.ps, (), pipelines.ps_flags),
-    Verb("top", "watch a pipeline at work", top.top, (), top.flags),
+    Verb("top", "watch a pipeline at work", top.top, ("links",), top.flags),
     Verb(
         "stop",
         "end a pipeline, once its requests are finished",
         pipelines.stop,
-        (),
+        ("links",),
         pipelines.stop_flags,
     ),
+    Verb("keys", "make, show and trust the keys of links to other machines", keys.show),
     Verb(
         "show",
         "show every setting, and where it came from",
@@ -108,7 +129,7 @@ VERBS = (
         "coordinator",
         "",
         children.coordinator,
-        ("draft", "pipeline", "coordinator", "server", "log"),
+        ("draft", "pipeline", "coordinator", "links", "server", "log"),
         children.coordinator_flags,
         hidden=True,
     ),
@@ -116,11 +137,21 @@ VERBS = (
         "gateway",
         "serve HTTP for a pipeline that is up",
         children.gateway,
-        ("server", "log"),
+        ("links", "server", "log"),
         children.gateway_flags,
         without=("server.no_gateway",),
     ),
     Verb("measure", "", children.measure, ("log",), children.measure_flags, hidden=True),
+)
+
+
+KEYS = tuple(
+    Verb(name, help, call, ("links",), flags, ("links.insecure",), connects=False)
+    for name, help, call, flags in (
+        ("new", "make secret keys", keys.new, keys.new_flags),
+        ("show", "print public keys", keys.show, keys.show_flags),
+        ("trust", "trust public keys", keys.trust, keys.trust_flags),
+    )
 )
 
 
@@ -158,8 +189,7 @@ def dispatch(arguments: Sequence[str]) -> int:
     """Parse, read the settings from all their sources, and call the verb. Raises OutriderError."""
     parser, parsers = build_parser()
     chosen = parsers.get(arguments[0]) if arguments else None
-    if chosen and arguments[0] == "worker" and len(arguments) > 1:
-        chosen = parsers.get(f"worker {arguments[1]}", chosen)
+    chosen = parsers.get(" ".join(arguments[:2]), chosen)  # such as `worker draft`
     (chosen or parser).check_flags(arguments)
     parsed = parser.parse_args((chosen or parser).with_values(arguments))
     settings = sources.settings(given_flags(parsed), parsed.config)
@@ -200,6 +230,9 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
         help = f"the {role} worker; its flags mean its own model"
         verb = Verb(role, help, children.worker, WORKER, children.worker_flags, serves=True)
         parsers[f"worker {role}"] = _add(roles, verb)
+    actions = parsers["keys"].add_subparsers(metavar="ACTION", required=True)
+    for verb in KEYS:
+        parsers[f"keys {verb.name}"] = _add(actions, verb)
     hidden = {verb.name for verb in VERBS if verb.hidden}
     commands._choices_actions = [a for a in commands._choices_actions if a.dest not in hidden]
     return parser, parsers
@@ -210,9 +243,8 @@ def _add(commands: Any, verb: Verb) -> Parser:
     text = argparse.SUPPRESS if verb.hidden else verb.help
     parser: Parser = commands.add_parser(verb.name, help=text, description=text)
     add_options(parser, verb.sections, verb.without)
-    parser.add_argument(
-        "--config", metavar="FILE", help="configuration file (TOML) [OUTRIDER_CONFIG]"
-    )
+    spelt = ("-f", "--config") if verb.name == "serve" else ("--config",)
+    parser.add_argument(*spelt, metavar="FILE", help="configuration file (TOML) [OUTRIDER_CONFIG]")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     parser.set_defaults(call=verb.call, connects=verb.connects, serves=verb.serves)
     parser.set_defaults(role=verb.role or verb.name)

@@ -7,7 +7,8 @@ from typing import Any
 from rich.table import Table
 
 from outrider_services.models import catalogue
-from outrider_services.options import Parser, Settings
+from outrider_services.options import Parser
+from outrider_services.table import Settings
 from outrider_services.terminal import progress_reporter, show
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+from collections import Counter
 from typing import Any
 
 import uvloop
@@ -13,7 +14,8 @@ from rich.table import Table
 from outrider.client import connect
 from outrider.errors import ConfigError, ConnectionFailed, RequestTimeout
 from outrider.wire.addresses import address_of, runtime_dir
-from outrider_services.options import Parser, Settings
+from outrider_services.options import Parser, reach
+from outrider_services.table import LinkOptions, Settings
 from outrider_services.terminal import show
 
 ANSWER_S = 1.0  # most that a coordinator on this machine may take to answer
@@ -33,11 +35,19 @@ def ps(settings: Settings, parsed: Any) -> int:
     table = Table("name", "status", "mode", "target", "draft", "running", "waiting", box=None)
     for one in found:
         workers, requests = one["workers"], one["requests"]
-        names = [workers.get(role, {}).get("model", "-") for role in ("target", "draft")]
+        names = [models(workers, role) for role in ("target", "draft")]
         counts = [str(requests["running"]), str(requests["waiting"])]
         table.add_row(one["name"], one["status"], one["mode"], *names, *counts)
     show(table)
     return 0
+
+
+def models(workers: dict[str, Any], role: str) -> str:
+    """The models of this role; one that several workers have with their number."""
+    found = Counter(worker["model"] for worker in workers.values() if worker["role"] == role)
+    return (
+        ", ".join(f"{count} x {one}" if count > 1 else one for one, count in found.items()) or "-"
+    )
 
 
 async def _pipelines() -> list[dict[str, Any]]:
@@ -60,12 +70,12 @@ def stop_flags(parser: Parser) -> None:
 
 def stop(settings: Settings, parsed: Any) -> int:
     """Ask it to end, and wait until it is gone. Raises ConfigError after `STOP_S`."""
-    uvloop.run(_stop(parsed.name))
+    uvloop.run(_stop(parsed.name, settings.links))
     return 0
 
 
-async def _stop(name: str) -> None:
-    async with connect(name) as client:
+async def _stop(name: str, links: LinkOptions) -> None:
+    async with connect(name, role="admin", **reach(links, name)) as client:
         await client.stop()
     path = address_of(name).removeprefix("ipc://")
     for _ in range(round(STOP_S / LOOK_S)):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from outrider.engines import suffix
 from outrider.errors import ModelNotFound
 from outrider_services.models import catalogue
-from outrider_services.options import Settings
+from outrider_services.table import Settings
 from outrider_services.terminal import progress_reporter, tell
 
 DEMONSTRATED = 5  # drafted tokens in a block, where a model drafts for itself
@@ -19,7 +20,8 @@ SAME_MODEL = (
 def with_files(settings: Settings, *, fetch: bool) -> Settings:
     """The settings with model files in place of names. Raises ModelNotFound, ModelUnusable.
 
-    Without any model flag they are the default pair. A target without a draft keeps none.
+    Without any model flag they are the default pair. A target without a draft keeps none, and a
+    draft without a model its name.
     """
     target, draft = settings.target, settings.draft
     if settings.pipeline.backend == "toy":
@@ -29,13 +31,13 @@ def with_files(settings: Settings, *, fetch: bool) -> Settings:
 
         def find(model: str | None, hf: str | None) -> str | None:
             name = f"hf://{hf}" if hf else model
-            if name is None:
-                return None
+            if name is None or name == suffix.NAME:
+                return name
             may = (fetch or bool(hf) or name.startswith("hf://")) and not offline
             return str(catalogue.resolve(name, fetch=may, offline=offline, progress=progress))
 
         target_path, draft_path = find(target.model, target.hf), find(draft.model, draft.hf)
-        if target_path is None and target.place == "spawn":
+        if target_path is None and target.place != "remote":
             pair = catalogue.default_pair(fetch=fetch, offline=offline, progress=progress)
             target_path = str(pair[0])
             draft_path = draft_path or str(pair[1])
@@ -52,7 +54,7 @@ def with_file_of_worker(settings: Settings, role: str) -> Settings:
     Raises ModelNotFound, ModelUnusable.
     """
     target = settings.target
-    if settings.pipeline.backend == "toy":
+    if settings.pipeline.backend == "toy" or (role == "draft" and target.model == suffix.NAME):
         return settings
     if not (target.model or target.hf):
         raise ModelNotFound(f"say which model the {role} worker is to load: -m FILE or -hf REPO")
@@ -68,6 +70,14 @@ def has_draft(settings: Settings) -> bool:
     """Whether a draft takes part in the pipeline."""
     there = settings.pipeline.backend == "toy" or settings.draft.model is not None
     return there and settings.draft.n_max != 0 and settings.pipeline.mode != "plain"
+
+
+def with_free_draft(settings: Settings) -> Settings:
+    """A target that has no draft gets the one that needs no model."""
+    draft = settings.draft
+    if draft.model or draft.place == "remote" or settings.pipeline.backend == "toy":
+        return settings
+    return replace(settings, draft=replace(draft, model=suffix.NAME))
 
 
 def with_some_draft(settings: Settings) -> Settings:

@@ -16,8 +16,8 @@ from outrider.core.stats import Report
 from outrider.core.values import Fragment, Span
 from outrider.errors import ConfigError
 from outrider_services.commands.tokens import Colours, Fates, legend
-from outrider_services.options import TerminalOptions
 from outrider_services.outlet import in_thread, put
+from outrider_services.table import TerminalOptions
 from outrider_services.terminal import note, tell
 
 
@@ -98,11 +98,14 @@ def statistics(r: Report) -> str:
             f"Mode: {r.mode}",
             f"Seed: {r.seed}",
             f"Total tokens generated: {r.generated_tokens} ({accepted} accepted, "
-            f"{r.corrections} corrected, {r.bonuses} bonus, {r.plain_tokens} plain)",
+            f"{r.corrections} corrected, {r.bonuses} bonus, {r.plain_tokens} plain"
+            + (f", {r.resumed_tokens} before a coordinator was lost)" if r.resumed_tokens else ")"),
             f"Draft tokens created: {r.drafted_tokens}",
             f"Draft tokens verified: {r.verified_tokens}",
-            f"Draft tokens accepted: {r.accepted_tokens}",
-            f"Draft tokens discarded: {r.discarded_tokens} (plus {r.hits} hits)",
+            f"Draft tokens accepted: {r.accepted_tokens}"
+            + (f" ({r.repeated_tokens} without a model)" if r.repeated_tokens else ""),
+            f"Draft tokens discarded: {r.discarded_tokens} (plus {r.hits} hits)"
+            + (f"; {r.foreseen_misses} misses foreseen" if r.foreseen_misses else ""),
             f"Acceptance rate: {show(r.acceptance_rate, '.2%')} (accepted / verified)",
             f"Mean accepted length: {show(r.mean_accepted_length, '.2f')}",
             f"Overlap: {show(r.overlap, '.0%')} of draft compute",
@@ -162,7 +165,11 @@ def chrome_trace(lanes: tuple[Span, ...]) -> dict[str, Any]:
             "tid": threads[span.lane],
             "ts": round((span.start - start) * 1e6, 1),
             "dur": round((span.end - span.start) * 1e6, 1),
-            "args": {"rows": span.rows},
+            "args": {
+                "rows": span.rows,
+                "without a model": span.free,
+                "foreseen": span.foreseen,
+            },
         }
         for span in lanes
     ]

@@ -24,8 +24,9 @@ from outrider.wire.codec import check
 from outrider_services.commands.interrupts import Interrupts
 from outrider_services.commands.prepared import has_draft, with_files, with_some_draft
 from outrider_services.commands.printing import Printer, measured
-from outrider_services.options import Parser, Settings
+from outrider_services.options import Parser, reach
 from outrider_services.pipeline.launcher import Launcher
+from outrider_services.table import Settings
 from outrider_services.terminal import News, tell
 from outrider_services.tuning import advice, search
 from outrider_services.tuning.decisions import Decision
@@ -228,8 +229,16 @@ async def _client(
     if name is None:
         name = f"run-{secrets.token_hex(4)}"
         request["mode"] = settings.pipeline.mode
-        await _start(stack, settings, name)
-    return await stack.enter_async_context(connect(name))
+        await _start(stack, _impatient(settings), name)
+    return await stack.enter_async_context(connect(name, **reach(settings.links, name)))
+
+
+def _impatient(settings: Settings) -> Settings:
+    """Nobody waits longer for a target that is to come from elsewhere than for one from here."""
+    if settings.target.place == "spawn":
+        return settings
+    wait_s = min(settings.coordinator.resume_s, settings.pipeline.ready_timeout_s)
+    return replace(settings, coordinator=replace(settings.coordinator, resume_s=wait_s))
 
 
 async def _converse(

@@ -11,7 +11,8 @@ from typing import Any
 from outrider.errors import OutriderError
 from outrider_services import sources
 from outrider_services.commands.prepared import with_files
-from outrider_services.options import OPTIONS, Option, Parser, Settings, given_flags
+from outrider_services.options import OPTIONS, Option, Parser, given_flags
+from outrider_services.table import Settings
 from outrider_services.tuning import search
 
 SECTIONS = tuple(section.name for section in fields(Settings))

@@ -20,12 +20,14 @@ from rich.text import Text
 
 from outrider.client import AsyncClient, connect
 from outrider_services.commands.signals import until_signalled
-from outrider_services.options import Parser, Settings
+from outrider_services.options import Parser, reach
 from outrider_services.outlet import Outlet
+from outrider_services.table import LinkOptions, Settings
 from outrider_services.terminal import show
 
 EACH_S = 1.0  # between two looks
-SHOWN = ("model", "device", "busy", "passes_per_s")  # of a worker
+SHOWN = ("role", "model", "device", "busy", "passes_per_s")  # of a worker
+MORE = ("requests", "worth", "link_s")  # what it has to do, what a draft is worth, how far it is
 BAR = 20  # characters of a whole second of computing
 EIGHTHS = "▏▎▍▌▋▊▉"
 
@@ -40,12 +42,12 @@ def flags(parser: Parser) -> None:
 def top(settings: Settings, parsed: Any) -> int:
     """Show the pipeline until q or Ctrl-C; without a terminal, once."""
     if parsed.json or parsed.once or not sys.stdout.isatty():
-        return uvloop.run(until_signalled(_once(parsed.name, parsed.json)))
-    return uvloop.run(until_signalled(_live(parsed.name)))
+        return uvloop.run(until_signalled(_once(parsed.name, settings.links, parsed.json)))
+    return uvloop.run(until_signalled(_live(parsed.name, settings.links)))
 
 
-async def _once(name: str, as_json: bool) -> None:
-    async with connect(name) as client:
+async def _once(name: str, links: LinkOptions, as_json: bool) -> None:
+    async with connect(name, **reach(links, name)) as client:
         before = await look(client)
         await asyncio.sleep(EACH_S)
         picture = compare(name, before, await look(client))
@@ -55,12 +57,12 @@ async def _once(name: str, as_json: bool) -> None:
         show(screen(picture))
 
 
-async def _live(name: str) -> None:
+async def _live(name: str, links: LinkOptions) -> None:
     out = Outlet(sys.stdout.fileno(), sys.stdout.encoding)  # a terminal may be stopped by Ctrl-S
     console = Console(file=cast(TextIO, out))
     over = asyncio.Event()
     try:
-        async with connect(name) as client:
+        async with connect(name, **reach(links, name)) as client:
             now = await look(client)
             with (
                 keys(lambda key: over.set() if key in "qQ" else None),
@@ -142,9 +144,12 @@ def compare(name: str, before: Look, now: Look) -> dict[str, Any]:
         "name": name,
         **{key: health[key] for key in ("status", "mode", "uptime_s")},
         "lanes": [
-            {"lane": lane, **{key: workers[lane][key] for key in SHOWN}}
-            for lane in ("target", "draft")
-            if lane in workers
+            {
+                "lane": lane,
+                **{key: worker[key] for key in SHOWN},
+                **{key: worker.get(key) for key in MORE},
+            }
+            for lane, worker in sorted(workers.items(), key=is_no_target)
         ],
         "requests": [{"id": int(number), **slot} for number, slot in health["slots"].items()],
         **health["requests"],
@@ -153,6 +158,11 @@ def compare(name: str, before: Look, now: Look) -> dict[str, Any]:
         "generated_tokens": counts["generation_tokens_total"],
         "prompt_tokens": counts["prompt_tokens_total"],
     }  # fmt: skip
+
+
+def is_no_target(named: tuple[str, dict[str, Any]]) -> bool:
+    """For sorting: targets come first, and else those that joined first."""
+    return bool(named[1]["role"] != "target")
 
 
 def screen(picture: dict[str, Any]) -> RenderableType:
@@ -171,13 +181,21 @@ def screen(picture: dict[str, Any]) -> RenderableType:
 
 
 def _lanes(lanes: list[dict[str, Any]]) -> Table:
-    table = _table("lane", "busy>", "", "passes/s>", "model", "device")
+    numbers = ("passes/s>", "requests>", "worth>", "link>")
+    table = _table("lane", "busy>", "", *numbers, "model", "device")
     for one in lanes:
         told = [Text(printable(one[key])) for key in ("model", "device")]
-        style = "green" if one["lane"] == "target" else "cyan"
-        filled = Text(bar(one["busy"]), style=style)
+        style = "green" if one["role"] == "target" else "cyan"
+        requests, worth, link_s = (one[key] for key in MORE)
         table.add_row(
-            one["lane"], percent(one["busy"]), filled, f"{one['passes_per_s']:.1f}", *told
+            one["lane"],
+            percent(one["busy"]),
+            Text(bar(one["busy"]), style=style),
+            f"{one['passes_per_s']:.1f}",
+            "-" if requests is None else str(requests),
+            "-" if worth is None else f"{worth:.1f} tokens/s",
+            "-" if link_s is None else f"{link_s * 1000:.1f} ms",
+            *told,
         )
     return table
 

@@ -9,7 +9,8 @@ from typing import Any
 from rich.table import Table
 
 from outrider_services.commands.prepared import with_files
-from outrider_services.options import Parser, Settings
+from outrider_services.options import Parser
+from outrider_services.table import Settings
 from outrider_services.terminal import show
 from outrider_services.tuning import advice, search
 from outrider_services.tuning.decisions import Decision, Trial

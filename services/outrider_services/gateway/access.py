@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 from outrider.errors import ConfigError
 from outrider_services.gateway.errors import Refused
 from outrider_services.gateway.page import FILES
-from outrider_services.options import ServerOptions
+from outrider_services.table import ServerOptions
 
 OPEN = ("/health", "/v1/health", *FILES)  # for whoever watches over the service, and the page
 KEYS_LIMIT = 1 << 20  # bytes of a file of keys

@@ -16,7 +16,7 @@ from outrider_services.gateway.asking import Answer, Ask
 from outrider_services.gateway.fields import Sampled
 from outrider_services.gateway.sse import PING, Events, dump, while_connected
 from outrider_services.gateway.upstream import Upstream
-from outrider_services.options import ServerOptions
+from outrider_services.table import ServerOptions
 
 MOST_IGNORED = 32  # names of ignored fields that are listed
 STRANGE = re.compile(r"[^A-Za-z0-9_.-]")

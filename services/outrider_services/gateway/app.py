@@ -27,6 +27,7 @@ from outrider_services.gateway.llama_requests import (
 )
 from outrider_services.gateway.openai_answers import ChatForm, CompletionForm
 from outrider_services.gateway.openai_requests import ChatRequest, CompletionRequest
+from outrider_services.gateway.upstream import targets
 from outrider_services.pipeline.exposition import CONTENT_TYPE, exposition
 
 ERRORS: dict[int | str, dict[str, Any]] = {
@@ -210,10 +211,8 @@ def service(gateway: Gateway) -> APIRouter:
     @routes.get("/slots")
     async def slots(fail_on_no_slot: bool = False) -> Response:
         report = await gateway.upstream.ready()
-        if (
-            fail_on_no_slot
-            and report["requests"]["running"] >= report["workers"]["target"]["slots"]
-        ):
+        slots = sum(one["slots"] for one in targets(report["workers"]).values())
+        if fail_on_no_slot and report["requests"]["running"] >= slots:
             raise Refused(503, "no_slot", "every sequence is at work")
         return JSONResponse(llama_answers.slots(report["workers"], report["slots"]))
 

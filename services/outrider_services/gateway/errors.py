@@ -9,9 +9,11 @@ from outrider.errors import (
     BadRequest,
     ConnectionFailed,
     InternalError,
+    NotAllowed,
     OutriderError,
     Overloaded,
     ProtocolError,
+    RequestPoisoned,
     RequestTimeout,
     UnknownRequest,
     WorkerLost,
@@ -22,10 +24,12 @@ log = logging.getLogger(__name__)
 STATUSES: dict[type[OutriderError], int] = {
     BadRequest: 400,
     UnknownRequest: 404,
+    RequestPoisoned: 422,  # not a status at which clients try again by themselves
     Overloaded: 429,
     ProtocolError: 502,
     WorkerLost: 503,
     ConnectionFailed: 503,
+    NotAllowed: 503,
     RequestTimeout: 504,
 }
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
@@ -48,7 +52,7 @@ def status_of(error: OutriderError) -> int:
 
 def content(error: OutriderError) -> dict[str, Any]:
     """The body that tells of `error`."""
-    if isinstance(error, ConnectionFailed):  # its own words say where our sockets lie
+    if isinstance(error, ConnectionFailed | NotAllowed):  # its own words say where our sockets lie
         error = WorkerLost("the pipeline is not there: it may be starting, or being restarted")
     status = status_of(error)
     kind = TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")

@@ -176,12 +176,18 @@ def slots(
 
     Which sequence a request has is not known outside: the first have the first.
     """
-    target, speculative = workers["target"], "draft" in workers
+    speculative = any(worker["role"] == "draft" for worker in workers.values())
     found: list[dict[str, Any]] = []
-    for number in range(target["slots"]):
-        slot = {"id": number, "n_ctx": target["context"], "speculative": speculative}
-        found.append({**slot, "is_processing": False})
-    for slot, (task, told) in zip(found, running.items(), strict=False):
-        decoded = {"n_decoded": told.get("generated_tokens", 0)}
-        slot.update(is_processing=True, id_task=int(task), next_token=decoded, outrider=told)
+    for name, target in workers.items():
+        if target["role"] != "target":
+            continue
+        own = [item for item in running.items() if item[1].get("target") == name]
+        for number in range(target["slots"]):
+            slot = {"id": len(found), "n_ctx": target["context"], "speculative": speculative}
+            found.append({**slot, "is_processing": False})
+            if number < len(own):
+                task, told = own[number]
+                decoded = {"n_decoded": told.get("generated_tokens", 0)}
+                at_work = {"is_processing": True, "id_task": int(task), "next_token": decoded}
+                found[-1].update(at_work, outrider=told)
     return found

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import socket
 from collections.abc import Iterator
+from typing import Any
 
 import uvicorn
 
@@ -15,8 +16,8 @@ from outrider_services.gateway.answering import Gateway
 from outrider_services.gateway.app import application
 from outrider_services.gateway.connections import HEAD_LIMIT, IDLE_S, Connection
 from outrider_services.gateway.upstream import Upstream
-from outrider_services.options import ServerOptions
 from outrider_services.pipeline.processes import say
+from outrider_services.table import ServerOptions
 
 LAST_S = 1.0  # most that answers get to end by themselves, once the gateway is to end
 
@@ -39,9 +40,14 @@ class Server(uvicorn.Server):
                 connection.transport.abort()
 
 
-async def serve(server: ServerOptions, pipeline: str, listener: socket.socket) -> None:
-    """Serve the pipeline on `listener` until cancelled. Raises ConfigError for unusable keys."""
-    upstream = Upstream(pipeline)
+async def serve(
+    server: ServerOptions, pipeline: str, listener: socket.socket, **reach: Any
+) -> None:
+    """Serve the pipeline on `listener` until cancelled. Raises ConfigError for unusable keys.
+
+    `reach` is for `connect`.
+    """
+    upstream = Upstream(pipeline, **reach)
     app = application(Gateway(upstream, server), Rules.of(server))
     logging.getLogger("uvicorn.access").setLevel(logging.WARNING)
     config = uvicorn.Config(

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from outrider.errors import ConfigError
 from outrider_services.gateway.access import Rules, check_exposure
-from outrider_services.options import ServerOptions
+from outrider_services.table import ServerOptions
 
 BACKLOG = 128
 UNREAD = 128 << 10  # bytes that the kernel keeps for a client: one that does not read is noticed

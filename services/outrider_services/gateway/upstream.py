@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,14 +14,19 @@ REACH_S = 1.0  # most that connecting to the coordinator may take
 HEALTH_S = 2.0  # most that its answer may take
 
 
+def targets(workers: Mapping[str, Any]) -> dict[str, Any]:
+    """The target workers among them, by name."""
+    return {name: worker for name, worker in workers.items() if worker["role"] == "target"}
+
+
 class Upstream:
     """A client that is connected when it is first needed, and again after the coordinator was gone.
 
     `running` requests can be cancelled by their names, by whoever has the same key.
     """
 
-    def __init__(self, pipeline: str) -> None:
-        self.pipeline = pipeline
+    def __init__(self, pipeline: str, **reach: Any) -> None:
+        self.pipeline, self._reach = pipeline, reach  # as `connect` wants them
         self._client: AsyncClient | None = None
         self._connecting = asyncio.Lock()
         self._running: dict[str, tuple[str, Stream]] = {}  # by name: key, answer
@@ -30,7 +35,7 @@ class Upstream:
         """The client. Raises ConnectionFailed if no coordinator answers."""
         async with self._connecting:
             if self._client is None:
-                client = connect(self.pipeline, timeout_s=REACH_S)
+                client = connect(self.pipeline, timeout_s=REACH_S, **self._reach)
                 self._client = await client.__aenter__()
             return self._client
 
@@ -49,14 +54,18 @@ class Upstream:
     async def ready(self) -> dict[str, Any]:
         """The same while there is a target worker. Raises WorkerLost, and as `health`."""
         report = await self.health()
-        if "target" not in report["workers"]:
+        if not targets(report["workers"]):
             raise WorkerLost("the model is being loaded", "target")
         return report
 
     async def target(self) -> dict[str, Any]:
-        """What is known of the target worker. Raises WorkerLost while there is none."""
-        found: dict[str, Any] = (await self.ready())["workers"]["target"]
-        return found
+        """What is known of the target worker. Raises WorkerLost while there is none.
+
+        Of several, which all have the same model, it is the first, with the slots of all.
+        """
+        found = targets((await self.ready())["workers"])
+        slots = sum(one["slots"] for one in found.values())
+        return {**next(iter(found.values())), "slots": slots}
 
     @contextmanager
     def running(self, name: str, key: str, stream: Stream) -> Iterator[None]:

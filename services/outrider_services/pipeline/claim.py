@@ -7,7 +7,9 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-TOKEN = "OUTRIDER_TOKEN"  # in the environment of what a launcher starts: proves who started it
+# in the environment of what a launcher starts
+TOKEN = "OUTRIDER_TOKEN"  # proves who started it
+KILLED = "OUTRIDER_KILLED"  # "1": what it replaces was killed, and did not crash or hang
 
 
 class Claim:

@@ -14,11 +14,7 @@ from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Any
 
-from outrider.core.events import (
-    Cancel,
-    DraftLost,
-    DraftReady,
-)
+from outrider.core.events import Cancel
 from outrider.core.stats import Stats
 from outrider.core.values import Proposal, Role, Verdict
 from outrider.errors import (
@@ -33,8 +29,11 @@ from outrider.errors import (
 from outrider.wire import messages as wire
 from outrider.wire.transport import PeerGone
 from outrider_services.pipeline import health, journal
+from outrider_services.pipeline.absence import Absence
+from outrider_services.pipeline.member import Member
 from outrider_services.pipeline.metrics import Metrics
 from outrider_services.pipeline.questions import Questions
+from outrider_services.pipeline.recovery import Recovery
 from outrider_services.pipeline.requests import Defaults, Lengths, Request, Requests
 from outrider_services.pipeline.roster import Roster
 from outrider_services.pipeline.sessions import Sessions
@@ -51,19 +50,28 @@ Clock = Callable[[], float]  # seconds, never going back
 
 
 class Coordinator:
-    """The requests of all clients, and the two workers that serve them."""
+    """The requests of all clients, and the workers that serve them."""
 
-    def __init__(self, send: Send, defaults: Defaults, clock: Clock = time.monotonic) -> None:
+    def __init__(
+        self,
+        send: Send,
+        defaults: Defaults,
+        clock: Clock = time.monotonic,
+        on_hung: Callable[[Role], None] = lambda _: None,  # a worker that is to be started anew
+    ) -> None:
         self._send, self._defaults, self._clock = send, defaults, clock
         listeners = self._on_joined, self._on_lost, self._on_paused
-        self._roster = Roster(self._tell, *listeners, clock, defaults.tokens)
+        joining = defaults.tokens, defaults.both, on_hung
+        self._roster = Roster(self._tell, *listeners, clock, *joining)
+        self._absence = Absence(self._roster, defaults.resume_s, clock)
         self._clients: set[bytes] = set()
         self._requests = Requests(defaults.queue)
         self._metrics = Metrics(self._requests, self._roster, clock)
         say = self._tell, self._end
         known = self._roster, self._requests, self._metrics, defaults
         self._sessions = Sessions(*known, clock, *say)
-        self._questions = Questions(self._roster, self._tell)
+        self._recovery = Recovery(self._requests, self._sessions, self._absence, self._metrics)
+        self._questions = Questions(self._roster, self._absence, self._tell)
         self._tasks: set[asyncio.Task[None]] = set()
         self._began = clock()
         self._stopping = self._closed = False
@@ -116,11 +124,13 @@ class Coordinator:
                 self.ping()
                 pinged = self._clock()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self.stopped.wait(), LOOK_S)
+                async with asyncio.timeout(LOOK_S):
+                    await self.stopped.wait()
 
     def look(self) -> None:
-        """Drop workers that have fallen silent or make no progress."""
+        """Drop workers that have fallen silent or make no progress, and who waited too long."""
         self._roster.look()
+        self._recovery.look()
 
     async def close(self) -> None:
         """End every request with an error; cancel what is being prepared or asked for."""
@@ -138,59 +148,79 @@ class Coordinator:
     def _on_worker(self, peer: bytes, message: wire.Message) -> None:
         if self._roster.on_answer(peer, message):
             return
-        role = self._roster.role_of(peer)
-        match role, message:
-            case None, _:
-                pass
+        member = self._roster.member_of(peer)
+        if member is None:
+            return
+        match member.role, message:
             case _, wire.Beat():
-                self._roster.on_beat(role, message)
-                self._metrics.beat(role, message)
-            case (("target", wire.Done(number, Verdict() as done))
-                  | ("draft", wire.Done(number, Proposal() as done))):  # fmt: skip
+                self._roster.on_beat(member, message)
+                self._metrics.beat(member, message)
+            case "target", wire.Done(number, Verdict() as done):
                 self._metrics.done(done)
-                if request := self._requests.running.get(number):
+                if request := self._served(member, number):
                     self._sessions.advance(request, done)
+                    self._recovery.settle()
+            case "draft", wire.Done(number, Proposal() as done):
+                self._metrics.done(done)
+                if request := self._served(member, number):
+                    self._sessions.drafted(request, done)
             case "target", wire.Passed(verdicts):
                 for _, one in verdicts:
                     self._metrics.done(one)
-                self._sessions.advance_all(verdicts)
+                served = [(self._served(member, number), one) for number, one in verdicts]
+                self._sessions.advance_all([(one, said) for one, said in served if one])
+                self._recovery.settle()
             case _, wire.Failed(number, code, reason, param):
-                self._on_failed(role, number, from_code(code, reason, param))
-            case _:
+                self._on_failed(member, number, from_code(code, reason, param))
+            case role, _:
                 raise ProtocolError(f"{type(message).__name__} from a {role}")
 
-    def _on_failed(self, role: Role, number: int, error: OutriderError) -> None:
+    def _served(self, member: Member, number: int) -> Request | None:
+        """The request, if this worker serves it: else what it says of it does not count."""
         request = self._requests.running.get(number)
+        if request and member in (request.target, request.draft):
+            return request
+        self._metrics.stale["other_worker" if request else "over"] += 1
+        return None
+
+    def _on_failed(self, member: Member, number: int, error: OutriderError) -> None:
+        request = self._served(member, number)
         if request is None:
             return
-        if role == "target":
+        if member.role == "target":
             self._sessions.fail(request, error)
         else:
-            told = "request %d goes on without its draft: %s"
-            log.warning(told, request.number, error, extra=request.marks())
-            self._sessions.advance(request, DraftLost())
+            told = "request %d goes on without the %s worker: %s"
+            log.warning(told, request.number, member.name, error, extra=request.marks())
+            # what failed may be an earlier ride, of before a pause
+            self._roster.tell(member, wire.Close(request.id))
+            self._sessions.failed_draft(request, member)
 
-    def _on_joined(self, role: Role) -> None:
-        self._metrics.joined(role)
-        self._sessions.measure()
-        if role == "draft":
-            self._on_paused(False)
+    def _on_joined(self, member: Member) -> None:
+        self._metrics.joined(member)
+        self._roster.tell(member, self._metrics.ping())  # how far away is it?
+        if member.role == "draft":
+            self._sessions.seat()
+        else:
+            self._recovery.joined(member)
+            self._admit()
 
-    def _on_paused(self, is_paused: bool) -> None:
-        """Nobody must wait for the draft now; or it has come, perhaps back from a pause."""
-        for request in list(self._requests.running.values()):
-            if is_paused:  # should it come back, it will be told everything anew
-                self._roster.tell("draft", wire.Close(request.id))
-            self._sessions.advance(request, DraftLost() if is_paused else DraftReady())
+    def _on_paused(self, member: Member, is_paused: bool) -> None:
+        """Nobody must wait for this draft now; or it has come back from a pause."""
+        if not is_paused:
+            self._sessions.seat()
+        for request in self._requests.of(member) if is_paused else ():
+            # should it come back, it will be told everything anew
+            self._roster.tell(member, wire.Close(request.id))
+            self._sessions.lost_draft(request)
 
-    def _on_lost(self, role: Role, why: str) -> None:
-        for request in list(self._requests.running.values()):
-            if role == "target":
-                self._sessions.fail(request, WorkerLost(f"{why}, and the request with it", role))
-            else:
-                self._sessions.advance(request, DraftLost())
-        for request in list(self._requests.waiting) if role == "target" else ():
-            self._sessions.fail(request, WorkerLost(why, role))
+    def _on_lost(self, member: Member, why: str) -> None:
+        if member.role == "target":
+            self._recovery.lost(member, why)
+        else:
+            for request in self._requests.of(member):
+                self._sessions.lost_draft(request)
+        self._sessions.lost(member)
 
     # ---- clients --------------------------------------------------------------------------------
 
@@ -198,7 +228,8 @@ class Coordinator:
         self._clients.add(peer)
         match message:
             case wire.Submit(call) if self._requests.find(peer, call) is None:
-                self._submit(self._requests.add(peer, message, self._clock()))
+                former = self._requests.named(message.key)
+                self._submit(self._requests.add(peer, message, self._clock()), former)
             case wire.Cancel(call):
                 if request := self._requests.find(peer, call):
                     self._cancel(request)
@@ -213,16 +244,26 @@ class Coordinator:
 
     def health(self) -> dict[str, Any]:
         """What `outrider ps` shows; its "status" is "ok" while requests can be served."""
-        uptime_s, mode = self._clock() - self._began, self._sessions.mode(None)
-        told = self._roster, self._requests, self._metrics
-        return health.report(*told, stopping=self._stopping, mode=mode, uptime_s=uptime_s)
+        uptime_s = self._clock() - self._began
+        told = self._roster, self._requests, self._metrics, self._sessions.pairs
+        return health.report(*told, stopping=self._stopping, uptime_s=uptime_s)
 
-    def _submit(self, request: Request) -> None:
-        """Take it or say why not, without waiting: in a burst, others are right behind it."""
+    def _submit(self, request: Request, former: Request | None) -> None:
+        """Take it or say why not, without waiting: in a burst, others are right behind it.
+
+        The `former` of its name is the same, asked for over a connection that is gone: it goes on
+        behind what its client has received.
+        """
         try:
+            if former and not former.is_asked_by(request.submit):
+                raise BadRequest("another request has this key", "key")
+            if former:
+                self._cancel(former)
+                self._requests.name(request)
+            self._metrics.resumed["connection"] += bool(former or request.submit.received)
             if self._stopping:
                 raise Overloaded("the pipeline is stopping")
-            self._requests.check_room()
+            self._requests.check_room(request)
             Lengths.of(request.submit, self._defaults)
             self._defaults.check(request.submit)
         except OutriderError as exc:
@@ -234,8 +275,8 @@ class Coordinator:
         """Turn the prompt into tokens, then start the request or let it wait."""
         try:
             ask = partial(self._questions.ask, request.client)
-            await request.prepare(self._roster.target().hello, ask)
-            request.check(self._roster.target().hello)  # it may have died with its answer
+            await request.prepare((await self._absence.target()).hello, ask)
+            request.check((await self._absence.target()).hello)  # it may be another by now
         except OutriderError as exc:
             self._sessions.fail(request, exc)
         except Exception as exc:  # whatever it is, somebody waits
@@ -243,16 +284,18 @@ class Coordinator:
             self._sessions.fail(request, InternalError(f"it could not be prepared: {exc!r}"))
         else:
             request.preparing = None
-            self._requests.waiting.append(request)
+            # one that had begun has waited already
+            wait = self._requests.waiting
+            (wait.appendleft if request.submit.received else wait.append)(request)
             self._admit()
 
     def _admit(self) -> None:
-        """Start waiting requests while the target has sequences free."""
-        while target := self._roster.get("target"):
-            request = self._requests.next(target.hello.slots)
-            if request is None:
+        """Start waiting requests while a target has sequences free."""
+        while self._requests.waiting:
+            target = self._sessions.pairs.target_for(self._requests.waiting[0])
+            if target is None:
                 return
-            self._sessions.start(request, target.hello)
+            self._sessions.start(self._requests.next(target), target)
 
     def _cancel(self, request: Request) -> None:
         if request.session:
@@ -269,7 +312,9 @@ class Coordinator:
         self._metrics.ended(request, last)
         if self._requests.running.pop(request.id, None):
             self._sessions.forget(request)
-            self._roster.tell("target", wire.Close(request.id))
+            self._roster.tell(request.target, wire.Close(request.id))
+            self._recovery.settle()
+            self._recovery.go_on()
         if request.client in self._clients:
             try:
                 self._tell(request.client, last)

@@ -10,21 +10,22 @@ import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
+from outrider.core.branches import Branch
 from outrider.core.constraints import Constraint
 from outrider.core.drafter import Drafter, Opening
 from outrider.core.engine import Cancelled, EngineFault
 from outrider.core.events import Commit, OpenDraft
-from outrider.core.sampling import Sampling
 from outrider.core.stream import Begun, Stream
 from outrider.core.values import Drafted, Proposal, Role
 from outrider.errors import OutriderError
 from outrider.wire import messages as wire
+from outrider_services.pipeline.branching import Branching
 from outrider_services.pipeline.slots import Taken
 from outrider_services.pipeline.worker import Measured, Worker
 
@@ -39,8 +40,7 @@ class Ride:
     request: int
     slot: int
     stream: Stream
-    sampling: Sampling
-    vocabulary: int  # ids from here on do not exist in the target
+    opening: Opening  # as far as the order to open says it
     taken: Taken  # what it gets from other texts
     skip: int  # so many tokens at the beginning of its text need not be read
     recall: int  # tokens at the end of its text for which it is to say what it would have drafted
@@ -48,8 +48,6 @@ class Ride:
     waited_s: float = 0.0  # for others, since it sent something
     began: float | None = None  # when it began to read for the token that comes next
     unsent: Proposal | None = None
-    constraint: Constraint | None = None
-    begins: int = 0  # the answer, to which the constraint applies, begins here
     is_ready: bool = True  # the drafter has prepared the constraint
     is_new: bool = True  # the drafter does not know its text yet
     is_alone: bool = False  # a step that it shared has failed, and none alone has come off since
@@ -75,13 +73,15 @@ class DraftWorker(Worker[Drafter]):
         super().__init__(model, owner, measured)
         self._rides: dict[int, Ride] = {}  # by request
         self._turns: deque[Ride] = deque()  # the same; the first has the next turn
-        self._running: list[Ride] = []
+        self._running: list[Ride] = []  # those whose texts the step is for …
+        self._growing: list[Ride] = []  # … and those whose branches are
         self._lock = threading.Lock()
+        self._branching: Branching[Ride] = Branching(model, self._lock)
         self._preparing: set[asyncio.Task[None]] = set()
 
     @staticmethod
     def measure(model: Drafter) -> Measured:
-        return Measured((model.token_s, model.read_s), model.crowd_s)
+        return Measured((model.token_s, model.read_s), model.crowd_s[: model.info.slots])
 
     # ---- what the coordinator says --------------------------------------------------------------
 
@@ -109,11 +109,22 @@ class DraftWorker(Worker[Drafter]):
         cut = stream.commit(order, self.model.info.context)
         if ride not in self._running and not had_work:
             ride.asked = self.computed_s
-        if self._running == [ride] and (cut or stream.is_to_stop):
+        step = (*self._running, *self._growing)
+        is_unwanted = cut or (stream.is_to_stop and not self._growing)
+        if step and is_unwanted and all(one is ride for one in step):
             self.model.cancel()  # what it computes is not wanted, or not now
+        if cut and stream.foreseen:
+            foreseen = Proposal(
+                stream.lineage, stream.committed, stream.foreseen, 0.0, foreseen=True
+            )
+            # behind what the owner thread has posted before
+            self._post(asyncio.get_running_loop().call_soon, ride, foreseen)
         self.wake()
 
     def _open(self, request: int, order: OpenDraft) -> None:
+        known = self._rides.get(request)
+        if known and order.lineage <= known.stream.lineage:
+            return  # it has come twice, or late
         self._close(request)  # a draft that was given up and is wanted again begins anew
         try:
             skip = min(order.skip, len(order.tokens) - 1)
@@ -124,18 +135,23 @@ class DraftWorker(Worker[Drafter]):
         stream = Stream.opened(order, self.model.info.context)
         if taken.source >= 0:
             stream.read = taken.kept
+        if order.foresees:
+            self._branching.begin(stream)
         ride = Ride(
             request=request,
             slot=taken.slot,
             stream=stream,
-            sampling=order.sampling,
-            vocabulary=order.vocabulary,
+            opening=Opening(
+                sampling=order.sampling,
+                vocabulary=order.vocabulary,
+                constraint=order.constraint,
+                begins=order.begins,
+                cache=order.cache,
+            ),
             taken=taken,
             skip=skip,
             recall=order.recall,
             asked=self.computed_s,
-            constraint=order.constraint,
-            begins=order.begins,
             is_ready=order.constraint is None,
         )
         if order.constraint:
@@ -158,7 +174,8 @@ class DraftWorker(Worker[Drafter]):
         if ride is None:
             return
         ride.is_open = False
-        if ride in self._running and not any(one.is_open for one in self._running):
+        step = (*self._running, *self._growing)
+        if ride in step and not any(one.is_open for one in step):
             self.model.cancel()
         self._turns.remove(ride)
         self.slots.give_back(ride.slot, ride.stream.tokens[: ride.stream.read])
@@ -167,55 +184,81 @@ class DraftWorker(Worker[Drafter]):
     # ---- computing ------------------------------------------------------------------------------
 
     async def compute(self) -> bool:
-        if not any(ride.has_work for ride in self._turns):
-            return False
+        with self._lock:
+            with_work = any(ride.has_work for ride in self._turns)
+            if not (with_work or self._branching.has_work(self._turns)):
+                return False
         post = asyncio.get_running_loop().call_soon_threadsafe
         await self.owned(lambda: self._draft(post))
         return True
 
     def _draft(self, post: Callable[..., object]) -> None:
         """On the owner thread: draft until every stream has to wait. `post` calls on the loop."""
-        while riders := self._next_step():
+        while True:
+            riders, branches = self._next_step(post)
+            if not (riders or branches):
+                return
             self.steps += 1
             try:
-                if riders[0].recall:
+                if riders and riders[0].recall:
                     self._post(post, riders[0], self._recalled(riders[0]))
                 else:
-                    self._step(riders, post)
+                    self._step(riders, branches, post)
             except (EngineFault, OutriderError, ValueError) as exc:
-                self._on_failure(riders, exc, post)
+                self._on_failure(riders, exc, post, [ride for _, ride in branches])
             with self._lock:
-                self._running = []
+                self._running, self._growing = [], []
                 for ride in riders:
                     ride.asked = self.computed_s
 
-    def _next_step(self) -> list[Ride]:
-        """Those who have the next step, in turn; none if there is nothing to draft for now."""
+    def _next_step(
+        self, post: Callable[..., object]
+    ) -> tuple[list[Ride], list[tuple[Branch, Ride]]]:
+        """Those who have the next step, in turn, and branches; none: there is nothing to draft."""
+        for ride in list(self._turns):
+            try:
+                self._branching.adopt(ride)
+            except (EngineFault, OutriderError, ValueError) as exc:
+                self._on_failure([ride], exc, post, [ride])
+        self._branching.tidy(self._turns)
+        branches: list[tuple[Branch, Ride]] = []
         with self._lock:
             with_work = [ride for ride in self._turns if ride.has_work]
             riders = [ride for ride in with_work if ride.shares]
             if with_work and not with_work[0].shares:
                 riders = with_work[:1]
+            else:
+                lines, branches = self._branching.share(riders, self._turns)
+                riders = riders[:lines]
             for ride in riders:
                 self._turns.remove(ride)
                 self._turns.append(ride)
                 ride.waited_s += self.computed_s - ride.asked
-            self._running = riders
-        return riders
+            self._running, self._growing = riders, [ride for _, ride in branches]
+        return riders, branches
 
-    def _step(self, riders: list[Ride], post: Callable[..., object]) -> None:
-        """Draft one token more for each of the riders, or read on."""
+    def _step(
+        self,
+        riders: list[Ride],
+        branches: Sequence[tuple[Branch, Ride]],
+        post: Callable[..., object],
+    ) -> None:
+        """Draft one token more for each of the riders, or read on, and one for each branch."""
         now = time.perf_counter()
         for ride in riders:
             ride.began = now if ride.began is None else ride.began
         riders = self._known(riders, post)
-        if not riders:
+        growing = self._branching.grown(branches, self._turns)
+        if not (riders or growing):
             return
         with self._lock:
             all_begun = [ride.stream.begin() for ride in riders]
-        for ride, begun in zip(riders, all_begun, strict=True):
+        for at, (ride, begun) in enumerate(zip(riders, all_begun, strict=True)):
             self.model.cut(ride.slot, begun.read)
+            # some models can only go back farther
+            all_begun[at] = replace(begun, read=min(begun.read, self.model.read(ride.slot)))
         texts = [(ride.slot, begun.tokens) for ride, begun in zip(riders, all_begun, strict=True)]
+        texts += [(one.branch.slot, one.text) for one in growing]
         try:
             found = self.model.propose_all(texts)
         except Cancelled:
@@ -223,14 +266,19 @@ class DraftWorker(Worker[Drafter]):
                 ride.began = None
             found = []
         else:
-            riders[0].is_alone &= len(riders) > 1
+            for ride in riders[:1]:
+                ride.is_alone &= len(texts) > 1
         with self._lock:
             for ride, begun, drafted in zip(riders, all_begun, found, strict=False):
                 if not ride.is_open:
                     continue
                 self._took(ride, begun, drafted, len(riders), post)
+            for one, drafted in zip(growing, found[len(riders) :], strict=False):
+                self._branching.took(one, drafted)
             for ride in riders:
                 self._send_whole(ride, post)
+            if found and all(len(one.tokens) - one.read <= TOGETHER for one in all_begun):
+                self._branching.took_s(len(texts), time.perf_counter() - now)
 
     def _took(
         self,
@@ -242,7 +290,8 @@ class DraftWorker(Worker[Drafter]):
     ) -> None:
         """What a step has brought for one of the `riders` becomes a proposal, or a part of one."""
         stream = ride.stream
-        taken = stream.took(begun, self.model.read(ride.slot), drafted)
+        others = self.model.others(ride.slot) if stream.branches else ()
+        taken = stream.took(begun, self.model.read(ride.slot), drafted, others)
         if not taken and not stream.is_silent:
             ride.began = None if drafted else ride.began
             return  # there is more text to read, or the target has said what comes here
@@ -272,11 +321,22 @@ class DraftWorker(Worker[Drafter]):
     def _post(self, post: Callable[..., object], ride: Ride, proposal: Proposal) -> None:
         post(self.send, wire.Done(ride.request, proposal))
 
-    def _on_failure(self, riders: list[Ride], exc: Exception, post: Callable[..., object]) -> None:
-        """One alone is given up; of several each is tried alone, from the beginning of its text."""
+    def _on_failure(
+        self,
+        riders: list[Ride],
+        exc: Exception,
+        post: Callable[..., object],
+        growing: Sequence[Ride] = (),
+    ) -> None:
+        """One alone is given up; of several each is tried alone, from the beginning of its text.
+
+        So is one whose branches shared the step. None of them has branches from now on.
+        """
         with self._lock:
+            for ride in (*riders, *growing):
+                self._branching.end(ride)
             for ride in riders:
-                if len(riders) > 1:
+                if len(riders) > 1 or growing:
                     ride.is_alone, ride.is_new, ride.began = True, True, None
                     ride.failures += 1
                     ride.taken = Taken(ride.slot)
@@ -327,15 +387,7 @@ class DraftWorker(Worker[Drafter]):
             known = self.slots.held(taken)
         # what was to be kept is gone: no more is read than was asked for
         skip = taken.skip if known > taken.skip else ride.skip
-        opening = Opening(
-            sampling=ride.sampling,
-            vocabulary=ride.vocabulary,
-            skip=skip,
-            known=known,
-            source=taken.source,
-            constraint=ride.constraint,
-            begins=ride.begins,
-        )
+        opening = ride.opening._replace(skip=skip, known=known, source=taken.source)
         self.model.open(taken.slot, opening)
         with self._lock:
             ride.is_new = False

@@ -48,6 +48,9 @@ FAMILIES = {
         "counter", "Requests that ended as they should", ("finished_reason",)
     ),
     "request_failure_total": Family("counter", "Requests that ended with an error", ("code",)),
+    "request_resumed_total": Family(
+        "counter", "Times that a request went on after what it had lost", ("lost",)
+    ),
     "num_requests_running": Family("gauge", "Requests that have a sequence"),
     "num_requests_waiting": Family(
         "gauge", "Requests that wait for one, their prompts being known"
@@ -72,7 +75,10 @@ FAMILIES = {
     "e2e_request_latency_seconds": Family(
         "histogram", "From the request to its end, if it succeeded"
     ),
-    "worker_up": Family("gauge", "Whether the worker is there", ("role",)),
+    "stale_dropped_total": Family(
+        "counter", "What workers said of requests that was not the answer awaited", ("reason",)
+    ),
+    "worker_up": Family("gauge", "Workers of the role that are there", ("role",)),
     "worker_restarts_total": Family(
         "counter", "Workers that took the place of an earlier one", ("role",)
     ),

@@ -33,9 +33,11 @@ from outrider.errors import (
 )
 from outrider.wire.addresses import socket_path
 from outrider_services import logs
-from outrider_services.options import OPTIONS, Settings, TargetOptions, to_flags
-from outrider_services.pipeline.claim import TOKEN, Claim
+from outrider_services.options import OPTIONS, to_flags
+from outrider_services.pipeline.arguments import gateway_arguments, worker_arguments
+from outrider_services.pipeline.claim import KILLED, TOKEN, Claim
 from outrider_services.pipeline.places import share_cores
+from outrider_services.table import Settings
 
 STOP_S = 5.0  # between SIGTERM and SIGKILL
 CLAIM_S = 3.0  # most that a dead pipeline of our name, or one that ends, may take to be gone
@@ -55,6 +57,7 @@ class Child:
     process: asyncio.subprocess.Process | None = None
     ready: asyncio.Event = field(default_factory=asyncio.Event)
     error: OutriderError | None = None
+    was_killed: bool = False
     starts: deque[float] = field(default_factory=deque)
 
 
@@ -78,7 +81,7 @@ class Launcher:
     ) -> None:
         self.settings, self.name = settings, name
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.addresses: list[str] = []
+        self.addresses: list[str] = []  # as they are bound; those of `--listen`, in their order
         self._report, self._log = report, log
         self._socket: Path = socket_path(name)
         self._claim = Claim(self._socket)
@@ -92,12 +95,13 @@ class Launcher:
     def _plan(self, draft: bool) -> list[Child]:
         address = f"ipc://{self._socket}"
         settings = replace(self.settings, log=replace(self.settings.log, format="json"))
-        sections = ("draft", "pipeline", "coordinator", "server", "log")
+        sections = ("draft", "pipeline", "coordinator", "links", "server", "log")
         places = {"target": settings.target.place}
         if draft:
             places["draft"] = settings.draft.place
-        own = [role for role, place in places.items() if place == "spawn"]
-        flags = [f"--name={self.name}", *(f"--own={role}" for role in own)]
+        own = [role for role, place in places.items() if place != "remote"]
+        both = [f"--open={role}" for role in own if places[role] == "both"]
+        flags = [f"--name={self.name}", *(f"--own={role}" for role in own), *both]
         children = [
             Child("coordinator", ["coordinator", *flags, *to_flags(settings, sections)]),
             *(Child(role, worker_arguments(role, settings, address)) for role in own),
@@ -220,13 +224,15 @@ class Launcher:
     def _secrets(self, child: Child) -> dict[str, str]:
         """Variables for what no command line may tell."""
         keys = self.settings.server.api_key if child.role == "gateway" else ()
-        return {OPTIONS["server.api_key"].variable: json.dumps(keys)} if keys else {}
+        found = {OPTIONS["server.api_key"].variable: json.dumps(keys)} if keys else {}
+        return {**found, TOKEN: self._token, KILLED: str(int(child.was_killed))}
 
     async def _start(self, child: Child) -> None:
         assert self._pipe is not None
         child.ready.clear()
         child.error = None
         child.starts.append(time.monotonic())
+        self._stay(child.arguments)
         child.process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
@@ -237,12 +243,19 @@ class Launcher:
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
             pass_fds=self._inherited(child),
-            env={**os.environ, TOKEN: self._token, **self._secrets(child)},
+            env={**os.environ, **self._secrets(child)},
             start_new_session=True,  # Ctrl-C is for the launcher
         )
         self._report(child.role, "starting", 0.0)
         self._tasks = [task for task in self._tasks if not task.done()]
         self._tasks.append(asyncio.ensure_future(self._watch(child, child.process)))
+
+    def _stay(self, arguments: list[str]) -> None:
+        """A coordinator that starts again is to have the ports that it had."""
+        for asked, had in zip(self.settings.coordinator.listen, self.addresses, strict=False):
+            for flag in ("--listen", "--insecure"):
+                if f"{flag}={asked}" in arguments:
+                    arguments[arguments.index(f"{flag}={asked}")] = f"{flag}={had}"
 
     async def _until_ready(self, child: Child) -> None:
         ready = asyncio.ensure_future(child.ready.wait())
@@ -254,7 +267,7 @@ class Launcher:
     async def _until_joined(self, roles: set[str]) -> None:
         """Wait until the coordinator has all `roles`: only then is a draft known to fit."""
         async with connect(f"ipc://{self._socket}") as client:
-            while not roles <= (await client.health())["workers"].keys():
+            while not roles <= {one["role"] for one in (await client.health())["workers"].values()}:
                 await first_of(asyncio.ensure_future(asyncio.sleep(0.02)), self.failed)
                 if self.failed.done():
                     self.failed.result()
@@ -269,13 +282,14 @@ class Launcher:
         if self._stopping:
             return
         self._report(child.role, "ended", 0.0)
+        child.was_killed = status == -signal.SIGKILL and child.error is None
         hint = ", killed: perhaps memory ran out" if status == -signal.SIGKILL else ""
         error = child.error or WorkerLost(
             f"the {child.role} process ended by itself with status {status}{hint}", child.role
         )
         if child.role == "coordinator" and status == 0:
             self._fail(None)  # it was told to stop
-        elif not self._up or child.role == "coordinator":
+        elif not self._up:
             self._fail(error)
         else:
             await self._restart(child, error)
@@ -289,7 +303,7 @@ class Launcher:
             child.starts.popleft()
         if len(child.starts) > most:
             self._warn(child.role, f"restarted {most} times in {within_s:.0f} s; it stays down")
-            if child.role == "target":
+            if child.role in ("target", "coordinator"):
                 self._fail(error)
             return
         first_s, most_s = BACKOFF_S
@@ -320,11 +334,21 @@ class Launcher:
         if state == "error":
             child.error = from_code(detail, rest[0])
         elif state == "listening":
-            self.addresses.append(detail)
+            if detail not in self.addresses:  # else it has started again
+                self.addresses.append(detail)
+        elif state == "hung":
+            self._kill(detail)
         else:
             self._report(child.role, state, float(detail))
             if state == "ready":
                 child.ready.set()
+
+    def _kill(self, role: str) -> None:
+        """End a worker that does not answer, if it is ours; then it is started again."""
+        for child in (one for one in self._children if one.role == role):
+            if child.process and child.process.returncode is None:
+                child.error = WorkerLost(f"the {role} process did not answer and was ended", role)
+                child.process.kill()
 
     async def _forward(self, child: Child, stream: asyncio.StreamReader) -> None:
         async for line in lines(stream):
@@ -348,31 +372,3 @@ async def lines(stream: asyncio.StreamReader) -> AsyncIterator[str]:
 async def first_of(*futures: asyncio.Future[Any]) -> None:
     """Wait until one of them is done, with a result or an error."""
     await asyncio.wait(futures, return_when=asyncio.FIRST_COMPLETED)
-
-
-def own_settings(role: str, settings: Settings) -> Settings:
-    """The settings for a worker of `role`: its own model is their target."""
-    draft = settings.draft
-    if role == "draft":
-        own = replace(
-            TargetOptions(),
-            model=draft.model,
-            threads=draft.threads,
-            cores=draft.cores,
-            ngl=draft.ngl,
-            ctx=settings.target.ctx,
-        )
-        settings = replace(settings, target=own)
-    return replace(settings, target=replace(settings.target, place="spawn"))
-
-
-def gateway_arguments(settings: Settings, address: str, http: socket.socket) -> list[str]:
-    """The arguments that make `outrider` the gateway of the coordinator at `address`."""
-    flags = to_flags(settings, ("server", "log"))
-    return ["gateway", f"--connect={address}", f"--fd={http.fileno()}", *flags]
-
-
-def worker_arguments(role: str, settings: Settings, address: str) -> list[str]:
-    """The arguments that make `outrider` a worker of `role`."""
-    flags = to_flags(own_settings(role, settings), ("target", "pipeline", "toy", "log"))
-    return ["worker", role, f"--connect={address}", *flags]

@@ -21,10 +21,12 @@ from outrider.errors import (
     InternalError,
     Overloaded,
     ProtocolError,
+    RequestPoisoned,
     RequestTimeout,
     WorkerLost,
 )
 from outrider.wire import messages as wire
+from outrider_services.pipeline.member import Member
 from outrider_services.pipeline.requests import Request, Requests
 from outrider_services.pipeline.roster import Roster
 
@@ -49,8 +51,14 @@ COUNTS = {  # by metric, what a request counts
 # of the labels whose values are known, each is told from the beginning, so that rates are defined
 DISCARDED = ("correction", "miss", "stop", "cancelled", "stale", "dismissed", "failed")
 OWN = ("corrected", "bonus", "plain")
+RESUMED = ("target", "connection")
 SUCCESS = ("stop", "length", "cancelled")
-FAILURE = (Overloaded, BadRequest, WorkerLost, RequestTimeout, ProtocolError, InternalError)
+# what a worker has said of a request and does not count: see `coordinator`
+STALE = ("over", "other_worker", "round", "lineage", "malformed")
+FAILURE = (
+    Overloaded, BadRequest, WorkerLost, RequestPoisoned, RequestTimeout, ProtocolError,
+    InternalError,
+)  # fmt: skip
 
 
 class Histogram:
@@ -210,7 +218,7 @@ class Metrics:
     """Told of what happens by the coordinator; `snapshot` is all of it."""
 
     def __init__(self, requests: Requests, roster: Roster, clock: Callable[[], float]) -> None:
-        self.meters: dict[Role, Meter] = {role: Meter() for role in ROLES}
+        self.meters: dict[str, Meter] = {role: Meter() for role in ROLES}  # by worker's name
         self._requests, self._roster, self._clock = requests, roster, clock
         self._over = Totals()
         self._success = Counter(dict.fromkeys(SUCCESS, 0))
@@ -222,8 +230,10 @@ class Metrics:
         self._committed: dict[int, float] = {}  # by request, when its last block was committed
         self._running, self._served_s, self._since = 0, 0.0, 0.0
         self._ping, self._pinged = 0, 0.0
-        self._incarnations: dict[Role, int] = {}
+        self._incarnations: dict[str, int] = {}  # by name, the worker that had it last
         self.restarts = dict.fromkeys(ROLES, 0)
+        self.stale = Counter(dict.fromkeys(STALE, 0))
+        self.resumed = dict.fromkeys(RESUMED, 0)
 
     # ---- requests -------------------------------------------------------------------------------
 
@@ -274,45 +284,45 @@ class Metrics:
             self._verify.observe(done.elapsed_s)
             self._overlap.add("target", "draft", now, done.elapsed_s)
 
-    def joined(self, role: Role) -> None:
+    def joined(self, member: Member) -> None:
         """A worker was welcomed, perhaps the same one over a new connection."""
-        member = self._roster.get(role)
-        if member is None:
-            return
-        incarnation = member.hello.incarnation
-        self.restarts[role] += self._incarnations.get(role, incarnation) != incarnation
-        self._incarnations[role] = incarnation
-        self.meters[role].begin()
+        name, incarnation = member.name, member.hello.incarnation
+        self.restarts[member.role] += self._incarnations.get(name, incarnation) != incarnation
+        self._incarnations[name] = incarnation
+        self.meters.setdefault(name, Meter()).begin()
 
     def ping(self) -> wire.Ping:
         """The next one; whoever answers shows how long the way there and back takes."""
         self._ping, self._pinged = self._ping + 1, self._clock()
         return wire.Ping(self._ping)
 
-    def beat(self, role: Role, beat: wire.Beat) -> None:
-        now = self._clock()
+    def beat(self, member: Member, beat: wire.Beat) -> None:
+        now, role = self._clock(), member.role
         if beat.ping and beat.ping == self._ping:
             self._links[role].observe(now - self._pinged)
+            member.took(now - self._pinged)
         running_s = now - self._since if self._running else 0.0
         taken = Beat(now, beat.computed_s, beat.steps, self._served_s + running_s)
         other: Role = "draft" if role == "target" else "target"
-        self.meters[role].take(taken, other if self._roster.get(other) else "coordinator")
+        self.meters[member.name].take(taken, other if self._roster.of(other) else "coordinator")
 
     # ---- for whoever asks -----------------------------------------------------------------------
 
     def snapshot(self) -> dict[str, Any]:
         """Each metric by its name: a value, values by label, or of a histogram its table."""
-        requests, members = self._requests, self._roster.members
-        models = {member.hello.role: member.hello.model for member in members}
+        requests, meters = self._requests, self.meters
+        workers = {role: self._roster.of(role) for role in ROLES}
         return {
             **self._over.plus(list(requests.running.values())).table(),
             "request_success_total": dict(self._success),
             "request_failure_total": dict(self._failure),
+            "request_resumed_total": dict(self.resumed),
             "num_requests_running": len(requests.running),
             "num_requests_waiting": len(requests.waiting),
-            "lane_busy_seconds_total": {role: self.meters[role].busy_s for role in ROLES},
-            "lane_passes_total": {role: self.meters[role].passes for role in ROLES},
-            "lane_wait_seconds_total": {role: dict(self.meters[role].waits) for role in ROLES},
+            "stale_dropped_total": dict(self.stale),
+            "lane_busy_seconds_total": {lane: meter.busy_s for lane, meter in meters.items()},
+            "lane_passes_total": {lane: meter.passes for lane, meter in meters.items()},
+            "lane_wait_seconds_total": {lane: dict(meter.waits) for lane, meter in meters.items()},
             "overlap_seconds_total": self._overlap.both_s,
             "draft_seconds": self._draft.table(),
             "verify_seconds": self._verify.table(),
@@ -320,10 +330,10 @@ class Metrics:
             "time_to_first_token_seconds": self._first.table(),
             "inter_token_latency_seconds": self._between.table(),
             "e2e_request_latency_seconds": self._whole.table(),
-            "worker_up": {role: int(role in models) for role in ROLES},
+            "worker_up": {role: len(workers[role]) for role in ROLES},
             "worker_restarts_total": dict(self.restarts),
             "info": {
                 "version": outrider.__version__,
-                **{role: models.get(role, "") for role in ROLES},
+                **{role: workers[role][0].hello.model if workers[role] else "" for role in ROLES},
             },
         }

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from outrider.core.constraints import Matcher
+from outrider.core.orders import Orders
 from outrider.core.sampling import Sampling
 from outrider.core.values import TokenId
 from outrider_services.pipeline.slots import Taken
@@ -30,7 +31,7 @@ class Sequence:
     begins: int = 0  # the answer begins here
     matcher: Matcher | None = None  # of the answer's constraint
     forbidden: int = 0  # drafted tokens that it does not allow
-    round: int = 0
+    orders: Orders = field(default_factory=Orders)  # that wait for their turns
     drafted: tuple[TokenId, ...] | None = ()  # None: nothing to do
     elapsed_s: float = 0.0
     waited_s: float = 0.0

@@ -18,18 +18,22 @@ import uvloop
 from outrider.core.drafter import Drafter
 from outrider.core.engine import Engine
 from outrider.core.values import Role
+from outrider.engines import suffix
 from outrider.engines.drafter import ModelDrafter
-from outrider.errors import InternalError, OutriderError
-from outrider.wire.addresses import check_exposure, socket_path
+from outrider.engines.together import BothDrafters
+from outrider.errors import ConfigError, InternalError, OutriderError
+from outrider.wire.addresses import socket_path
+from outrider.wire.keys import Keyring, credentials, needs_keys
 from outrider.wire.router import Router
+from outrider.wire.trial import check_closed
 from outrider_services import options
-from outrider_services.models.loading import load_engine
-from outrider_services.options import Settings
-from outrider_services.pipeline.claim import TOKEN
+from outrider_services.models.loading import build_of, load_engine
+from outrider_services.pipeline.claim import KILLED, TOKEN
 from outrider_services.pipeline.coordinator import Coordinator, Defaults
 from outrider_services.pipeline.draft_worker import DraftWorker
 from outrider_services.pipeline.target_worker import TargetWorker
 from outrider_services.pipeline.worker import Connection, serve
+from outrider_services.table import Settings
 
 log = logging.getLogger(__name__)
 
@@ -39,28 +43,41 @@ RELIEVE_S = 0.1  # between two looks at how heavy the coordinator is
 TRIM_EACH = 20  # looks
 
 
-def coordinator(settings: Settings, name: str, own: Sequence[Role], parent_fd: int | None) -> None:
-    """The coordinator process of the pipeline `name`, whose launcher starts the workers `own`."""
+def coordinator(
+    settings: Settings, name: str, own: Mapping[Role, bool], parent_fd: int | None
+) -> None:
+    """The coordinator process of the pipeline `name`, whose launcher starts the workers `own`.
+
+    Their values say whether others of the role may join, too.
+    """
     tokens = dict.fromkeys(own, os.environ.pop(TOKEN, ""))
-    serving = _coordinate(settings, name, tokens)
+    serving = _coordinate(
+        settings, name, tokens, [role for role, is_open in own.items() if is_open]
+    )
     run(serving, parent_fd, lambda: socket_path(name).unlink(missing_ok=True))
 
 
-def worker(role: str, settings: Settings, address: str, parent_fd: int | None) -> None:
+def worker(role: Role, settings: Settings, address: str, parent_fd: int | None) -> None:
     """A worker process. Whatever its role, its own model is the target of `settings`."""
     cores = options.cores(settings.target.cores)
     if cores:
         os.sched_setaffinity(0, cores)
     simulated = settings.pipeline.backend == "toy"
     delay_s = settings.toy.link_ms / 1000 if simulated else 0.0
-    token = os.environ.pop(TOKEN, "")
-    connection = Connection(address, timeout_s=10.0, delay_s=delay_s, token=token)
+    token, killed = os.environ.pop(TOKEN, ""), os.environ.pop(KILLED, "") == "1"
+    links, build = settings.links, build_of(settings)
+    pipeline, memory = settings.pipeline, settings.pipeline.suffix_memory
+    own = credentials(address, role, links.keys or None, insecure=address in links.insecure)
+    connection = Connection(address, 10.0, delay_s, token, killed, own, build)
 
     def load(progress: Callable[[float], None]) -> Engine:
         return load_engine(role, settings, progress)
 
     def load_drafter(progress: Callable[[float], None]) -> Drafter:
-        return ModelDrafter(load(progress))
+        if settings.target.model == suffix.NAME:
+            return suffix.SuffixDrafter(settings.target.ctx, pipeline.parallel, memory)
+        drafter = ModelDrafter(load(progress))
+        return BothDrafters(drafter, memory) if pipeline.suffix else drafter
 
     if role == "target":
         serving = serve(TargetWorker, load, connection, say)
@@ -76,7 +93,9 @@ def say(state: str, *details: float | str) -> None:
         sys.stdout.flush()
 
 
-async def _coordinate(settings: Settings, name: str, tokens: Mapping[Role, str]) -> None:
+async def _coordinate(
+    settings: Settings, name: str, tokens: Mapping[Role, str], both: Sequence[Role]
+) -> None:
     mode, draft = settings.pipeline.mode, settings.draft
     defaults = Defaults(
         mode,
@@ -85,18 +104,19 @@ async def _coordinate(settings: Settings, name: str, tokens: Mapping[Role, str])
         draft.p_min,
         allow_grammar=settings.server.allow_grammar,
         tokens=tokens,
+        resume_s=settings.coordinator.resume_s,
+        both=frozenset(both),
     )
-    core = Coordinator(lambda peer, message: router.send(peer, message), defaults)
+
+    def hung(role: Role) -> None:
+        say("hung", role)
+
+    core = Coordinator(lambda peer, message: router.send(peer, message), defaults, on_hung=hung)
     router = Router(core.on_message, core.on_gone)
     path = socket_path(name)
     try:
         router.bind(f"ipc://{path}")
-        for address in settings.coordinator.listen:
-            check_exposure(address, settings.coordinator.insecure)
-            bound = router.bind(address)
-            say("listening", bound)
-            if address in settings.coordinator.insecure:
-                log.warning("%s is open to everybody who can reach it", bound)
+        await listen(router, settings)
         say("ready", 1.0)
         relieving = asyncio.ensure_future(_relieve(router))
         try:
@@ -108,6 +128,40 @@ async def _coordinate(settings: Settings, name: str, tokens: Mapping[Role, str])
         await asyncio.sleep(0.05)  # the last messages need a moment to leave
         router.close()
         path.unlink(missing_ok=True)
+
+
+async def listen(router: Router, settings: Settings) -> None:
+    """Listen at the addresses of the settings. Raises ConfigError rather than leave one open."""
+    links, addresses = settings.links, settings.coordinator.listen
+    is_keyed = {
+        address: needs_keys(address, links.keys, insecure=address in links.insecure)
+        for address in addresses
+    }
+    keys = Keyring(links.keys)
+    for address in sorted(addresses, key=lambda one: is_keyed[one]):  # those with keys last
+        if is_keyed[address]:
+            bound = await _listen_with_keys(router, address, keys)
+        else:
+            bound = router.bind(address)
+        say("listening", bound)
+        if address in links.insecure:
+            log.warning("%s is open to everybody who can reach it", bound)
+
+
+async def _listen_with_keys(router: Router, address: str, keys: Keyring) -> str:
+    try:
+        keys.check_listening()
+    except ConfigError as exc:
+        raise ConfigError(
+            f"{address} would be open to the network: {exc} (or, for everybody to connect and "
+            f"read along, say --insecure {address})"
+        ) from None
+    bound = router.bind(address, keys)
+    assert router.doorman
+    router.doorman.is_quiet = True
+    await check_closed(bound, keys.pair("coordinator").public)
+    router.doorman.is_quiet = False
+    return bound
 
 
 async def _relieve(router: Router) -> None:

@@ -8,15 +8,24 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from outrider.errors import ConnectionFailed, InternalError, OutriderError, Overloaded
+from outrider.errors import (
+    ConnectionFailed,
+    InternalError,
+    OutriderError,
+    Overloaded,
+    WorkerLost,
+)
 from outrider.wire import messages as wire
-from outrider_services.pipeline.roster import Roster, Tell
+from outrider_services.pipeline.absence import Absence
+from outrider_services.pipeline.calls import Tell
+from outrider_services.pipeline.roster import Roster
 
 log = logging.getLogger(__name__)
 
 MOST, MOST_OF_ONE = 512, 64  # questions that wait for their answers, of all and of one client
 MOST_CHARACTERS = 8 << 20  # in all these
 AT_ONCE = 2  # of one client's questions that the worker has; so others are soon in turn
+TARGETS = 2  # that a question is put to, if the first is lost with it
 
 Asked = wire.Tokenize | wire.Detokenize | wire.Render | wire.Infill
 Answer = TypeVar("Answer", wire.Tokens, wire.Rendered, wire.Constrainable)
@@ -34,8 +43,8 @@ class Place:
 class Questions:
     """Puts them to the worker in turn; one that nobody waits for any more is not put."""
 
-    def __init__(self, roster: Roster, tell: Tell) -> None:
-        self._roster, self._tell = roster, tell
+    def __init__(self, roster: Roster, absence: Absence, tell: Tell) -> None:
+        self._roster, self._absence, self._tell = roster, absence, tell
         self._places: dict[bytes, Place] = {}
         self._count = self._characters = 0
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -45,7 +54,7 @@ class Questions:
     ) -> Answer:
         """The answer to the question that `question` makes of a number; as `Roster.ask`.
 
-        Raises Overloaded if too many wait.
+        While there is no target it waits for the next. Raises Overloaded if too many wait.
         """
         characters = length(question(0))
         place = self._places.get(client, Place())
@@ -68,6 +77,7 @@ class Questions:
             self._tasks.add(put)
             put.add_done_callback(self._tasks.discard)
             put.add_done_callback(over)
+            put.add_done_callback(_heard)
             return await asyncio.shield(put)  # what the worker has cannot be called back
         finally:
             if put is None:
@@ -85,9 +95,16 @@ class Questions:
         self, place: Place, question: Callable[[int], wire.Message], kind: type[Answer]
     ) -> Answer:
         try:
-            if place.is_gone:
-                raise ConnectionFailed("nobody waits for the answer")
-            return await self._roster.ask(self._roster.target(), question, kind)
+            for left in reversed(range(TARGETS)):
+                target = await self._absence.target()
+                if place.is_gone:
+                    break
+                try:
+                    return await self._roster.ask(target, question, kind)
+                except WorkerLost:
+                    if not left:
+                        raise
+            raise ConnectionFailed("nobody waits for the answer")
         finally:
             place.turn.release()
 
@@ -114,6 +131,12 @@ class Questions:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _heard(put: asyncio.Task[Any]) -> None:
+    """What it failed with is nobody's any more if whoever asked has left."""
+    if not put.cancelled():
+        put.exception()
 
 
 def length(question: wire.Message) -> int:

@@ -7,6 +7,7 @@ import secrets
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any, TypeAlias
 
 from outrider.core.engine import Vocabulary
@@ -14,8 +15,9 @@ from outrider.core.events import Task
 from outrider.core.rules import MOST_DRAFTED
 from outrider.core.session import Session
 from outrider.core.values import Role, TokenId
-from outrider.errors import BadRequest, Overloaded
+from outrider.errors import BadRequest, Overloaded, WorkerLost
 from outrider.wire import messages as wire
+from outrider_services.pipeline.member import Member
 
 NEVER = -1e6  # the bias that keeps end tokens from being chosen
 BRACKETS = frozenset("<[")  # every control token that a user would name has one: </s>, [INST]
@@ -34,7 +36,9 @@ class Defaults:
     p_min: float = 0.0
     queue: int = 64  # requests that may run or wait at once
     allow_grammar: bool = False  # whether a client may send a grammar of its own
+    resume_s: float = 120.0  # most that a request waits for the next target
     tokens: Mapping[Role, str] = field(default_factory=dict)  # of workers that the launcher starts
+    both: frozenset[Role] = frozenset()  # roles in which others may join these
 
     def check(self, submit: wire.Submit) -> None:
         """Raise BadRequest for what is not to be asked of this pipeline."""
@@ -84,8 +88,14 @@ class Request:
     ends: frozenset[TokenId] = frozenset()  # besides the target's own
     preparing: asyncio.Task[None] | None = None
     session: Session | None = None
+    target: Member | None = None  # the worker that serves it, and the draft that rides ahead of it
+    draft: Member | None = None
+    failed_drafts: set[int] = field(default_factory=set)  # incarnations that have given it up
     timer: asyncio.TimerHandle | None = None
     reported: float | None = None  # when its client was last told of its figures
+    prepared: wire.Hello | None = None  # the target that it was prepared for
+    blame: int = 0  # for target workers that died in its passes, until it gets past the place
+    reach: int = 0  # positions before this one may have been computed in the last of them
 
     @property
     def key(self) -> tuple[bytes, int]:
@@ -94,11 +104,21 @@ class Request:
     def marks(self) -> dict[str, int]:
         """What marks a log record as one about this request, and about what of it."""
         session = self.session
-        of_session = {"round": session.round, "lineage": session.stock.lineage} if session else {}
+        of_session = (
+            {"round": session.dispatch.round, "lineage": session.stock.lineage} if session else {}
+        )
         return {"request_id": self.number, **of_session}
+
+    def is_asked_by(self, submit: wire.Submit) -> bool:
+        """Whether `submit` asks for the same, perhaps with the prompt in tokens as it was told."""
+        mine, texts = self.submit, {"call": 0, "received": ()}
+        if submit.messages is None and submit.prompt == self.tokens:
+            texts = {**texts, "prompt": (), "messages": None, "tools": None}
+        return mine.changed(**texts) == submit.changed(**texts)
 
     async def prepare(self, target: wire.Hello, ask: Ask) -> None:
         """Have `target` turn the prompt into tokens, and its stop strings if they are tokens."""
+        self.prepared = target
         prompt, messages, tools = self.submit.prompt, self.submit.messages, self.submit.tools
         if messages is not None:
             asked = await ask(lambda call: wire.Chat(call, messages, tools), wire.Tokens)
@@ -115,15 +135,21 @@ class Request:
             self.ends |= set() if token is None else {token}
 
     def check(self, target: wire.Hello) -> None:
-        """Raise BadRequest if `target` cannot serve it; its prompt must be known by now."""
+        """Raise BadRequest if `target` cannot serve it; its prompt must be known by now.
+
+        Raises WorkerLost if it was prepared for another model.
+        """
+        if self.prepared and not alike(self.prepared, target):
+            raise WorkerLost("another model is served now than the one that read the prompt")
         tokens, context, size = self.tokens, target.context, vocabulary_of(target).size
         biased = [token for token, _ in self.submit.sampling.logit_bias if token >= size]
         if biased:
             raise BadRequest(f"logit_bias names token {biased[0]} of {size}", "logit_bias")
         if not tokens:
             raise BadRequest("the prompt is empty", "prompt")
-        if max(tokens) >= size:
-            raise BadRequest(f"token {max(tokens)} is not in the target's vocabulary", "prompt")
+        highest = max(*tokens, *(one.id for one in self.submit.received), 0)
+        if highest >= size:
+            raise BadRequest(f"token {highest} is not in the target's vocabulary", "prompt")
         if len(tokens) >= context:
             raise BadRequest(
                 f"the prompt has {len(tokens)} tokens, and a context of {context} leaves no room "
@@ -152,7 +178,14 @@ class Request:
             cache=submit.cache,
             top_logprobs=submit.top_logprobs,
             constraint=submit.constraint,
+            received=submit.received,
         )
+
+
+def alike(one: wire.Hello, other: wire.Hello) -> bool:
+    """Whether two targets say the same: one model, perhaps in two processes."""
+    of = attrgetter("model", "vocabulary", "context")
+    return bool(of(one) == of(other))
 
 
 async def control_token(stop: str, target: wire.Hello, ask: Ask) -> TokenId | None:
@@ -183,6 +216,7 @@ class Requests:
     running: dict[int, Request] = field(default_factory=dict)  # by id
     waiting: deque[Request] = field(default_factory=deque)
     _all: dict[tuple[bytes, int], Request] = field(default_factory=dict)
+    _named: dict[str, Request] = field(default_factory=dict)  # by the keys of those that have one
     # ids start at random, so that none was used by an earlier coordinator; questions use low ones
     _first_id: int = field(default_factory=lambda: secrets.randbits(61) + (1 << 61))
     _count: int = 0
@@ -199,6 +233,9 @@ class Requests:
     def find(self, client: bytes, call: int) -> Request | None:
         return self._all.get((client, call))
 
+    def named(self, key: str) -> Request | None:
+        return self._named.get(key)
+
     def add(self, client: bytes, submit: wire.Submit, now: float) -> Request:
         self._count += 1
         request = Request(
@@ -209,18 +246,31 @@ class Requests:
             submitted=now,
         )
         self._all[request.key] = request
+        self.name(request)
         return request
 
-    def check_room(self) -> None:
-        """Raise Overloaded if one request too many is there."""
-        if len(self._all) > self.most:
+    def name(self, request: Request) -> None:
+        """Let it be found by its key, unless another has it."""
+        if key := request.submit.key:
+            self._named.setdefault(key, request)
+
+    def of(self, member: Member) -> list[Request]:
+        """Those that this worker serves."""
+        running = list(self.running.values())
+        return [one for one in running if member in (one.target, one.draft)]
+
+    def check_room(self, request: Request) -> None:
+        """Raise Overloaded if one request too many is there.
+
+        Answers that had begun have room besides: an earlier coordinator had taken them.
+        """
+        if len(self._all) > self.most * (2 if request.submit.received else 1):
             raise Overloaded(f"{self.most} requests are running or waiting already")
 
-    def next(self, slots: int) -> Request | None:
-        """Let the next one run and return it; None if none waits or `slots` are running."""
-        if not self.waiting or len(self.running) >= slots:
-            return None
+    def next(self, target: Member) -> Request:
+        """Let the first that waits run on `target`, and return it."""
         request = self.waiting.popleft()
+        request.target = target
         self.running[request.id] = request
         return request
 
@@ -229,6 +279,8 @@ class Requests:
         if request not in self:
             return False
         del self._all[request.key]
+        if self._named.get(request.submit.key) is request:
+            del self._named[request.submit.key]
         if request.timer:
             request.timer.cancel()
         if request.preparing:

@@ -1,15 +1,19 @@
-"""The workers of a pipeline: who has joined, whether they fit, whether they are still alive."""
+"""The workers of a pipeline: who has joined, whether they fit, whether they are still alive.
+
+There may be several of each role. All targets have the same model, so any of them gives the same
+text; all drafts fit it. `pairs` says who serves which request.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import hmac
 import logging
+import socket
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any
 
 import outrider
 from outrider.core.values import Role
@@ -19,195 +23,231 @@ from outrider.errors import (
     OutriderError,
     Overloaded,
     ProtocolError,
-    RequestTimeout,
     WorkerLost,
-    from_code,
 )
 from outrider.wire import messages as wire
+from outrider_services.pipeline.calls import Answer, Calls, Tell
+from outrider_services.pipeline.member import SILENT_S, Member
 from outrider_services.pipeline.vocabularies import check_pair
 
 log = logging.getLogger(__name__)
 
-ANSWER_S = 12.0  # most that a worker may take to answer a question
-LAST_S = 0.05  # for what has come and was not read
-SILENT_S = 1.0  # four missing heartbeats: nobody waits for such a draft
+MOST = 16  # workers of each role
 LOST_S = 10.0  # so long a worker may be paused, or its machine
-
-Tell = Callable[[bytes, wire.Message], None]
-Answer = TypeVar("Answer", wire.Tokens, wire.Rendered, wire.LabelTexts, wire.Constrainable)
-
-
-@dataclass(slots=True)
-class Member:
-    """A worker that was welcomed, and the one connection that speaks for it."""
-
-    peer: bytes
-    hello: wire.Hello
-    heard: float
-    moved: float  # when it last finished an evaluation, or had none to do
-    steps: int = 0
-    is_silent: bool = False
-
-    def hear(self, now: float) -> None:
-        """It has said something. A time in which it was paused is none without progress."""
-        if now - self.heard > SILENT_S:
-            self.moved += now - self.heard
-        self.heard = now
-
-    def stall_s(self) -> float:
-        """Most seconds of an evaluation: 128 rows at the price of single ones, and half more."""
-        return max(8.0, 200 * self.hello.curve_s[0])
-
-
-def taken(role: Role) -> wire.Refused:
-    """The answer to one whose place is not free: it may come again."""
-    return wire.Refused(Overloaded.code, f"there is a {role} worker already")
 
 
 class Roster:
-    """At most one target worker and one draft worker.
+    """At most `MOST` target workers and as many draft workers; one, where the launcher starts it.
 
     `on_joined` and `on_lost` are told of each, and `on_paused` of a draft that nobody must wait
-    for, and then of its return.
+    for, and then of its return; `on_hung` of one of ours that is lost although its process may be
+    there.
     """
 
     def __init__(
         self,
         tell: Tell,
-        on_joined: Callable[[Role], None],
-        on_lost: Callable[[Role, str], None],
-        on_paused: Callable[[bool], None],
+        on_joined: Callable[[Member], None],
+        on_lost: Callable[[Member, str], None],
+        on_paused: Callable[[Member, bool], None],
         clock: Callable[[], float] = time.monotonic,
         tokens: Mapping[Role, str] = MappingProxyType({}),  # without one, anybody may join
+        both: frozenset[Role] = frozenset(),  # … and here, too
+        on_hung: Callable[[Role], None] = lambda _: None,
     ) -> None:
         self.refusals: dict[str, str] = {}
         self._tell, self._on_joined, self._on_lost = tell, on_joined, on_lost
         self._on_paused, self._clock, self._looked = on_paused, clock, clock()
-        self._tokens = tokens
-        self._members: dict[Role, Member] = {}
+        self._tokens, self._both, self._on_hung = tokens, both, on_hung
+        self._members: dict[bytes, Member] = {}  # by peer, in the order in which they joined
         self._joining: dict[bytes, asyncio.Task[None]] = {}
-        self._answers: dict[int, tuple[bytes, asyncio.Future[Any]]] = {}  # asked peer, who waits
-        self._questions = 0
+        self._calls = Calls(tell)
 
     # ---- who is there ---------------------------------------------------------------------------
-
-    def get(self, role: Role) -> Member | None:
-        return self._members.get(role)
-
-    def tell(self, role: Role, message: wire.Message) -> None:
-        """Send it to the worker of this role, if there is one."""
-        if member := self.get(role):
-            self._tell(member.peer, message)
 
     @property
     def members(self) -> list[Member]:
         return list(self._members.values())
 
-    def report(self) -> dict[Role, dict[str, str | int | float]]:
-        """What `outrider ps` shows of the workers, by role."""
+    def of(self, role: Role) -> list[Member]:
+        """Those of this role, the first to join first."""
+        return [member for member in self._members.values() if member.role == role]
+
+    @property
+    def drafts(self) -> list[Member]:
+        """The drafts that can be counted on."""
+        return [member for member in self.of("draft") if not member.is_silent]
+
+    def tell(self, member: Member | None, message: wire.Message) -> None:
+        """Send it to this worker, if it is still here."""
+        if member and member.peer in self._members:
+            self._tell(member.peer, message)
+
+    def report(self) -> dict[str, dict[str, Any]]:
+        """What `outrider ps` shows of the workers, by name."""
         return {
-            member.hello.role: {
+            member.name: {
+                "role": member.role,
                 "model": member.hello.model,
                 "device": member.hello.device,
                 "context": member.hello.context,
                 "slots": member.hello.slots,
                 "step_s": member.hello.curve_s[0],
+                "link_s": member.link_s,
+                "silent": member.is_silent,
+                "cores": member.hello.cores.rpartition(":")[2],  # the host is nobody's business
+                "here": member.hello.cores.startswith(f"{socket.gethostname()}:"),
+                "memory": member.hello.memory,
+                "build": member.hello.build,
+                "rollback_s": member.hello.rollback_s,
             }
             for member in self._members.values()
         }
 
+    def costs(self) -> dict[str, dict[str, float]]:
+        """What `outrider doctor` asks for: by role, the seconds that `Hello` tells, by number.
+
+        Of several workers of a role those of the first to join.
+        """
+        found = {}
+        for member in (*self.of("target")[:1], *self.of("draft")[:1]):
+            role, hello = member.hello.role, member.hello
+            for name, curve_s in ((role, hello.curve_s), (f"{role}_crowd", hello.crowd_s)):
+                found[name] = {str(n): seconds for n, seconds in enumerate(curve_s, 1)}
+        return found
+
     @property
     def peers(self) -> list[bytes]:
         """The connections of those that are here or about to join."""
-        return [*(member.peer for member in self.members), *self._joining]
-
-    @property
-    def has_draft(self) -> bool:
-        """Whether there is a draft that can be counted on."""
-        return "draft" in self._members and not self._members["draft"].is_silent
+        return [*self._members, *self._joining]
 
     def target(self) -> Member:
-        """The target worker. Raises WorkerLost if there is none."""
-        if target := self._members.get("target"):
-            return target
+        """A target worker, for questions about text. Raises WorkerLost if there is none."""
+        if targets := self.of("target"):
+            return targets[0]
         refused = self.refusals.get("target")
         why = f": {refused}" if refused else "; it may be loading, or being restarted"
         raise WorkerLost(f"no target worker is connected{why}", "target")
 
-    def role_of(self, peer: bytes) -> Role | None:
-        """The role that `peer` speaks for; an unknown peer is asked who it is."""
-        for role, member in self._members.items():
-            if member.peer == peer:
-                member.hear(self._clock())
-                if member.is_silent:
-                    member.is_silent = False
-                    self._on_paused(False)
-                return role
-        if peer not in self._joining:
+    def member_of(self, peer: bytes) -> Member | None:
+        """The worker that `peer` speaks for; an unknown peer is asked who it is."""
+        member = self._members.get(peer)
+        if member:
+            member.hear(self._clock())
+            if member.is_silent:
+                member.is_silent = False
+                self._on_paused(member, False)
+        elif peer not in self._joining:
             self._tell(peer, wire.Who())
-        return None
+        return member
 
     # ---- joining --------------------------------------------------------------------------------
 
     def on_hello(self, peer: bytes, hello: wire.Hello) -> None:
-        """Refuse the worker, or compare it with the other one and then welcome it."""
-        known = self._members.get(hello.role)
-        again = known is not None and known.hello.incarnation == hello.incarnation
-        if peer in self._joining or (known and again and known.peer == peer):
+        """Refuse the worker, or compare it with those of the other role and then welcome it."""
+        if peer in self._joining or peer in self._members:
             return  # it is being compared, or was welcomed already
+        role = hello.role
+        known = [one for one in self.of(role) if one.hello.incarnation == hello.incarnation]
         if hello.protocol != wire.PROTOCOL:
             reason = (
-                f"the {hello.role} worker speaks protocol {hello.protocol} (outrider "
+                f"the {role} worker speaks protocol {hello.protocol} (outrider "
                 f"{ascii(hello.version)[1:-1]:.40}), the coordinator {wire.PROTOCOL} "
                 f"(outrider {outrider.__version__})"
             )
             self._refuse(peer, hello, ProtocolError(reason))
-        elif not self._is_ours(hello):
+        elif not (self._is_ours(hello) or role in self._both):
             reason = (
-                f"this pipeline starts its {hello.role} worker itself; to let others join, start "
-                f"it with --{hello.role}-place remote"
+                f"this pipeline starts its {role} worker itself; to let others join, start "
+                f"it with --{role}-place both"
             )
             self._refuse(peer, hello, ConfigError(reason))
-        elif hello.role == "target" and hello.vocabulary is None:
+        elif role == "target" and hello.vocabulary is None:
             self._refuse(peer, hello, ProtocolError("a target without a vocabulary"))
-        elif known and not again:
-            self._tell(peer, taken(hello.role))
+        elif self._is_full(role) and not known:
+            self._tell(peer, self._taken(role))
         else:
-            if known:
-                self.lose(hello.role, f"the {hello.role} worker's connection was interrupted")
+            for one in known:
+                self.lose(one, f"the {one.name} worker's connection was interrupted")
             self._joining[peer] = asyncio.ensure_future(self._join(peer, hello))
 
     async def _join(self, peer: bytes, hello: wire.Hello) -> None:
         now = self._clock()
         member = Member(peer, hello, now, now)
-        opposite: Role = "draft" if hello.role == "target" else "target"
-        other = compared = None
         try:
-            # while the two are compared, the other may leave and a new one come: compare again
-            while (other := self._members.get(opposite)) is not compared:
-                if other:
-                    is_target = hello.role == "target"
-                    target, draft = (member, other) if is_target else (other, member)
-                    await self._check(target, draft)
-                compared = other
+            await self._compare(member)
+            self._check_model(member)
         except OutriderError as exc:
-            if hello.role == "draft" or other is None:
-                self._refuse(peer, hello, exc)
-                return
-            # nothing goes without a target, so the draft must leave
-            self.lose("draft", str(exc))
-            self._refuse(other.peer, other.hello, exc)
+            self._refuse(peer, hello, exc)
+            return
         finally:
             self._joining.pop(peer, None)
-        if hello.role in self._members:
-            self._tell(peer, taken(hello.role))
+        if self._is_full(hello.role):
+            self._tell(peer, self._taken(hello.role))
             return
         member.heard = member.moved = self._clock()
-        self._members[hello.role] = member
+        member.name = self._free_name(hello.role)
+        self._members[peer] = member
         self.refusals.pop(hello.role, None)
         self._tell(peer, wire.Welcome())
-        log.info("%s worker: %s on %s", hello.role, hello.model, hello.device)
-        self._on_joined(hello.role)
+        log.info("%s worker: %s on %s", member.name, hello.model, hello.device)
+        self._on_joined(member)
+
+    async def _compare(self, member: Member) -> None:
+        """Compare it with all of the other role, also with those that come meanwhile.
+
+        Raises IncompatiblePair for a draft that does not fit; those that do not fit a target leave.
+        """
+        compared: set[Member] = set()
+        while others := [one for one in self._opposite(member) if one not in compared]:
+            other = others[0]
+            compared.add(other)
+            is_target = member.role == "target"
+            target, draft = (member, other) if is_target else (other, member)
+            try:
+                await self._check(target, draft)
+            except OutriderError as exc:
+                if other.peer not in self._members:
+                    continue  # it has left meanwhile: that says nothing of this one
+                if not is_target:
+                    raise
+                # nothing goes without a target, so the draft must leave
+                self.lose(other, str(exc))
+                self._refuse(other.peer, other.hello, exc)
+
+    def _opposite(self, member: Member) -> list[Member]:
+        """Those that it must fit: of the targets one, for their vocabularies are equal."""
+        return self.of("draft") if member.role == "target" else self.of("target")[:1]
+
+    def _check_model(self, member: Member) -> None:
+        """Raise ConfigError for a target whose text might be another than that of the others."""
+        for other in self.of("target") if member.role == "target" else ():
+            mine, theirs = member.hello, other.hello
+            for what, new, old in (
+                ("model", mine.model, theirs.model),
+                ("vocabulary", mine.vocabulary, theirs.vocabulary),
+                ("context", mine.context, theirs.context),
+            ):
+                if new != old:
+                    shown = f": {new} here, {old} there" if what != "vocabulary" else ""
+                    raise ConfigError(f"its {what} is not that of the other target worker{shown}")
+
+    def _most(self, role: Role) -> int:
+        return 1 if role in self._tokens and role not in self._both else MOST
+
+    def _is_full(self, role: Role) -> bool:
+        return len(self.of(role)) >= self._most(role)
+
+    def _taken(self, role: Role) -> wire.Refused:
+        """The answer to one whose place is not free: it may come again."""
+        many = f"is a {role} worker" if self._most(role) == 1 else f"are {MOST} {role} workers"
+        return wire.Refused(Overloaded.code, f"there {many} already")
+
+    def _free_name(self, role: Role) -> str:
+        """The role and the lowest number that is free; the first has none."""
+        names = {member.name for member in self._members.values()}
+        every = (role, *(f"{role}-{number}" for number in range(2, MOST + 1)))
+        return next(name for name in every if name not in names)
 
     async def _check(self, target: Member, draft: Member) -> None:
         def texts(member: Member) -> Callable[[int, int], Awaitable[tuple[str, ...]]]:
@@ -231,14 +271,13 @@ class Roster:
 
     def _refuse(self, peer: bytes, hello: wire.Hello, error: OutriderError) -> None:
         log.warning("%s worker refused: %s", hello.role, error)
-        if hello.role not in self._members and self._is_ours(hello):  # else it is none of us
+        if not self.of(hello.role) and self._is_ours(hello):  # else it is none of us
             self.refusals[hello.role] = wire.words(error)
         self._tell(peer, wire.Refused(error.code, wire.words(error)))
 
     # ---- leaving --------------------------------------------------------------------------------
 
-    def on_beat(self, role: Role, beat: wire.Beat) -> None:
-        member = self._members[role]
+    def on_beat(self, member: Member, beat: wire.Beat) -> None:
         if beat.steps != member.steps or not beat.busy:
             member.steps, member.moved = beat.steps, member.heard
 
@@ -246,88 +285,54 @@ class Roster:
         """Drop workers that are silent or make no progress; to be called a few times a second."""
         now, before = self._clock(), self._looked
         self._looked = now
-        for role, member in list(self._members.items()):
+        for member in self.members:
+            name = member.name
             if now - before > SILENT_S:  # this process was paused: it has to read first
                 member.heard = member.moved = now
             silence_s = now - member.heard
             if silence_s > LOST_S:
-                self.lose(role, f"the {role} worker has not been heard of for {LOST_S:.0f} s")
+                self._hung(member)
+                self.lose(member, f"the {name} worker has not been heard of for {LOST_S:.0f} s")
             elif silence_s > SILENT_S:
-                if role == "draft" and not member.is_silent:
+                if member.role == "draft" and not member.is_silent:
                     member.is_silent = True
-                    self._on_paused(True)
+                    self._on_paused(member, True)
             elif now - member.moved > member.stall_s():
                 self._tell(member.peer, wire.Refused(WorkerLost.code, "it makes no progress"))
-                self.lose(role, f"the {role} worker makes no progress")
+                self._hung(member)
+                self.lose(member, f"the {name} worker makes no progress")
+
+    def _hung(self, member: Member) -> None:
+        if self._is_ours(member.hello):
+            self._on_hung(member.role)
 
     def on_gone(self, peer: bytes) -> None:
         """The connection `peer` has ended."""
         if task := self._joining.pop(peer, None):
             task.cancel()
-        for role, member in list(self._members.items()):
-            if member.peer == peer:
-                self.lose(role, f"the {role} worker is gone")
+        if member := self._members.get(peer):
+            self.lose(member, f"the {member.name} worker is gone")
 
-    def lose(self, role: Role, why: str) -> None:
-        """Forget the worker of `role`; whoever waits for its answers gets WorkerLost."""
-        if member := self._members.pop(role, None):
-            log.warning("%s", why)
-            for peer, answer in self._answers.values():
-                if peer == member.peer and not answer.done():
-                    answer.set_exception(WorkerLost(why, role))
-            self._on_lost(role, why)
+    def lose(self, member: Member, why: str) -> None:
+        """Forget the worker; whoever waits for its answers gets WorkerLost."""
+        if self._members.get(member.peer) is not member:
+            return
+        del self._members[member.peer]
+        log.warning("%s", why)
+        self._calls.lost(member, why)
+        self._on_lost(member, why)
 
     # ---- questions ------------------------------------------------------------------------------
 
     async def ask(
         self, member: Member, question: Callable[[int], wire.Message], kind: type[Answer]
     ) -> Answer:
-        """Ask under a new number and wait. Raises RequestTimeout, WorkerLost or its error.
-
-        Raises ProtocolError for an answer of another kind.
-        """
-        self._questions += 1
-        call = self._questions
-        role = member.hello.role
-        asked = asyncio.get_running_loop().create_future()
-        self._answers[call] = member.peer, asked
-        try:
-            self._tell(member.peer, question(call))
-            for wait_s in (ANSWER_S, LAST_S):  # it may be there, if this process was paused
-                await asyncio.wait([asked], timeout=wait_s)
-            if not asked.done():
-                raise RequestTimeout(f"the {role} worker has not answered in {ANSWER_S:.0f} s")
-            answer = asked.result()
-        finally:
-            asked.cancel()
-            del self._answers[call]
-        if not isinstance(answer, kind):
-            raise ProtocolError(f"the {role} worker gave an answer of another kind")
-        return answer
+        """As `Calls.ask`."""
+        return await self._calls.ask(member, question, kind)
 
     def on_answer(self, peer: bytes, message: wire.Message) -> bool:
-        """Whether `message` answers a question to `peer`; if so, give it to whoever asked."""
-        match message:
-            case (
-                wire.Tokens(call)
-                | wire.Rendered(call)
-                | wire.LabelTexts(call)
-                | wire.Constrainable(call)
-            ):
-                result: Any = message
-            case wire.Failed(call, code, reason, param) if call in self._answers:
-                result = from_code(code, reason, param)
-            case _:
-                return False
-        asked, future = self._answers.get(call, (peer, None))
-        if asked != peer:
-            return False
-        if future is not None and not future.done():
-            if isinstance(result, OutriderError):
-                future.set_exception(result)
-            else:
-                future.set_result(result)
-        return True
+        """As `Calls.on_answer`."""
+        return self._calls.on_answer(peer, message)
 
     async def close(self) -> None:
         for task in list(self._joining.values()):

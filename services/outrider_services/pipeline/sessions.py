@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from outrider.core.estimates import CostModel
+from outrider.core.draft_record import DraftRecord
 from outrider.core.events import (
     CloseDraft,
     Command,
     Commit,
+    DraftLost,
+    DraftReady,
     Event,
     Failure,
     Fault,
@@ -24,28 +25,28 @@ from outrider.core.events import (
     Prefill,
     Settle,
     Start,
+    TargetLost,
+    TargetReady,
     Timer,
 )
-from outrider.core.experience import Experience
 from outrider.core.gathering import Gathering
-from outrider.core.reading import UNKNOWN, Held
 from outrider.core.rules import FixedRule, PricedRule, Rule
-from outrider.core.session import Phase, Session
+from outrider.core.session import OFFENCES, Phase, Session
 from outrider.core.stats import Report, Stats
-from outrider.core.values import Fragment, Mode, TokenId, Verdict, Verify
+from outrider.core.values import Fragment, Proposal, Verdict, Verify
 from outrider.errors import BadRequest, InternalError, OutriderError
 from outrider.wire import messages as wire
 from outrider_services.pipeline import journal
+from outrider_services.pipeline.calls import Tell
+from outrider_services.pipeline.member import Member
 from outrider_services.pipeline.metrics import Metrics
-from outrider_services.pipeline.places import shared
+from outrider_services.pipeline.pairs import Pairs
 from outrider_services.pipeline.requests import Defaults, Lengths, Request, Requests
-from outrider_services.pipeline.roster import Roster, Tell
-from outrider_services.pipeline.slots import shared_beginning
+from outrider_services.pipeline.roster import Roster
 
 log = logging.getLogger(__name__)
 
 REPORT_S = 0.1  # at least between two tables of a request's figures
-ENDED = 64  # requests that are remembered for what their drafts have read
 
 End = Callable[[Request, wire.Message], None]  # gives a request its one outcome
 
@@ -65,73 +66,123 @@ class Sessions:
     ) -> None:
         self._roster, self._requests, self._defaults = roster, requests, defaults
         self._metrics, self._clock, self._tell, self._end = metrics, clock, tell, end
-        self._experience: dict[Mode, Experience] = {}
-        self._gathering = Gathering[int]()
-        self._draft = 0  # the incarnation of the draft worker that has read these
-        self._ended: deque[tuple[str | None, Held, list[TokenId]]] = deque(maxlen=ENDED)
-
-    def measure(self) -> None:
-        """A worker has joined: if both are there, what they have measured counts from now on."""
-        target, draft = self._roster.get("target"), self._roster.get("draft")
-        if target and draft:
-            one, other = target.hello, draft.hello
-            if other.incarnation != self._draft:
-                self._ended.clear()  # it is another one, which has read nothing
-            self._draft = other.incarnation
-            curves = one.curve_s, other.curve_s, one.crowd_s, other.crowd_s
-            self._experience = {
-                "sync": Experience(CostModel.measured(*curves, in_turns=True)),
-                "pipelined": Experience(CostModel.measured(*curves)),
-            }
-            self.count()
+        self.pairs = Pairs(roster, requests, defaults)
+        self._gatherings: dict[Member, Gathering[int]] = {}  # by target
 
     def count(self) -> None:
-        """What a step costs each request depends on how many run."""
-        for experience in self._experience.values():
-            experience.costs.crowd = max(1, len(self._requests.running))
+        """What a step costs each request depends on who else runs; so does whether the target may
+        go on by itself with it: drafts that share its device must have their turns.
+        """
+        self.pairs.count()
+        sessions: dict[Member | None, list[Session]] = {}
+        for request in self._requests.running.values():
+            if request.session:
+                sessions.setdefault(request.target, []).append(request.session)
+        for together in sessions.values():
+            for session in together:
+                session.dispatch.together = together
 
-    def start(self, request: Request, target: wire.Hello) -> None:
+    def start(self, request: Request, target: Member) -> None:
         """Begin to generate."""
-        self.count()
         submit = request.submit
         lengths = Lengths.of(submit, self._defaults)
-        mode = "plain" if lengths.n_max == 0 else self.mode(submit.mode)
-        task = replace(request.task(target), held=self._held(request))
-        stats = Stats(mode, task.sampling.seed, request.submitted, step_s=target.curve_s[0])
-        request.session = Session(task, self._rule(mode, lengths), stats)
+        if lengths.n_max > 0 and self.pairs.mode(submit.mode, None, None) != "plain":
+            request.draft = self.pairs.draft_for(request, begins=True)
+        self.pairs.count()
+        rule = self._rule(request, lengths)
+        task = request.task(target.hello)
+        task = replace(task, held=self.pairs.held(request, request.draft))
+        step_s = target.hello.curve_s[0]
+        stats = Stats(rule.mode, task.sampling.seed, request.submitted, step_s=step_s)
+        request.session = Session(task, rule, stats)
+        self.count()
         self._metrics.started()
         try:
-            started = wire.Started(submit.call, target.model, mode, request.tokens)
-            self._tell(request.client, started)
-            self.advance(request, Start(draft=self._roster.has_draft))
+            model = target.hello.model
+            self._tell(request.client, wire.Started(submit.call, model, rule.mode, request.tokens))
+            self.advance(request, Start(draft=request.draft is not None))
         except BadRequest as exc:
             self.fail(request, exc)
 
-    def _held(self, request: Request) -> Held:
-        """What the draft probably knows of the prompt; it is the draft worker who looks."""
-        best, text = UNKNOWN, request.tokens[:-1]
-        for cache, (skip, _), tokens in self._ended:
-            if cache is not None and cache == request.submit.cache:
-                common = shared_beginning(tokens, text)
-                best = Held(skip, common) if common > max(best.end, skip) else best
-        return best
-
     def forget(self, request: Request) -> None:
-        """It is over; what its draft has read may be of use to a later one."""
+        """It is over; its place with its draft may be another's."""
+        if gathering := self._gatherings.get(request.target) if request.target else None:
+            gathering.drop(request.id)
+        self.pairs.ended(request)
         self.count()
-        self._gathering.drop(request.id)
-        if (session := request.session) and session.draft.held.end > session.draft.skip:
-            held = session.draft.held
-            self._ended.append((session.task.cache, held, session.tokens[: held.end]))
+        self.seat()
+
+    # ---- workers that come and go ---------------------------------------------------------------
+
+    def lost_target(self, request: Request) -> None:
+        """Its target is gone: it keeps its text for another one."""
+        self._gathering(request).drop(request.id)
+        request.target = None
+        self.advance(request, TargetLost())
+
+    def resume(self, request: Request, target: Member) -> None:
+        """Go on with this target, at this target's costs."""
+        request.target = target
+        if session := request.session:
+            session.rule = self._rule(request, Lengths.of(request.submit, self._defaults))
+        self.count()
+        self.advance(request, TargetReady())
+        if request.draft is None:
+            self._give_draft(request)
+
+    def seat(self) -> None:
+        """Give a draft to those that ride without one, as far as there are places."""
+        for request in list(self._requests.running.values()):
+            if request.draft is None:
+                self._give_draft(request)
+
+    def drafted(self, request: Request, proposal: Proposal) -> None:
+        """Its draft has sent this; one that keeps breaking the rules does not ride any more."""
+        session, draft = request.session, request.draft
+        if session is None or draft is None:
+            return
+        lineage, offences = session.stock.lineage, session.draft.offences
+        self._metrics.stale["over"] += not session.draft.rides
+        self.advance(request, proposal)
+        self._metrics.stale["lineage"] += proposal.lineage < lineage
+        self._metrics.stale["malformed"] += session.draft.offences > offences
+        if session.draft.offences >= OFFENCES:
+            self.failed_draft(request, draft)
+
+    def failed_draft(self, request: Request, draft: Member) -> None:
+        """This draft is of no use to this request."""
+        request.failed_drafts.add(draft.hello.incarnation)
+        self.lost_draft(request)
+
+    def lost_draft(self, request: Request) -> None:
+        """Its draft does not ride any more; another one that stands by takes over."""
+        request.draft = None
+        self.advance(request, DraftLost())
+        self._give_draft(request)
+
+    def _give_draft(self, request: Request) -> None:
+        session = request.session
+        if session is None or session.phase is Phase.OVER or session.rule.mode == "plain":
+            return
+        request.draft = self.pairs.draft_for(request)
+        if request.draft is None:
+            return
+        self.pairs.count()
+        # what is known of the one before does not hold for this one
+        session.draft = DraftRecord.of(self.pairs.held(request, request.draft))
+        session.rule = self._rule(request, Lengths.of(request.submit, self._defaults))
+        session.stats.mode = session.rule.mode
+        self.advance(request, DraftReady())
+
+    # ---- events and commands --------------------------------------------------------------------
 
     def advance(self, request: Request, event: Event) -> None:
         """Give its session an event and carry out the commands."""
         self._advance([(request, event)])
 
-    def advance_all(self, verdicts: Sequence[tuple[int, Verdict]]) -> None:
+    def advance_all(self, verdicts: Sequence[tuple[Request, Verdict]]) -> None:
         """The same for requests that shared a pass, so that they can share the next."""
-        running = self._requests.running
-        self._advance([(running[number], one) for number, one in verdicts if number in running])
+        self._advance(verdicts)
 
     def _advance(self, happened: Sequence[tuple[Request, Event]]) -> None:
         """The target comes first: it is idle, and all else can wait a millisecond."""
@@ -139,13 +190,16 @@ class Sessions:
         for request, event in happened:
             if session := request.session:
                 commands = self._handled(request, session, event)
+                # a verdict commits something, unless it is not on what was asked for last
+                self._metrics.stale["round"] += isinstance(event, Verdict) and not commands
                 self._log(request, session, event, commands)
                 todo.append((request, session, commands))
         for request, _, commands in todo:
             for command in commands:
                 if isinstance(command, Verify):
-                    self._gathering.add(request.id, command, self._clock())
-        self._release()
+                    self._gathering(request).add(request.id, command, self._clock())
+        for target in dict.fromkeys(request.target for request, _, _ in todo):
+            self._release(target)
         for request, session, commands in todo:
             self._carry_out(request, session, commands)
 
@@ -157,15 +211,24 @@ class Sessions:
             log.exception("request %d failed", request.number, extra=request.marks())
             return session.handle(Failure(InternalError(f"it went wrong: {exc!r}")), self._clock())
 
-    def _release(self) -> None:
-        running = self._requests.running.values()
-        sessions = (one.session for one in running if one.session)
-        orders = self._gathering.release(sessions, self._clock())
+    def _gathering(self, request: Request) -> Gathering[int]:
+        assert request.target is not None  # else it does not run
+        return self._gatherings.setdefault(request.target, Gathering())
+
+    def _release(self, target: Member | None) -> None:
+        gathering = self._gatherings.get(target) if target else None
+        if gathering is None:
+            return
+        running = self._requests.running
+        sessions = {
+            key: one.session for key, one in running.items() if one.target is target and one.session
+        }
+        orders = gathering.release(sessions, self._clock())
         if len(orders) > 1:
-            self._roster.tell("target", wire.Pass(tuple(orders)))
+            self._roster.tell(target, wire.Pass(tuple(orders)))
         for number, order in orders if len(orders) == 1 else ():
             try:
-                self._roster.tell("target", wire.Do(number, order))
+                self._roster.tell(target, wire.Do(number, order))
             except BadRequest as exc:
                 self.fail(self._requests.running[number], exc)
 
@@ -195,13 +258,13 @@ class Sessions:
         call = request.submit.call
         match command:
             case Prefill():
-                self._roster.tell("target", wire.Do(request.id, command))
+                self._roster.tell(request.target, wire.Do(request.id, command))
             case Verify():
                 pass  # it is with the others' already
             case OpenDraft() | Commit():
-                self._roster.tell("draft", wire.Do(request.id, command))
+                self._roster.tell(request.draft, wire.Do(request.id, command))
             case CloseDraft():
-                self._roster.tell("draft", wire.Close(request.id))
+                self._roster.tell(request.draft, wire.Close(request.id))
             case Fragment():
                 self._metrics.fragment(request, command)
                 progress = wire.Progress(
@@ -231,20 +294,16 @@ class Sessions:
         else:
             self._end(request, wire.failure(request.submit.call, error))
 
-    def _rule(self, mode: Mode, lengths: Lengths) -> Rule:
+    def _rule(self, request: Request, lengths: Lengths) -> Rule:
         """Fixed numbers where somebody has set them, else what the measured costs say."""
-        if mode == "plain" or lengths.are_fixed or mode not in self._experience:
+        target, draft = request.target, request.draft
+        mode = self.pairs.mode(request.submit.mode, target, draft) if lengths.n_max else "plain"
+        if mode == "plain" or lengths.are_fixed or target is None or draft is None:
             return FixedRule(mode, lengths.n_max, lengths.n_min, lengths.p_min)
-        return PricedRule(mode, lengths.n_max, self._experience[mode], self._share_device())
+        experience = self.pairs.experience(target, draft, mode)
+        return PricedRule(mode, lengths.n_max, experience, self.pairs.share_device(target, draft))
 
-    def mode(self, mode: str | None) -> Mode:
-        """The mode to use. `auto` is pipelined if the workers share no device, else sync."""
-        match mode or self._defaults.mode:
-            case "plain" | "sync" | "pipelined" as chosen:
-                return chosen
-        return "sync" if self._share_device() else "pipelined"
-
-    def _share_device(self) -> bool:
-        """Whether both workers are there and share a device; a later draft is from elsewhere."""
-        both = [member.hello.cores for member in self._roster.members]
-        return len(both) == 2 and shared(*both)
+    def lost(self, member: Member) -> None:
+        """This worker has gone."""
+        self._gatherings.pop(member, None)
+        self.pairs.forget(member)

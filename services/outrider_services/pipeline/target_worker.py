@@ -16,12 +16,13 @@ from outrider.core.constraints import Constraint, decide
 from outrider.core.engine import Cancelled, Engine, EngineFault, Part
 from outrider.core.events import Prefill
 from outrider.core.logprobs import likelihoods
+from outrider.core.orders import MOST_WAITING
 from outrider.core.penalties import Breakers
 from outrider.core.sampling import Scores
 from outrider.core.stragglers import Stragglers
 from outrider.core.values import Role, TokenId, Verdict, Verify
 from outrider.engines.breakers import KnownBreakers
-from outrider.engines.calibration import calibrate, calibrate_crowd
+from outrider.engines.calibration import calibrate, calibrate_crowd, calibrate_rollback
 from outrider.errors import OutriderError, ProtocolError
 from outrider.wire import messages as wire
 from outrider_services.pipeline.answers import Answers
@@ -54,7 +55,7 @@ class TargetWorker(Worker[Engine]):
 
     @staticmethod
     def measure(model: Engine) -> Measured:
-        return Measured(calibrate(model, ROWS), calibrate_crowd(model))
+        return Measured(calibrate(model, ROWS), calibrate_crowd(model), calibrate_rollback(model))
 
     async def run(self, connection: Connection, status: Status) -> None:
         preparing = asyncio.ensure_future(asyncio.to_thread(self._answers.template.prepare))
@@ -92,7 +93,10 @@ class TargetWorker(Worker[Engine]):
     # ---- requests -------------------------------------------------------------------------------
 
     def _open(self, request: int, order: Prefill) -> None:
-        self._close(request)  # nobody asks twice for the same, but a slot must not be lost
+        known = self._sequences.get(request)
+        if known and order.round <= known.orders.latest:
+            return  # it has come twice, or late
+        self._close(request)  # a slot must not be lost
         try:
             taken = self.admit(order.tokens, order.cache)
         except OutriderError as exc:
@@ -107,8 +111,10 @@ class TargetWorker(Worker[Engine]):
             asked=self.computed_s,
             taken=taken,
             top_logprobs=order.top_logprobs,
-            begins=len(order.tokens),
+            begins=order.begins or len(order.tokens),
         )
+        sequence.orders.add(Verify(order.round, len(order.tokens), ()))
+        sequence.orders.take(sequence.tokens)
         if order.constraint:
             self._answers.spawn(self._constrain(sequence, order.constraint))
         else:
@@ -133,24 +139,35 @@ class TargetWorker(Worker[Engine]):
 
     def _verify(self, request: int, order: Verify) -> None:
         sequence = self._sequences.get(request)
-        if sequence is None:
-            return  # closed in the meantime
-        info = self.model.info
-        room = min(self.chunk, info.context - len(sequence.tokens)) - 1
+        if sequence is None or order.round <= sequence.orders.latest:
+            return  # closed in the meantime; or it has come twice, or late
+        info, orders = self.model.info, sequence.orders
+        orders.make_room(sequence.tokens)
+        room = min(self.chunk, info.context - order.base) - 1
         if (
-            sequence.drafted is not None
-            or order.round <= sequence.round
-            or order.base != len(sequence.tokens)
+            order.round != orders.latest + 1  # the one between may never come
+            or len(orders.waiting) >= MOST_WAITING
+            or (order.base > len(sequence.tokens) and not order.follows)
             or len(order.drafted) > max(room, 0)
+            or order.until > info.context
             or any(token >= info.vocabulary.size for token in order.drafted)
         ):
-            reason = f"round {order.round} does not follow from round {sequence.round}"
+            reason = f"round {order.round} does not follow from round {orders.latest}"
             self.send(wire.failure(request, ProtocolError(reason)))
             return
-        self._stragglers.asked(request, time.perf_counter())
-        sequence.round, sequence.drafted = order.round, order.drafted
-        sequence.asked = self.computed_s
-        self._queue(sequence)
+        orders.add(order)
+        if sequence.drafted is None:
+            self._stragglers.asked(request, time.perf_counter())
+            self._go_on(sequence)
+
+    def _go_on(self, sequence: Sequence) -> None:
+        """Its next block or plain step, without waiting for a message if it needs none."""
+        text = sequence.tokens
+        has_ended = len(text) > sequence.begins and text[-1] in self.model.info.vocabulary.ends
+        sequence.drafted = None if has_ended else sequence.orders.take(text)
+        if sequence.drafted is not None:
+            sequence.asked = self.computed_s
+            self._queue(sequence)
 
     def _close(self, request: int) -> None:
         sequence = self._sequences.pop(request, None)
@@ -191,26 +208,41 @@ class TargetWorker(Worker[Engine]):
             if not sequence.is_open:
                 continue
             if isinstance(outcome, Verdict):
-                sequence.tokens.extend(outcome.tokens)
-                sequence.drafted, sequence.elapsed_s, sequence.waited_s = None, 0.0, 0.0
-                sequence.forbidden = sequence.faults = 0
-                self._stragglers.answered(sequence.request, time.perf_counter())
+                self._judge(sequence, outcome)
                 verdicts.append((sequence.request, outcome))
             else:
                 self._again(sequence, outcome)
-        # together, so that the requests can share their next pass, too
-        if len(verdicts) == 1:
-            self.send(wire.Done(*verdicts[0]))
-        elif verdicts:
-            self.send(wire.Passed(tuple(verdicts)))
+        if verdicts:
+            # together, so that the requests can share their next pass, too
+            told = wire.Passed(tuple(verdicts))
+            self._tell(told if len(verdicts) > 1 else wire.Done(*verdicts[0]))
         return True
+
+    def _judge(self, sequence: Sequence, verdict: Verdict) -> None:
+        """Take over what was chosen, and go on."""
+        is_whole = verdict.accepted == len(sequence.drafted or ()) and not sequence.forbidden
+        sequence.tokens.extend(verdict.tokens)
+        sequence.orders.judged(is_whole)
+        sequence.drafted, sequence.elapsed_s, sequence.waited_s = None, 0.0, 0.0
+        sequence.forbidden = sequence.faults = 0
+        self._go_on(sequence)
+        if sequence.drafted is None:
+            self._stragglers.answered(sequence.request, time.perf_counter())
+
+    def _tell(self, verdicts: wire.Done | wire.Passed) -> None:
+        """Send them; where the next pass need not wait for what they lead to, once it has begun."""
+        if self._turns:
+            asyncio.get_running_loop().call_soon(self.send, verdicts)
+        else:
+            self.send(verdicts)
 
     async def _gather(self) -> None:
         """Wait a moment for requests that would otherwise just miss the pass."""
         while self._turns and (wait_s := self._stragglers.expected(time.perf_counter())) > 0:
             self._work.clear()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._work.wait(), wait_s)
+                async with asyncio.timeout(wait_s):
+                    await self._work.wait()
 
     def _can_begin(self, taken: Taken) -> bool:
         """Whether what it is to copy is there; one who is just reading it is waited for."""
@@ -309,14 +341,14 @@ class TargetWorker(Worker[Engine]):
             self.model.rewind(sequence.slot, 0)
             return exc
         return verdict.changed(
-            round=sequence.round,
+            round=sequence.orders.round,
             base=base,
             pieces=tuple(map(self.model.piece, verdict.tokens)),
             margins=tuple(margins),
             logprobs=logprobs,
             top_logprobs=tops,
             waited_s=sequence.waited_s,
-            cached=0 if sequence.round else sequence.cached,
+            cached=0 if sequence.orders.round else sequence.cached,
             forbidden=sequence.forbidden,
         )
 

@@ -16,12 +16,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import ClassVar, Generic, NamedTuple, Protocol, TypeVar
 
+import psutil
+
 import outrider
 from outrider.core.drafter import DrafterInfo
 from outrider.core.engine import ModelInfo
 from outrider.core.values import Role, TokenId
-from outrider.errors import BadRequest, ConnectionFailed, from_code
+from outrider.errors import BadRequest, ConnectionFailed, NotAllowed, from_code
 from outrider.wire import messages as wire
+from outrider.wire.keys import Credentials
 from outrider.wire.transport import Link, PeerGone
 from outrider_services.pipeline.places import place
 from outrider_services.pipeline.slots import Slots, Taken
@@ -39,6 +42,7 @@ class Measured(NamedTuple):
 
     curve_s: Curve
     crowd_s: Curve = ()
+    rollback_s: float = 0.0
 
 
 Status = Callable[[str, float | str], None]
@@ -67,6 +71,9 @@ class Connection:
     timeout_s: float  # for the first answer
     delay_s: float = 0.0  # added to each message, either way: a made-up link
     token: str = field(default="", repr=False)  # of the launcher
+    follows_killed: bool = False  # see `wire.Hello`
+    credentials: Credentials | None = None  # where the link needs keys
+    build: str = ""  # what the worker computes with, for people to read
 
 
 class Worker(ABC, Generic[M]):
@@ -84,7 +91,8 @@ class Worker(ABC, Generic[M]):
         self._owner = owner
         self._measured = measured
         self._link: Link | None = None
-        self._delay_s, self._token = 0.0, ""
+        self._delay_s, self._token, self._build = 0.0, "", ""
+        self._follows_killed = False
         self._incarnation = secrets.randbits(62)
         self._silent_beats = 0
         self._welcomed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -174,7 +182,9 @@ class Worker(ABC, Generic[M]):
     async def run(self, connection: Connection, status: Status) -> None:
         """Serve until cancelled. Raises OutriderError if refused, or without a coordinator."""
         self._delay_s, self._token = connection.delay_s, connection.token
-        self._link = Link(connection.address, self._on_arrival, self._on_lost)
+        self._build, self._follows_killed = connection.build, connection.follows_killed
+        on = self._on_arrival, self._on_lost, self._on_up
+        self._link = Link(connection.address, *on, connection.credentials)
         tasks = [asyncio.ensure_future(c) for c in (self._beat(), self._compute_forever())]
         try:
             await self._join(connection)
@@ -195,10 +205,14 @@ class Worker(ABC, Generic[M]):
     async def _join(self, connection: Connection) -> None:
         deadline = time.monotonic() + connection.timeout_s
         while not (self._welcomed.done() or self.ended.done()):
+            assert self._link
+            if self._link.refusal:
+                raise NotAllowed(self._link.refusal)
             if time.monotonic() > deadline:
-                raise ConnectionFailed(
+                start = (
                     f"no coordinator answers at {connection.address}; start one: `outrider serve`"
                 )
+                raise ConnectionFailed(self._link.hindrance or start)
             self.send(self._hello())
             answers = {self.ended, self._welcomed}
             await asyncio.wait(answers, timeout=RETRY_S, return_when=asyncio.FIRST_COMPLETED)
@@ -208,6 +222,10 @@ class Worker(ABC, Generic[M]):
             asyncio.get_running_loop().call_later(self._delay_s, self._on_message, message)
         else:
             self._on_message(message)
+
+    def _on_up(self) -> None:
+        if self._welcomed.done():  # again: perhaps the coordinator is another, and knows nobody
+            self.send(self._hello())
 
     def _on_lost(self, why: str) -> None:
         log.info("%s", why)
@@ -267,10 +285,14 @@ class Worker(ABC, Generic[M]):
             context=info.context,
             slots=info.slots,
             device=info.device[:256],
-            cores=place(info.device)[:256],
+            cores=place(info.units)[:256],
             curve_s=self._measured.curve_s,
             crowd_s=self._measured.crowd_s,
             token=self._token,
+            memory=psutil.Process().memory_info().rss,
+            build=self._build[:256],
+            rollback_s=self._measured.rollback_s,
+            follows_killed=self._follows_killed,
         )
 
 

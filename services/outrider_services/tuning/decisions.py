@@ -1,7 +1,8 @@
 """What tuning keeps in the cache: re-quantised drafts, and which one was chosen for what.
 
-A decision holds for one pair of files and one build of llama.cpp, on one kind of processor with the
-same share of its cores. When any of that changes, so does its key, and it is not found any more.
+A decision holds for one pair of files and one build of llama.cpp, on the same devices: one kind of
+processor with the same share of its cores, and GPUs of the same names. When any of that changes, so
+does its key, and it is not found any more.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ import platformdirs
 from outrider.engines import processor
 from outrider.engines.llama import library
 from outrider.errors import ConfigError, ModelUnusable
-from outrider_services import options
+from outrider_services import options, table
 from outrider_services.models import fetching
-from outrider_services.options import Settings
+from outrider_services.pipeline.places import VISIBLE
+from outrider_services.table import DraftOptions, Settings, TargetOptions
 
 LOCK_S = 300.0  # how long to wait for another process that tunes
 
@@ -145,7 +147,7 @@ def key(settings: Settings) -> str:
     target, draft, pipeline = settings.target, settings.draft, settings.pipeline
     what = [
         *(identity(str(one.model)) for one in (target, draft)),
-        *([one.threads, usable(one.cores), one.ngl] for one in (target, draft)),
+        *([one.threads, usable(one.cores), where(one)] for one in (target, draft)),
         [pipeline.mode, pipeline.exact, target.without],
         identity(str(kernels)) if (kernels := library.kernels()) else [],
         processor.kind(),
@@ -157,6 +159,15 @@ def key(settings: Settings) -> str:
 def usable(cores: str) -> list[int]:
     """The cores in the list; all that we may use if it is empty. Raises ConfigError."""
     return sorted(options.cores(cores) or os.sched_getaffinity(0))
+
+
+def where(worker: TargetOptions | DraftOptions) -> Any:
+    """The devices for a worker's layers, and what changes which ones their names mean; 0 for none.
+
+    Raises ConfigError.
+    """
+    offload = options.offload(worker)
+    return [asdict(offload), *map(os.environ.get, VISIBLE)] if offload.layers else 0
 
 
 def version(package: str) -> str:
@@ -191,7 +202,7 @@ def from_json(found: dict[str, Any]) -> Decision:
     decision = Decision(**{**found, "trials": tuple(map(_trial, found["trials"]))})
     if decision.trials:
         decision.chosen()
-    if decision.quant not in ("off", *options.QUANTS):
+    if decision.quant not in ("off", *table.QUANTS):
         raise ValueError(f"no such type: {decision.quant}")
     options.cores(decision.target_cores), options.cores(decision.draft_cores)
     options.kernels(decision.without)

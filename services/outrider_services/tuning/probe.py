@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from outrider.core.values import TokenId
-from outrider.engines.calibration import calibrate, calibrate_reading
+from outrider.engines.calibration import back_to, calibrate, calibrate_reading
+from outrider.engines.llama.devices import ON_PROCESSOR, Offload
 from outrider.errors import (
     IncompatiblePair,
     InternalError,
@@ -47,7 +48,7 @@ class Job:
     model: str
     threads: int
     cores: str = ""
-    gpu_layers: int = 0
+    offload: Offload = ON_PROCESSOR
     exact: bool = False
     drafts: bool = False
     source: str = ""  # the file that `model` is made from
@@ -239,10 +240,7 @@ def read_answer(out: bytes, status: int) -> Findings:
 
 def answer(text: str, parent_fd: int | None) -> int:
     """Do the job in `text` and say what was found, as one line of JSON."""
-    given = json.loads(text)
-    for name in ("rows", "texts", "sequences"):
-        given[name] = tuple(given[name])
-    job = Job(**given)
+    job = read_job(text)
     if parent_fd is not None:
         threading.Thread(target=_end_with, args=(parent_fd, job), daemon=True).start()
     try:
@@ -251,6 +249,16 @@ def answer(text: str, parent_fd: int | None) -> int:
         said = ["error", exc.code, str(exc)]
     sys.stdout.write(json.dumps(said) + "\n")
     return 0
+
+
+def read_job(text: str) -> Job:
+    """The job that `ask` has written."""
+    given = json.loads(text)
+    for name in ("rows", "texts", "sequences"):
+        given[name] = tuple(given[name])
+    layers, devices, split, main = given["offload"].values()
+    given["offload"] = Offload(layers, tuple(devices), tuple(split), main)
+    return Job(**given)
 
 
 def _end_with(parent_fd: int, job: Job) -> None:
@@ -284,7 +292,7 @@ def work(job: Job) -> Findings:
         context=CONTEXT,
         slots=1,
         threads=min(job.threads, len(os.sched_getaffinity(0))),
-        gpu_layers=job.gpu_layers,
+        offload=job.offload,
         exact=job.exact,
         drafts=job.drafts,
         tiled="tiled" not in without,
@@ -319,7 +327,7 @@ def _take_turns(engine: LlamaEngine) -> None:
         for _ in range(passes):
             engine.extend(0, text[:rows], rows)
         took_s = (time.perf_counter() - began) / passes
-        engine.rewind(0, TURN_TEXT)
+        back_to(engine, 0, text)
         print(json.dumps(took_s), flush=True)  # noqa: T201
 
 

@@ -10,8 +10,9 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 
+from outrider.engines import suffix
 from outrider.errors import ConfigError, OutriderError, RequestTimeout
-from outrider_services.options import QUANTS, Settings
+from outrider_services.table import QUANTS, Settings
 from outrider_services.tuning import advice, decisions
 from outrider_services.tuning.decisions import Decision
 from outrider_services.tuning.probe import PROBE, Ask, Job
@@ -44,13 +45,15 @@ def tunable(settings: Settings) -> bool:
     """Whether a draft worker with a model file is to be started here."""
     draft, pipeline = settings.draft, settings.pipeline
     speculates = pipeline.mode != "plain" and draft.n_max != 0
-    here = draft.model is not None and draft.place == "spawn"
+    here = draft.model not in (None, suffix.NAME) and draft.place != "remote"
     return pipeline.backend == "llama" and speculates and here
 
 
 def automatic(settings: Settings) -> bool:
     """Whether the choice of the draft's type is left to what was measured."""
-    return tunable(settings) and settings.draft.quant == "auto" and settings.target.place == "spawn"
+    return (
+        tunable(settings) and settings.draft.quant == "auto" and settings.target.place != "remote"
+    )
 
 
 def kept(settings: Settings) -> Decision | None:
@@ -122,7 +125,7 @@ def with_kernels(settings: Settings, without: str, threads: int) -> Settings:
 
 def tune(settings: Settings, ask: Ask = PROBE) -> Decision:
     """Measure thoroughly, and keep the decision for `run` and `serve`. Raises OutriderError."""
-    if not tunable(settings) or settings.target.place != "spawn":
+    if not tunable(settings) or settings.target.place == "remote":
         raise ConfigError("there is nothing to tune: it takes a target and a draft, both run here")
     try:
         with decisions.locked():

@@ -19,8 +19,9 @@ from outrider.core.values import TokenId
 from outrider.errors import ModelNotFound, OutriderError
 from outrider_services.models import catalogue
 from outrider_services.models.gguf import read_header
-from outrider_services.options import KERNELS, DraftOptions, Settings, TargetOptions
+from outrider_services.options import offload
 from outrider_services.pipeline.places import share_cores
+from outrider_services.table import KERNELS, DraftOptions, Settings, TargetOptions
 from outrider_services.tuning import decisions, forecasts
 from outrider_services.tuning.decisions import Decision, Kernels, Trial, Variant
 from outrider_services.tuning.probe import Ask, Findings, Job, Turns
@@ -93,7 +94,7 @@ def kernel_choices(settings: Settings, thorough: bool) -> list[tuple[str, int]]:
     if target.without != "auto":
         return [("" if target.without == "none" else target.without, target.threads)]
     usual = [("", target.threads)]
-    if settings.pipeline.exact or target.ngl or settings.pipeline.backend != "llama":
+    if settings.pipeline.exact or offload(target).layers or settings.pipeline.backend != "llama":
         return usual
     found = [*usual, *((name, target.threads) for name in (KERNELS if thorough else ("tiled",)))]
     cores = len(decisions.usable(target.cores))
@@ -203,13 +204,13 @@ class Tuner:
 
     def _target_job(self, settings: Settings, without: str, threads: int) -> Job:
         target = settings.target
-        model, exact = str(target.model), settings.pipeline.exact
-        return Job(model, threads, target.cores, target.ngl, exact, rows=(1,), without=without)
+        model, exact, layers = str(target.model), settings.pipeline.exact, offload(target)
+        return Job(model, threads, target.cores, layers, exact, rows=(1,), without=without)
 
     def _draft_job(self, settings: Settings, quant: str) -> Job:
         draft = settings.draft
-        model, exact = str(self._path(quant)), settings.pipeline.exact
-        return Job(model, draft.threads, draft.cores, draft.ngl, exact, drafts=True, rows=(1,))
+        model, exact, layers = str(self._path(quant)), settings.pipeline.exact, offload(draft)
+        return Job(model, draft.threads, draft.cores, layers, exact, drafts=True, rows=(1,))
 
     def _target(self, settings: Settings, without: str, threads: int) -> Findings:
         job = replace(

@@ -1,7 +1,8 @@
 """The client library: `connect()` gives an asynchronous client, `Client` is its sync twin."""
 
-from outrider.client.asynchronous import AsyncClient, connect
+from outrider.client.asynchronous import AsyncClient
 from outrider.client.chat import ChatMessage, TextPart
+from outrider.client.connecting import connect
 from outrider.client.formats import tool_calls
 from outrider.client.hermes import ToolCall
 from outrider.client.results import Completion, CompletionChoice, FinishReason, Usage

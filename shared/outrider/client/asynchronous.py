@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import os
+import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from functools import partial
 from typing import Any, Literal, TypeVar, Unpack, overload
 
 from outrider.client import settings as asked
 from outrider.client.chat import Messages, Tool, ToolChoice, conversation, names_of, tools_of
+from outrider.client.connection import Connection
 from outrider.client.hermes import Parser
+from outrider.client.inboxes import Repeatable
 from outrider.client.results import Completion
 from outrider.client.settings import CompletionSettings, Ids, Prompt
-from outrider.client.stream import Inbox, Stream
+from outrider.client.stream import Stream
 from outrider.errors import (
     BadRequest,
-    ConfigError,
     ConnectionFailed,
+    NotAllowed,
     OutriderError,
     ProtocolError,
     RequestTimeout,
@@ -28,43 +29,48 @@ from outrider.errors import (
 )
 from outrider.wire import messages as wire
 from outrider.wire.addresses import address_of
-from outrider.wire.codec import check
-from outrider.wire.transport import Link, PeerGone
+from outrider.wire.keys import ClientRole, Keys, credentials
+from outrider.wire.transport import Link
 
-SILENCE_S = 10.0  # the coordinator pings every second; so long it may be paused
-PAUSE_S = 3.0  # between two looks at that silence, which are a second apart
 ANSWER_S = 15.0  # most that a question may take
 LAST_S = 0.05  # for what has come and was not read
-FORKED = "a client does not outlive fork(): make one in each process"
 
 Answer = TypeVar("Answer", wire.Tokens, wire.Rendered, wire.HealthReport, wire.MetricsReport)
 
 
-class AsyncClient:
+class AsyncClient(Connection):
     """A connection to a pipeline, by name ("default") or address (ipc://…, tcp://…).
 
-    Every method may raise an OutriderError: BadRequest names the argument that is wrong, and
-    ConnectionFailed means that there is no coordinator, or no `async with` around the call.
+    Beyond this machine it needs keys, as `outrider keys` makes them: from the directory `keys`,
+    the one that OUTRIDER_LINKS__KEYS names, or the usual one. It speaks as `role`; only "admin"
+    may `stop` the pipeline. With `insecure` it goes without, where the coordinator does, too.
+
+    Every method may raise an OutriderError: BadRequest names the argument that is wrong,
+    ConnectionFailed means that there is no coordinator, or no `async with` around the call, and
+    NotAllowed that the key is not trusted there, or not for that. If the coordinator was there and
+    is gone, answers wait for `resume_s` seconds, and then go on where they stood.
     """
 
-    def __init__(self, pipeline: str = "default", *, timeout_s: float = 3.0) -> None:
-        if not isinstance(pipeline, str):
-            raise ConfigError("a pipeline is given by its name or its address, as text")
-        self.pipeline, self.timeout_s = pipeline, asked.seconds("timeout_s", timeout_s)
-        self._calls = itertools.count(1)
-        self._inboxes: dict[int, Inbox] = {}
-        self._link: Link | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None  # of the link
-        self._process = 0  # the same
-        self._heard = self._looked = 0.0
-        self._lost = ""  # why the last connection was
+    def __init__(
+        self,
+        pipeline: str = "default",
+        *,
+        timeout_s: float = 3.0,
+        resume_s: float = 15.0,
+        keys: Keys = None,
+        role: ClientRole = "client",
+        insecure: bool = False,
+    ) -> None:
+        super().__init__(pipeline, timeout_s, resume_s)
+        self._credentials = partial(credentials, role=role, keys=keys, insecure=insecure)
 
     async def __aenter__(self) -> AsyncClient:
         if self._link:
             raise BadRequest("this client is connected already: make another")
         address = address_of(self.pipeline)
+        own = self._credentials(address)
         self._loop, self._process = asyncio.get_running_loop(), os.getpid()
-        self._link = Link(address, self._on_message, self._on_lost)
+        self._link = Link(address, self._on_message, self._on_lost, self._on_up, own)
         try:
             await self._reach(address)
         except BaseException:
@@ -79,9 +85,12 @@ class AsyncClient:
                 await self.health(timeout_s=max(0.1, deadline - time.monotonic()))
                 return
             except (ConnectionFailed, RequestTimeout):
+                link = self._connection()
+                if link.refusal:
+                    raise NotAllowed(link.refusal) from None
                 if time.monotonic() > deadline:
                     start = f"no coordinator answers at {address}; start one with `outrider serve`"
-                    raise ConnectionFailed(self._lost or start) from None
+                    raise ConnectionFailed(self._lost or link.hindrance or start) from None
                 await asyncio.sleep(0.02)
 
     async def __aexit__(self, *_: object) -> None:
@@ -99,12 +108,6 @@ class AsyncClient:
             loop.call_soon_threadsafe(self._end)
         else:
             self._end()
-
-    def _end(self) -> None:
-        link, self._link = self._link, None
-        self._fail_all("the client was closed before the answer ended")
-        if link:
-            link.close()
 
     # ---- requests -------------------------------------------------------------------------------
 
@@ -197,12 +200,13 @@ class AsyncClient:
         streamed = stream is not None and asked.flag("stream", stream)
         call = next(self._calls)
         submit = asked.submit(call, prompt, messages, settings, tools)
+        submit = submit.changed(key=secrets.token_hex(16))
         parser = Parser(names_of(tools), in_pieces=streamed) if tools else None
         answer = Stream(self, call, traced=submit.trace, parser=parser)
         try:
-            self._send(submit)
+            self._put(answer._inbox, submit)
         except OutriderError:
-            self._forget(call)
+            self._inboxes.forget(answer._inbox)
             raise
         if streamed:
             return answer
@@ -279,7 +283,11 @@ class AsyncClient:
         call = next(self._calls)
         inbox = self._open(call)
         try:
-            self._send(question(call))
+            message = question(call)
+            if isinstance(message, Repeatable):
+                self._put(inbox, message)
+            else:
+                self._send(message)
             try:
                 async with asyncio.timeout(timeout_s):
                     answer = await inbox.get()
@@ -289,7 +297,7 @@ class AsyncClient:
         except asyncio.QueueEmpty:
             raise RequestTimeout(f"no answer within {timeout_s:.1f} s") from None
         finally:
-            self._forget(call)
+            self._inboxes.forget(inbox)
         match answer:
             case wire.Failed(_, code, words, param):
                 raise from_code(code, words, param)
@@ -298,86 +306,3 @@ class AsyncClient:
             case _ if isinstance(answer, kind):
                 return answer
         raise ProtocolError(f"{type(answer).__name__} is no answer to this question")
-
-    # ---- the connection -------------------------------------------------------------------------
-
-    def _open(self, call: int) -> Inbox:
-        """Where the messages of `call` will be put."""
-        inbox = self._inboxes[call] = Inbox()
-        return inbox
-
-    def _forget(self, call: int) -> None:
-        self._inboxes.pop(call, None)
-
-    def _abandon(self, call: int) -> None:
-        """Cancel `call` and forget it; from any thread, at any time, for destructors call it."""
-        if self._loop is None or self._process != os.getpid() or call not in self._inboxes:
-            return
-        with suppress(RuntimeError):  # the loop is closed, and the connection with it
-            self._loop.call_soon_threadsafe(self._drop, call)
-
-    def _drop(self, call: int) -> None:
-        if call in self._inboxes:
-            self._forget(call)
-            with suppress(ConnectionFailed):  # then nobody is left to cancel it
-                self._send(wire.Cancel(call))
-
-    def _connection(self) -> Link:
-        """The link, if whoever asks may use it. Raises ConnectionFailed."""
-        if self._link is None:
-            raise ConnectionFailed("the client has no connection outside of its `with` block")
-        if self._process != os.getpid():
-            raise ConnectionFailed(FORKED)
-        if self._loop is not asyncio.get_running_loop():
-            raise ConnectionFailed("a client serves the event loop that it was opened in: make one")
-        return self._link
-
-    def _send(self, message: wire.Message) -> None:
-        link = self._connection()
-        check(message)
-        try:
-            link.send(message)
-        except PeerGone:
-            raise ConnectionFailed(f"the coordinator of {self.pipeline!r} is gone") from None
-
-    def _on_message(self, message: wire.Message) -> None:
-        self._heard = time.monotonic()
-        call = message.id if isinstance(message, wire.Failed) else getattr(message, "call", None)
-        if call in self._inboxes:
-            self._inboxes[call].put_nowait(message)
-            if isinstance(message, wire.Finished | wire.Failed):
-                self._forget(call)
-
-    def _on_lost(self, why: str) -> None:
-        """The coordinator forgets what was asked over a connection that has ended."""
-        self._lost = f"{self.pipeline!r}: {why} before the answer ended"
-        self._fail_all(self._lost)
-
-    def _fail_all(self, why: str) -> None:
-        for inbox in self._inboxes.values():
-            with suppress(RuntimeError):  # who waited for it in a loop that is closed does no more
-                inbox.put_nowait(ConnectionFailed(why))
-        self._inboxes.clear()
-
-    async def _next(self, inbox: Inbox) -> wire.Message | OutriderError | None:
-        """The next message; None after a second without one, if the coordinator still lives."""
-        if self._link:
-            self._connection()
-        try:
-            async with asyncio.timeout(1.0):  # wait_for (3.11) may swallow a cancellation
-                return await inbox.get()
-        except TimeoutError:
-            now = time.monotonic()
-            if now - self._looked > PAUSE_S:  # nobody waited, or this process was paused
-                self._heard = now
-            self._looked = now
-            if now - self._heard > SILENCE_S:
-                raise ConnectionFailed(
-                    f"the coordinator of {self.pipeline!r} went away before the answer ended"
-                ) from None
-            return None
-
-
-def connect(pipeline: str = "default", *, timeout_s: float = 3.0) -> AsyncClient:
-    """A client to enter: `async with outrider.connect() as client`; see `AsyncClient`."""
-    return AsyncClient(pipeline, timeout_s=timeout_s)

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from typing import Protocol
 
 from outrider.client.hermes import Parser, gathered
+from outrider.client.inboxes import Inbox
 from outrider.client.results import Completion, CompletionChoice, FinishReason, Usage
 from outrider.core.stats import Report
 from outrider.core.values import Fragment, Span
-from outrider.errors import ConnectionFailed, OutriderError, from_code
+from outrider.errors import ConnectionFailed, OutriderError, WorkerLost, from_code
 from outrider.wire import messages as wire
-
-Inbox = asyncio.Queue[wire.Message | OutriderError]
 
 
 class Feeder(Protocol):
@@ -23,8 +21,8 @@ class Feeder(Protocol):
 
     def _open(self, call: int) -> Inbox: ...
     async def _next(self, inbox: Inbox) -> wire.Message | OutriderError | None: ...
-    def _send(self, message: wire.Message) -> None: ...
-    def _abandon(self, call: int) -> None: ...
+    def _cancel(self, inbox: Inbox) -> None: ...
+    def _abandon(self, inbox: Inbox) -> None: ...
 
 
 class Stream:
@@ -32,6 +30,7 @@ class Stream:
 
     Leaving `async with` cancels it; so does dropping it, for nobody can read it any more. If the
     answer may call tools, its calls come in the fragments' `tool_calls`, and not in their texts.
+    When the coordinator is restarted or the connection lost, it goes on with the very next token.
     """
 
     def __init__(
@@ -55,7 +54,7 @@ class Stream:
     def _abandon(self) -> None:
         """Cancel it from whatever thread this is, and keep nothing for it: nobody will read it."""
         if self.finish_reason is None and self._error is None:
-            self._client._abandon(self._call)
+            self._client._abandon(self._inbox)
 
     def __aiter__(self) -> AsyncIterator[Fragment]:
         return self
@@ -65,8 +64,12 @@ class Stream:
             if self._error:
                 raise self._error  # again and again: it has no other outcome
             match await self._client._next(self._inbox):
-                case wire.Started(_, model, _, prompt):
+                case wire.Started(_, model, _, prompt) if self.model in ("", model):
                     self.model, self.prompt_token_ids = model, prompt
+                case wire.Started(_, model):  # it is resumed, but not by the same
+                    self._client._abandon(self._inbox)
+                    reason = f"{model} is served now, and the answer was begun by {self.model}"
+                    self._error = WorkerLost(reason, "target")
                 case wire.Progress(_, fragment, stats, spans):
                     self.stats = stats or self.stats
                     self.spans += spans
@@ -106,7 +109,7 @@ class Stream:
     async def cancel(self) -> None:
         """Stop generating; iteration ends normally. Does nothing when called again or too late."""
         if self.finish_reason is None and self._error is None:
-            self._client._send(wire.Cancel(self._call))
+            self._client._cancel(self._inbox)
 
     async def result(self) -> Completion:
         """Read to the end and return the whole answer. Raises OutriderError if there is none."""

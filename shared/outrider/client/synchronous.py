@@ -11,8 +11,9 @@ from concurrent.futures import Future
 from contextlib import suppress
 from typing import Any, Generic, Literal, TypeVar, Unpack, overload
 
-from outrider.client.asynchronous import ANSWER_S, FORKED, AsyncClient
+from outrider.client.asynchronous import ANSWER_S, AsyncClient
 from outrider.client.chat import Messages, Tool, ToolChoice
+from outrider.client.connection import FORKED
 from outrider.client.results import Completion, FinishReason
 from outrider.client.settings import CompletionSettings, Ids, Prompt
 from outrider.client.stream import Stream
@@ -20,6 +21,7 @@ from outrider.core.stats import Report
 from outrider.core.values import Fragment, Span
 from outrider.errors import ConnectionFailed, OutriderError
 from outrider.wire.connections import check_room
+from outrider.wire.keys import ClientRole, Keys
 
 T = TypeVar("T")
 Work = Callable[[], Coroutine[Any, Any, T]]
@@ -87,8 +89,24 @@ class Client:
     It connects when it is made, and then raises ConnectionFailed if there is no coordinator.
     """
 
-    def __init__(self, pipeline: str = "default", *, timeout_s: float = 3.0) -> None:
-        self._client = AsyncClient(pipeline, timeout_s=timeout_s)
+    def __init__(
+        self,
+        pipeline: str = "default",
+        *,
+        timeout_s: float = 3.0,
+        resume_s: float = 15.0,
+        keys: Keys = None,
+        role: ClientRole = "client",
+        insecure: bool = False,
+    ) -> None:
+        self._client = AsyncClient(
+            pipeline,
+            timeout_s=timeout_s,
+            resume_s=resume_s,
+            keys=keys,
+            role=role,
+            insecure=insecure,
+        )
         check_room()  # the loop, too, has descriptors
         self._loop, ended = asyncio.new_event_loop(), asyncio.Event()
         self._lock = threading.RLock()  # nothing is given to a loop that is closing
@@ -116,6 +134,11 @@ class Client:
     def timeout_s(self) -> float:
         """How long connecting may take, in seconds."""
         return self._client.timeout_s
+
+    @property
+    def resume_s(self) -> float:
+        """How long answers wait for a coordinator that is gone, in seconds."""
+        return self._client.resume_s
 
     @overload
     def create_completion(

@@ -11,6 +11,7 @@ from outrider.core.reading import Held
 from outrider.core.values import Proposal
 
 PATIENCE_S = (0.02, 0.5)  # least and most wait for one drafted token
+FORESIGHT = 0.1  # what one miss counts for
 
 
 class DraftState(Enum):
@@ -34,11 +35,32 @@ class DraftRecord:
     next_at: float = 0.0  # its next token is expected
     gap_s: float = PATIENCE_S[1] / 4  # its usual time for a token
     offences: int = 0
+    lineage: int = 0  # of what it has sent last
+    foresight: float = 0.0  # how often it lately had what follows where it was wrong
 
     @property
     def rides(self) -> bool:
         """Whether it drafts for this request, be it paused or late."""
         return self.state not in (DraftState.ABSENT, DraftState.IDLE)
+
+    def begins_anew(self, now: float) -> None:
+        """It was wrong. Its next token comes at once if it has foreseen that."""
+        self.next_at = now + self.gap_s * (1 - self.foresight)
+
+    def heard(self, proposal: Proposal, now: float) -> float | None:
+        """What each of its tokens took; None: it has none, or they were drafted before.
+
+        The first of a lineage show whether it had foreseen that it was wrong.
+        """
+        if not proposal.drafted:
+            return None
+        if proposal.lineage != self.lineage:
+            self.lineage = proposal.lineage
+            self.foresight += FORESIGHT * (proposal.foreseen - self.foresight)
+        each_s = proposal.elapsed_s / len(proposal.drafted)
+        self.gap_s += 0.0 if proposal.foreseen else 0.2 * (each_s - self.gap_s)
+        self.next_at = now + (self.gap_s if proposal.foreseen else each_s)
+        return None if proposal.foreseen else each_s
 
     @classmethod
     def of(cls, held: Held) -> Self:

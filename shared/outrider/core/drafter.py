@@ -26,6 +26,8 @@ class DrafterInfo:
     context: int  # tokens that one text can have
     slots: int  # texts followed at once, in slots 0 … slots - 1
     device: str  # as `ModelInfo.device`
+    units: tuple[str, ...] = ()  # as `ModelInfo.units`
+    spare: int = 0  # branches held at once, in slots behind those
 
 
 class Opening(NamedTuple):
@@ -40,6 +42,7 @@ class Opening(NamedTuple):
     source: int = -1
     constraint: Constraint | None = None  # to which the target holds what is behind …
     begins: int = 0  # … so many tokens
+    cache: str | None = None  # as `events.Prefill`
 
 
 class Drafter(Protocol):
@@ -52,7 +55,8 @@ class Drafter(Protocol):
     info: DrafterInfo
     token_s: float  # what one drafted token takes, measured when the drafter was made
     read_s: float  # and what each token of a long text takes that is only read
-    crowd_s: tuple[float, ...]  # what one token each for 1, 2 … texts takes; (): it does not share
+    # what one token each for 1, 2 … texts takes, branches included; (): it does not share
+    crowd_s: tuple[float, ...]
 
     def prepare(self, constraint: Constraint) -> None:
         """Do beforehand what `open` with this `constraint` would take long for; it may fail."""
@@ -82,6 +86,20 @@ class Drafter(Protocol):
     ) -> list[tuple[Drafted, ...]]:
         """`propose` for several slots and their texts, in one pass if it can; in the same order."""
         return [self.propose(slot, text) for slot, text in texts]
+
+    def others(self, slot: int) -> tuple[TokenId, ...]:
+        """What could be in the place of the first token that it last proposed in `slot`.
+
+        The likeliest come first. There are none where it does not know.
+        """
+        return ()
+
+    def fork(self, source: int, slot: int, length: int) -> None:
+        """Go on in `slot` with the first `length` tokens of the text in `source`: a branch of it.
+
+        `propose_all` takes it like a text, until another is begun in `slot`.
+        """
+        assert not self.info.spare, "who has spare slots does it"
 
     def recall(self, slot: int, text: Sequence[TokenId], count: int) -> tuple[Drafted, ...]:
         """What it would have proposed for each of the last `count` tokens of `text`, in order.

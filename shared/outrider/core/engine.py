@@ -54,7 +54,12 @@ class ModelInfo:
     slots: int  # sequences held at once, ids 0 … slots - 1
     chunk: int  # most tokens that one pass takes
     device: str  # "cpu, 1 thread on core 0"
+    # what computes: "cpu", or what tells a GPU from the others of the machine; none: it is made up
+    units: tuple[str, ...] = ()
     markers: Markers | None = None  # None: it cannot fill gaps
+    # sequences behind those, ids slots … slots + spare - 1, that hold copies of them and a few
+    # tokens more
+    spare: int = 0
 
 
 class Part(NamedTuple):
@@ -87,18 +92,22 @@ class Engine(Protocol):
         """The same for several sequences in one pass; the results are in the order of `parts`.
 
         Each part has a slot of its own, and all their tokens together are at most `info.chunk`.
-        Where it raises `Cancelled` all have their former lengths; an `EngineFault` empties all.
+        Where it raises `Cancelled` all have their former lengths, or longer ones where a part had
+        come to be certain; an `EngineFault` empties all, and perhaps other sequences.
         """
 
     def rewind(self, slot: int, length: int) -> None:
         """Keep only the first `length` tokens of the sequence in `slot`; 0 frees it.
 
+        It may keep fewer, see `length`: a memory that holds states, and not what each token added,
+        goes back to the last state that it has kept. What is missing then is to be given again.
         Raises ValueError where it holds fewer, `EngineFault` where the cache cannot be cut.
         """
 
     def copy(self, source: int, slot: int, length: int) -> None:
         """The sequence in `slot` becomes the first `length` tokens of the one in `source`.
 
+        Or fewer, as with `rewind`.
         Raises ValueError where that holds fewer, or is the same one.
         """
 
@@ -106,7 +115,7 @@ class Engine(Protocol):
         """How many tokens the sequence in `slot` holds."""
 
     def cancel(self) -> None:
-        """Cut short the `extend` that is running, if one is; it raises `Cancelled`."""
+        """Cut short the `extend` that is running, if one is and can be; it raises `Cancelled`."""
 
     def tokenize(self, text: str, *, special: bool) -> list[TokenId]:
         """Token ids of `text`; with `special`, markers such as `<|im_end|>` become control tokens.

@@ -24,6 +24,7 @@ class Costs:
     draft_s: float  # one drafted token
     link_s: float  # added to each pass by messages
     turn_s: float = 0.0  # added to the first drafted token where draft and target take turns
+    rollback_s: float = 0.0  # added where a block is not accepted as a whole, to take back the rest
 
     def passes(self, longest: int) -> Values:
         """Seconds of a round with 0 … `longest` drafted tokens: [longest + 1]."""
@@ -33,6 +34,13 @@ class Costs:
         beyond = np.maximum(rows - len(self.verify_s), 0) * slope
         seconds: Values = np.interp(rows, known, self.verify_s) + beyond + self.link_s
         return seconds
+
+    def rounds(self, accepted: Values) -> Values:
+        """The same, taking back included, where all of a block of 0, 1, 2 … is accepted so often.
+
+        `accepted` has these probabilities along its last axis.
+        """
+        return self.passes(accepted.shape[-1] - 1) + self.rollback_s * (1 - accepted)
 
 
 class CostModel:
@@ -60,12 +68,17 @@ class CostModel:
         crowd_s: Sequence[float] = (),
         together_s: Sequence[float] = (),
         in_turns: bool = False,
+        rollback_s: float = 0.0,
     ) -> None:
         """`crowd_s`: passes over one row each of 1, 2, 3 … requests; `together_s`: the same of the
-        draft. `in_turns`: while the draft reads for one request, all the others wait."""
+        draft. `in_turns`: while the draft reads for one request, all the others wait. `rollback_s`:
+        see `Costs`; it counts where it is not negligible, and stays what it was at load."""
         self.crowd = 1
+        self.riders = 0  # requests that share the draft's passes; 0: all of the crowd
         self._in_turns = in_turns
         self._together_s = tuple(together_s)
+        is_dear = rollback_s > self.NEGLIGIBLE * verify_s[0]
+        self._rollback_s = rollback_s if is_dear else 0.0
         self._read_s = draft_s / 3 if read_s is None else read_s
         self._verify = [math.log(max(seconds, 1e-6)) for seconds in verify_s]
         self._crowd = [math.log(max(seconds, 1e-6)) for seconds in crowd_s]
@@ -84,6 +97,7 @@ class CostModel:
         crowd_s: Sequence[float] = (),
         together_s: Sequence[float] = (),
         in_turns: bool = False,
+        rollback_s: float = 0.0,
     ) -> CostModel:
         """From what the workers have measured at load: see `wire.Hello`."""
         token_s, *read_s = draft_s
@@ -94,6 +108,7 @@ class CostModel:
             crowd_s=crowd_s,
             together_s=together_s,
             in_turns=in_turns,
+            rollback_s=rollback_s,
         )
 
     def verified(self, rows: int, elapsed_s: float, round_trip_s: float, requests: int = 1) -> None:
@@ -178,13 +193,14 @@ class CostModel:
             allowed = np.maximum(self.OFF * self._held, self.NEGLIGIBLE * self._held[0])
             if (np.abs(seconds - self._held) > allowed).any():
                 self._hold(seconds)
-        return self.shared_by(self.crowd)
+        return self.shared_by(self.crowd, self.riders)
 
-    def shared_by(self, crowd: int) -> Costs:
-        """What each of so many requests sees."""
-        if crowd not in self._costs:
-            self._costs[crowd] = self._seen_by(crowd)
-        return self._costs[crowd]
+    def shared_by(self, crowd: int, riders: int = 0) -> Costs:
+        """What each of so many requests sees, of which `riders` share the draft; 0: all do."""
+        of = crowd, riders or crowd
+        if of not in self._costs:
+            self._costs[of] = self._seen_by(*of)
+        return self._costs[of]
 
     def _seconds(self) -> Values:
         found: Values = np.exp([*self._verify, *self._crowd, self._draft, self._link, self._turn])
@@ -192,9 +208,9 @@ class CostModel:
 
     def _hold(self, seconds: Values) -> None:
         self._held = seconds
-        self._costs: dict[int, Costs] = {}  # by the size of the crowd
+        self._costs: dict[tuple[int, int], Costs] = {}  # by the size of the crowd, and the riders
 
-    def _seen_by(self, crowd: int) -> Costs:
+    def _seen_by(self, crowd: int, riders: int) -> Costs:
         verify, more = len(self._verify), len(self._crowd)
         verify_s = np.maximum.accumulate(self._held[:verify])
         crowd_s = np.maximum.accumulate(self._held[verify : verify + more])
@@ -203,8 +219,10 @@ class CostModel:
             base_s = self._pass_s(verify_s, crowd_s, crowd, crowd)
             alone = Costs(tuple(verify_s), 0.0, 0.0).passes(crowd + LONGEST)[crowd - 1 :]
             verify_s = base_s + crowd * (alone - alone[0])
-            draft_s *= self.together(crowd)
-        return Costs(tuple(map(float, verify_s)), draft_s, link_s, turn_s)
+        if riders > 1:
+            draft_s *= self.together(riders)
+        rollback_s = self._rollback_s * crowd  # all of them wait
+        return Costs(tuple(map(float, verify_s)), draft_s, link_s, turn_s, rollback_s)
 
 
 def _bounded(error: float) -> float:
@@ -232,6 +250,11 @@ def usual_acceptance(confidence: float) -> float:
     low, high = SURENESS[above - 1], SURENESS[above]
     part = min(max((at - low) / (high - low), 0.0), 1.0)
     return CAME_TRUE[above - 1] + part * (CAME_TRUE[above] - CAME_TRUE[above - 1])
+
+
+def usual_confidence(acceptance: float) -> float:
+    """The confidence of a drafter that knows how often its tokens are accepted: the inverse."""
+    return float(1 - 2 ** -np.interp(acceptance, CAME_TRUE, SURENESS))
 
 
 class Acceptance:

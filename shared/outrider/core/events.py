@@ -19,6 +19,7 @@ from outrider.core.values import (
     Order,
     Proposal,
     Reason,
+    Received,
     TokenId,
     TokenIds,
     TopCount,
@@ -48,17 +49,34 @@ class Task:
     held: Held = UNKNOWN  # what the draft knows of the prompt from an earlier request
     top_logprobs: int = 0  # as `Prefill`
     constraint: Constraint | None = None
+    received: tuple[Received, ...] = ()  # the beginning of the answer, which was generated before
 
-    @property
-    def prefill(self) -> Prefill:
-        """The order that begins it."""
+    def reading(self, text: tuple[TokenId, ...], round: int) -> Prefill:
+        """The order that begins it, or goes on behind what was committed: `text` has both."""
         return Prefill(
-            tokens=self.prompt,
+            tokens=text,
             sampling=self.sampling,
             logprobs=self.logprobs,
             constraint=self.constraint,
             top_logprobs=self.top_logprobs,
             cache=self.cache,
+            begins=len(self.prompt),
+            round=round,
+        )
+
+    def opening(self, lineage: int, base: int, stream: tuple[TokenId, ...]) -> OpenDraft:
+        """The order to draft behind `stream`, of which `base` tokens are committed."""
+        return OpenDraft(
+            lineage=lineage,
+            base=base,
+            tokens=stream,
+            sampling=self.sampling,
+            vocabulary=self.vocabulary,
+            ends=tuple(sorted(self.ends)),
+            until=base,
+            cache=self.cache,
+            constraint=self.constraint,
+            begins=len(self.prompt),
         )
 
 
@@ -83,6 +101,16 @@ class DraftLost:
 
 
 @dataclass(frozen=True, slots=True)
+class TargetLost:
+    """The target worker died or hung, and with it what it was to verify."""
+
+
+@dataclass(frozen=True, slots=True)
+class TargetReady:
+    """A target worker with the same model is there: it may read the text and go on."""
+
+
+@dataclass(frozen=True, slots=True)
 class Timer:
     """The session's deadline may have passed."""
 
@@ -94,26 +122,31 @@ class Cancel:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """The target worker is lost, or cannot go on."""
+    """The request cannot go on."""
 
     error: OutriderError
 
 
-Event: TypeAlias = Start | DraftReady | DraftLost | Proposal | Verdict | Timer | Cancel | Failure
+Event: TypeAlias = (
+    Start | DraftReady | DraftLost | TargetLost | TargetReady
+    | Proposal | Verdict | Timer | Cancel | Failure
+)  # fmt: skip
 
 
 # ---- commands -----------------------------------------------------------------------------------
 
 
 class Prefill(Order, frozen=True):
-    """Evaluate the prompt and choose the first token; the answer is the verdict of round 0."""
+    """Evaluate the text and choose the token behind it; the answer is the verdict of `round`."""
 
     tokens: TokenIds
     sampling: Sampling
     logprobs: bool
-    constraint: Constraint | None = None  # of the answer, which begins behind `tokens`
+    constraint: Constraint | None = None  # of the answer
     top_logprobs: TopCount = 0  # how many of the likeliest tokens to tell at each position
     cache: Word | None = None  # texts of the same name may use what was read of it; None: no other
+    begins: Count = 0  # the answer begins here; 0: behind `tokens`
+    round: Count = 0  # a later one: the text was committed with another worker
 
 
 class OpenDraft(Order, frozen=True):
@@ -135,6 +168,7 @@ class OpenDraft(Order, frozen=True):
     cache: Word | None = None  # see `Prefill`
     constraint: Constraint | None = None
     begins: Count = 0  # the answer, to which the constraint applies, begins here
+    foresees: bool = False  # it may also draft what follows where it is wrong
 
 
 class Commit(Order, frozen=True):

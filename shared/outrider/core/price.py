@@ -29,6 +29,7 @@ from outrider.core.estimates import LONGEST, Costs, Values
 DEEPEST = 24  # a stock of more drafted tokens counts as one of so many: more add nothing
 FARTHEST = 16  # drafted tokens in stock that a decision looks at one by one
 WAIT_GAIN = 0.005  # tokens; waiting for a smaller gain only adds decisions
+AT_ONCE = 0.1  # tokens; a step without asking risks another one, so it has to gain so much
 GRID = 0.02  # acceptances are rounded to multiples of this, so that few processes are solved
 LEAST, MOST = 0.3, 0.96  # acceptances outside this range are moved to its ends
 
@@ -50,10 +51,11 @@ def solve(costs: Costs, acceptance: float) -> tuple[float, Values]:
     """
     stock = np.arange(DEEPEST + 1)[:, None]
     block = np.arange(LONGEST + 1)[None, :]
-    seconds = costs.passes(LONGEST)[None, :]
+    seconds = costs.rounds(acceptance ** block.astype(float))  # [1, block]
     gain = (1 - acceptance ** (block + 1)) / (1 - acceptance)  # [1, block]
     # the stock left after a hit, with what is drafted during the pass: [stock, block]
-    left = stock - block - 1 + np.minimum(seconds / costs.draft_s, DEEPEST - stock)
+    drafted = costs.passes(LONGEST)[None, :] / costs.draft_s
+    left = stock - block - 1 + np.minimum(drafted, DEEPEST - stock)
     hit = np.where(left >= 0, acceptance ** (block + 1), 0.0)
     left = np.clip(left, 0, DEEPEST)
     low = np.minimum(left.astype(int), DEEPEST - 1)  # and `part` of the way to low + 1
@@ -88,9 +90,9 @@ def forecast(costs: Costs, acceptance: float, pipelined: bool) -> float:
     acceptance = min(max(acceptance, 0.0), MOST)
     if pipelined:
         return solve(costs, acceptance)[0]
-    blocks = np.arange(LONGEST + 1)
+    blocks = np.arange(LONGEST + 1.0)
     gain = (1 - acceptance ** (blocks + 1)) / (1 - acceptance)
-    return float((gain / (costs.passes(LONGEST) + blocks * costs.draft_s)).max())
+    return float((gain / (costs.rounds(acceptance**blocks) + blocks * costs.draft_s)).max())
 
 
 # ---- the very tokens that are there -------------------------------------------------------------
@@ -110,6 +112,20 @@ def plan(
         if appraisal.with_one_more - rate * next_s > appraisal.now + WAIT_GAIN:
             return None
     return appraisal.block
+
+
+def waits(costs: Costs, average: float, limit: int, away_s: float) -> bool:
+    """Whether to wait for a draft, of which nothing is there, rather than take a plain step.
+
+    Its first token comes `away_s` later than it is drafted; the other arguments are `plan`'s.
+    """
+    acceptance = rounded(average)
+    prospect, (rate, value) = _prospect(costs, acceptance), solve(costs, acceptance)
+    counts = np.arange(1, min(LONGEST, limit) + 1)
+    worth = prospect.unknown[0, counts] - rate * (away_s + counts * costs.draft_s)
+    stock = (costs.passes(0)[0] - away_s) / costs.draft_s - 1
+    alone = acceptance * np.interp(stock, np.arange(DEEPEST + 1), value) - prospect.price[0]
+    return bool(worth.max(initial=-np.inf) > alone - AT_ONCE)
 
 
 class Appraisal(NamedTuple):
@@ -141,6 +157,8 @@ def appraise(costs: Costs, average: float, likely: Values, limit: int) -> Apprai
         of = np.s_[:rows, : DEEPEST + 1 if start else 2]
         reach = likely[start : start + rows].cumprod()  # [block]: chance that all is accepted
         gain = reach.cumsum() - reach
+        if prospect.rollback:
+            gain[1:] -= prospect.rollback * (1 - reach[:-1])
         behind = worth[start + 1 :].ravel()
         fewer = behind.take(left.at[of])
         total = fewer + left.part[of] * (behind[1:].take(left.at[of]) - fewer)  # [block, more]
@@ -181,6 +199,7 @@ class Prospect:
     """What is the same for every stock at these costs; values are in tokens."""
 
     price: Values  # [block]: what a pass costs beyond the token that it always gives
+    rollback: float  # what taking back costs
     alone: float  # the value of a plain step
     unknown: Values  # [tokens taken, tokens drafted]: the value of a rest of unknown tokens
 
@@ -194,4 +213,4 @@ def _prospect(costs: Costs, acceptance: float) -> Prospect:
     unknown = np.zeros((LONGEST + 2, DEEPEST + 1))
     for taken in range(LONGEST + 2):  # by the block, out of those drafted
         unknown[taken, taken:] = value[: DEEPEST + 1 - taken]
-    return Prospect(price, float(alone), unknown)
+    return Prospect(price, rate * costs.rollback_s, float(alone), unknown)

@@ -22,7 +22,7 @@ UNTRIED = 400.0  # so much counts as written without a draft where nothing was t
 CONTEXT = 8  # tokens that are read before the first that is recalled
 LEAST = 20  # tokens; behind fewer a draft guesses badly
 RECALLED = (12, 16)  # least and most tokens to recall: more would tell little more
-LONGEST_S = 0.8  # the target does not stand still for longer: see `session.BLOCK_PATIENCE_S`
+LONGEST_S = 0.8  # the target does not stand still for longer: see `dispatch.BLOCK_PATIENCE_S`
 USUAL = 192.0  # tokens that an answer is expected to have as long as none is known
 WEIGHT = 2.0  # how many known answers that expectation counts for
 

@@ -32,7 +32,7 @@ def generate(
     while text[-1] not in ends or len(text) == len(prompt):
         # the target evaluates its last token and a block of drafted ones in one pass …
         block = stock[:n_draft]
-        rows = target.extend(0, [text[-1], *block], len(block) + 1)
+        rows = target.extend(0, [*text[target.length(0) :], *block], len(block) + 1)
         # … while, in the pipeline at the same time, the draft goes on. What it drafts just after
         # the block is its guess of the target's own token; the rest is the next block
         while len(stock) < n_draft + 1 + n_draft and not set(stock) & set(ends):

@@ -23,6 +23,7 @@ PRIOR = 6.0  # drafted tokens that the spread on other texts counts for
 IDLE = 6  # plain steps after which a draft on shared cores is dismissed
 JUDGED = 40  # tokens of other texts, without which nothing is known of the draft
 KNOWN = 0.08  # of a plain step: a smaller gain that is expected for other texts is none
+SILENCED = 0.2  # what one more place counts for where a draft was asked for an idea
 MOST_DRAFTED = 64  # most tokens in a block, whatever is asked for
 
 
@@ -83,6 +84,22 @@ class Rule(Protocol):
         `confidences` are those of the drafted tokens in stock; the answer has room for `limit` of
         them. The next token is expected in `next_s` seconds; None: none can come.
         """
+
+    def offered(self, is_some: bool) -> None:
+        """The draft has proposed something where nothing was in stock, or it had no idea."""
+        return None
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether the draft hardly ever has an idea, so that nobody waits for one."""
+        return False
+
+    def goes_on(self, away_s: float) -> bool:
+        """Whether the target, after a miss, takes a plain step by itself rather than wait.
+
+        What the draft begins anew comes `away_s` later than it would without messages.
+        """
+        return True
 
     def settle(self) -> None:
         """Use what was observed from now on.
@@ -159,6 +176,9 @@ class FixedRule(Rule):
         wanted = min(limit, self.n_max if self.mode == "sync" else self.n_min)
         return None if next_s is not None and ready < wanted else ready
 
+    def goes_on(self, away_s: float) -> bool:
+        return self.n_min == 0
+
 
 class PricedRule(Rule):
     """Answers from the price of time: no block length is tuned, `n_max` only bounds it.
@@ -184,6 +204,7 @@ class PricedRule(Rule):
         self._spent = 0.0  # plain steps that reading took
         self._awaits = False  # it is still to recall, which decides whether it drafts
         self._idle = 0  # plain steps since the draft was of use
+        self._silence = 0.0  # how often it had no idea lately
         self._settled, self._average = experience.costs.costs, -1.0  # of no solution yet
         experience.begin()
         self.settle()
@@ -286,6 +307,8 @@ class PricedRule(Rule):
             return 0
         if self._awaits and next_s is not None:
             return None
+        if self.is_silent and not len(confidences):
+            next_s = None  # nobody waits for an idea that hardly ever comes
         limit = max(0, min(limit, self._n_max))
         likely, costs = self._experience.acceptance.of(confidences), self._settled
         if self.mode == "pipelined":
@@ -298,6 +321,22 @@ class PricedRule(Rule):
         if could and self._experience.probes(block):
             block = None
         return min(len(likely), limit) if block is None and next_s is None else block
+
+    def offered(self, is_some: bool) -> None:
+        self._silence += SILENCED * ((not is_some) - self._silence)
+
+    @property
+    def is_silent(self) -> bool:
+        """What it drafts while the target goes on comes behind."""
+        return self.mode == "pipelined" and self._silence > 0.5
+
+    def goes_on(self, away_s: float) -> bool:
+        costs = self._settled
+        if self._guard.resting or self.mode != "pipelined" or self.is_silent:
+            return True
+        if self._costs.crowd > 1:
+            away_s = max(away_s, costs.verify_s[0])  # the others' pass begins without it
+        return not price.waits(costs, self._average, self._n_max, away_s)
 
     def settle(self) -> None:
         before, self._settled = self._settled, self._costs.costs

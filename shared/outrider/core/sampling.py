@@ -221,6 +221,28 @@ def propose(
         return Drafted(token, _confidence(judged, token, temperature, key))
 
 
+def runners_up(
+    row: Scores,
+    sampling: Sampling,
+    history: Sequence[TokenId],
+    token: TokenId,
+    count: int,
+    breakers: Breakers = NO_BREAKERS,
+) -> tuple[TokenId, ...]:
+    """The next likeliest behind `history` if it is not `token`: by logit plus noise, best first.
+
+    At most `count` of them, and none that could not be chosen at all. What a filter would leave out
+    may be among them.
+    """
+    with np.errstate(over="ignore"):
+        row = _adjust(row, sampling, history, breakers)
+        near = filters.top_k(row, min(_RIVALS, row.size))
+        noise = keyed(key_of(sampling.seed, len(history)), near.astype(np.uint64))
+        scores = row[near].astype(np.float64) + sampling.temperature * noise
+    order = near[np.argsort(-scores)][: count + 1]
+    return tuple(int(one) for one in order if one != token and row[one] > -np.inf)[:count]
+
+
 def _field(row: Scores, sampling: Sampling, top: float, key: IdArray) -> tuple[Candidates, float]:
     """The tokens that pass the filters, and the temperature at which one of them is drawn."""
     found = Candidates.of(row, top)

@@ -5,6 +5,7 @@ Words
     stock        drafted tokens ahead of the text, in order; those under verification come first
     block        the drafted tokens that the target verifies in one pass
     round        one pass of the target over a block, which may be empty (a plain step)
+    order        asks for a round, perhaps before the verdict on the one before (`orders.py`)
     lineage      an unbroken run of drafting: it ends where the draft's stream differs from the text
     leave        the first position that the draft may not fill; each commit tells it
     hit          a drafted token that was not verified, and that the target then chose itself
@@ -19,8 +20,10 @@ Two rounds, a hit and a miss (`stock.py` and `stream.py` have the rule that both
 
 States
     phase        NEW        nothing has happened yet
-                 VERIFYING  the target computes: the prompt (round 0) or a block
+                 VERIFYING  the target computes: the prompt (round 0), a block that was ordered, or
+                            a plain step of its own; at the deadline the next block is due
                  WAITING    the target is idle until the draft has more, or the deadline passes
+                 LOST       there is no target worker: the text is kept for the next one to read
                  OVER       Finish or Fault was commanded; later events have no effect
     draft        ABSENT     there is no draft worker
                  IDLE       there is one, but it does not draft for this request
@@ -31,10 +34,13 @@ States
     event        in phase              leads to
     Start        NEW                   VERIFYING
     Verdict      VERIFYING             VERIFYING, WAITING or OVER
-    Proposal     WAITING               WAITING or VERIFYING    (else it only adds to the stock)
+    Proposal     WAITING               WAITING or VERIFYING    (else it adds to the stock)
     Timer        WAITING               WAITING or VERIFYING, the draft being LATE
+    Proposal, Timer   VERIFYING        the same, perhaps with one order more under way
     DraftReady   any but OVER          the same, the draft DRAFTING or IDLE
     DraftLost    any but OVER          the same or VERIFYING, the draft ABSENT
+    TargetLost   any but OVER          LOST
+    TargetReady  LOST                  VERIFYING, a round later: what the lost one says is stale
     Cancel, Failure   any but OVER     OVER
 
 The draft worker can change no token, only how many rows the target's next pass has.
@@ -44,7 +50,9 @@ from __future__ import annotations
 
 from enum import Enum, auto
 
+from outrider.core.answer import Answer
 from outrider.core.decoding import contradiction
+from outrider.core.dispatch import Dispatch
 from outrider.core.draft_record import DraftRecord, DraftState
 from outrider.core.events import (
     Cancel,
@@ -57,36 +65,27 @@ from outrider.core.events import (
     Failure,
     Fault,
     Finish,
-    OpenDraft,
     Settle,
     Start,
+    TargetLost,
+    TargetReady,
     Task,
     Timer,
 )
 from outrider.core.rules import Rule
 from outrider.core.stats import Stats
 from outrider.core.stock import Judged, Stock
-from outrider.core.text import TextStream
 from outrider.core.tracing import Trace
-from outrider.core.values import (
-    Fragment,
-    Proposal,
-    Reason,
-    Token,
-    TokenId,
-    Verdict,
-    Verify,
-    ids_of,
-)
+from outrider.core.values import Fragment, Proposal, Verdict
 from outrider.errors import ProtocolError
 
-BLOCK_PATIENCE_S = 2.0  # longest wait for a block that is sent as a whole
-UNTOLD = 256  # committed tokens that a draft worker without leave may not know of yet
-OFFENCES = 3  # after this many malformed proposals a request goes on without its draft
+UNTOLD = 256  # committed tokens that a draft worker without leave may not know of yet …
+UNTOLD_SILENT = 7  # … or one that hardly ever has an idea: each message takes of the target's cores
+OFFENCES = 3  # malformed proposals, after which a request goes on without its draft
 
 
 class Phase(Enum):
-    NEW, VERIFYING, WAITING, OVER = auto(), auto(), auto(), auto()
+    NEW, VERIFYING, WAITING, LOST, OVER = auto(), auto(), auto(), auto(), auto()
 
 
 class Session:
@@ -94,17 +93,16 @@ class Session:
 
     def __init__(self, task: Task, rule: Rule, stats: Stats) -> None:
         self.task, self.rule, self.stats = task, rule, stats
-        self.tokens: list[TokenId] = list(task.prompt)
+        self.answer = Answer(task)
+        self.tokens = self.answer.tokens
         self.stock = Stock()
         self.draft = DraftRecord.of(task.held)
         self.phase = Phase.NEW
-        self.round = 0
-        self.block = 0  # drafted tokens in the latest pass that the target was asked for
+        self.dispatch = Dispatch(self)
+        self.commits = self.missed = 0  # verdicts so far, and how often one was not there
         self.deadline: float | None = None  # when `Timer` is wanted
         self.trace = Trace(task.trace)
-        self._sent = 0.0  # when that pass was asked for
         self._waited_s = 0.0  # time since the last commit that workers spent on other requests
-        self._text = TextStream(task.stop)
 
     def handle(self, event: Event, now: float) -> list[Command]:
         """Take in `event`, which happened at `now` (seconds); return what to do, in order."""
@@ -124,6 +122,12 @@ class Session:
             case DraftLost():
                 self.draft.state = DraftState.ABSENT
                 return self._advance(now)
+            case TargetLost():
+                self.phase, self.deadline = Phase.LOST, None
+                self.dispatch.lost()
+                return []
+            case TargetReady():
+                return self._resume()
             case Cancel():
                 return self._cancel()
             case Failure(error):
@@ -132,8 +136,20 @@ class Session:
     # ---- events ---------------------------------------------------------------------------------
 
     def _start(self, draft: bool, now: float) -> list[Command]:
-        self.phase, self.stats.started = Phase.VERIFYING, now
-        return [self.task.prefill, *(self._on_draft_ready() if draft else [])]
+        self.stats.started, self.stats.resumed = now, self.answer.resumed
+        if self.answer.ended:  # all of it was received before
+            return self._end(Finish(self.answer.ended))
+        return [*self._read(), *(self._on_draft_ready() if draft else [])]
+
+    def _resume(self) -> list[Command]:
+        """Go on with a target that has nothing of the text yet; the stock is as good as before."""
+        if self.phase is not Phase.LOST:
+            return []
+        return self._read()
+
+    def _read(self) -> list[Command]:
+        self.phase, self.deadline = Phase.VERIFYING, None
+        return [self.task.reading(tuple(self.tokens), self.dispatch.begin())]
 
     def _on_draft_ready(self) -> list[Command]:
         """If the rule wants drafts, let the draft read the text; else it stays idle."""
@@ -144,7 +160,7 @@ class Session:
         if not self.rule.drafts or draft.offences >= OFFENCES:
             return []
         text, busy = len(self.tokens), self.phase is Phase.VERIFYING
-        reading = self.rule.reads(text, text - len(task.prompt), self._room(), busy, draft.held)
+        reading = self.rule.reads(text, text - len(task.prompt), self.answer.room, busy, draft.held)
         if not reading.tokens:
             return []
         draft.state = DraftState.DRAFTING
@@ -152,22 +168,10 @@ class Session:
         draft.read = draft.skip + reading.known
         stream = self.stock.open(self.tokens)
         self._grant()
-        order = OpenDraft(
-            lineage=self.stock.lineage,
-            base=text,
-            tokens=stream,
-            sampling=task.sampling,
-            vocabulary=task.vocabulary,
-            ends=tuple(sorted(task.ends)),
-            until=draft.until,
-            floors=draft.floors,
-            skip=draft.skip,
-            recall=reading.recall,
-            cache=task.cache,
-            constraint=task.constraint,
-            begins=len(task.prompt),
-        )
-        return [order]
+        opening = task.opening(self.stock.lineage, text, stream)
+        leave = {"until": draft.until, "floors": draft.floors}
+        foresees = self.rule.mode == "pipelined"  # in turns the target would wait for that
+        return [opening.changed(skip=draft.skip, recall=reading.recall, foresees=foresees, **leave)]
 
     def _on_proposal(self, proposal: Proposal, now: float) -> list[Command]:
         draft, count = self.draft, len(proposal.drafted)
@@ -176,15 +180,18 @@ class Session:
         if proposal.lineage < self.stock.lineage:
             self.stats.created += count
             self.stats.discarded["stale"] += count
-            self.trace.add(proposal, 0, now)
+            self.trace.add(proposal, 0, now, proposal.lineage)
             return []
         follows = self.stock.may_be(proposal, self.tokens)
         if not (follows and draft.may_send(proposal, self.task.vocabulary)):
             return self._offend(now)
         self.stats.created += count
+        self.stats.foreseen += proposal.foreseen
         self.stats.computed(self.stats.draft, now, proposal.elapsed_s)
-        self.trace.add(proposal, 0, now)
+        self.trace.add(proposal, 0, now, proposal.lineage)
         self._learn_costs(proposal, now)
+        if not (self.stock.drafted or proposal.recalled):
+            self.rule.offered(bool(proposal.drafted))
         if not proposal.drafted:
             self.rule.recalled(proposal.hindsight(self.tokens), proposal.elapsed_s)
         draft.state = DraftState.PAUSED if proposal.paused else DraftState.DRAFTING
@@ -193,48 +200,62 @@ class Session:
         return self._advance(now)
 
     def _on_verdict(self, verdict: Verdict, now: float) -> list[Command]:
-        expected = (self.round, len(self.tokens))
-        if self.phase is not Phase.VERIFYING or (verdict.round, verdict.base) != expected:
-            return []  # of a round that is over
-        drafted = ids_of(self.stock.drafted[: self.block])
+        drafted = self.dispatch.answered(verdict)
+        if drafted is None:
+            return self._missed(verdict)
         if wrong := contradiction(verdict, drafted, self.task.ends, self.task.vocabulary):
             return self._end(Fault(ProtocolError(f"the target worker broke the protocol: {wrong}")))
         self.phase, self.deadline = Phase.WAITING, None
-        self.block -= verdict.forbidden  # those were not evaluated
-        self._measure(verdict, now)
-        fragment, reason = self._commit(verdict)
-        if reason:
-            self.stats.discarded["stop"] += len(self.stock) - self.block - verdict.forbidden
+        block = len(drafted) - verdict.forbidden  # those were not evaluated
+        self._measure(verdict, block, now)
+        fragment = self._commit(verdict, block)
+        if self.answer.ended:
+            self.stats.discarded["stop"] += len(self.stock) - len(drafted)
             self.rule.ended(len(self.tokens) - len(self.task.prompt))
-            return [fragment, *self._end(Finish(reason))]
-        judged = self.stock.commit(self.block, verdict, self.tokens)
+            return [fragment, *self._end(Finish(self.answer.ended))]
+        judged = self.stock.commit(block, verdict, self.tokens)
         if judged.differed:
-            self.draft.next_at = now + self.draft.gap_s  # the draft begins anew
-        self._learn(judged, "correction" if verdict.accepted < self.block else "miss")
+            self.draft.begins_anew(now)
+        self._learn(judged, "correction" if verdict.accepted < block else "miss")
         self.draft.told_at = now
+        if self.dispatch.committed(verdict.accepted == len(drafted), now):
+            self.phase = Phase.VERIFYING
         return self._go_on(fragment, now)
 
+    def _missed(self, verdict: Verdict) -> list[Command]:
+        """It is of a round that is over; or it came before the one that it follows.
+
+        Then that one may never come, and the target reads anew what is known.
+        """
+        if verdict.base <= len(self.tokens) or self.dispatch.is_reading or self.phase is Phase.LOST:
+            return []
+        self.missed += 1
+        self.dispatch.lost()
+        if self.missed > OFFENCES:
+            return self._end(Fault(ProtocolError("the target's verdicts come out of order")))
+        return self._read()
+
     def _go_on(self, fragment: Fragment, now: float) -> list[Command]:
-        """The target is idle again: give it its next block, then tell the draft and the client."""
+        """Give the target what it is to do next, then tell the draft and the client."""
         draft = self.draft
         joining = self._leave_or_join()
-        following, before = self._verify(now), draft.until
+        following, before = self._order(now), draft.until
         self._grant()
         if draft.state is DraftState.PAUSED:
             draft.state = DraftState.DRAFTING
         # a draft that has no leave, and had none, need not hear of every commit
         has_leave = max(before, draft.until) > len(self.tokens)
-        untold = len(self.tokens) - draft.told
-        tell = [self._tell()] if draft.rides and (has_leave or untold > UNTOLD) else []
+        most = UNTOLD if not has_leave else UNTOLD_SILENT if self.rule.is_silent else 0
+        tell = [self._tell()] if draft.rides and len(self.tokens) - draft.told > most else []
         # the workers first: the client's fragment can wait a microsecond
-        settle = [Settle()] if following else []
+        settle = [Settle()] if self.phase is Phase.VERIFYING else []
         return [*joining, *following, *tell, fragment, *settle]
 
     def _leave_or_join(self) -> list[Command]:
         """A draft that would have to read on without drafting leaves; later it may be worth it."""
         if self.draft.state is DraftState.IDLE:
             return self._on_draft_ready()
-        if self.draft.rides and self.rule.dismisses:
+        if self.draft.rides and self.rule.dismisses and not self.block:
             self.stats.discarded["dismissed"] += len(self.stock)
             self.stock.drafted.clear()
             self.draft.state = DraftState.IDLE
@@ -244,14 +265,14 @@ class Session:
     def _on_timer(self, now: float) -> list[Command]:
         if self.deadline is None or now < self.deadline:
             return []
-        if self.draft.rides:
+        if self.draft.rides and self.phase is Phase.WAITING:
             self.draft.state = DraftState.LATE
         return self._advance(now)
 
     def _cancel(self) -> list[Command]:
         self.stats.discarded["cancelled"] += len(self.stock)
-        held = self._text.end()
-        last = [Fragment(self.round, held, (), ())] if held else []
+        held = self.answer.rest()
+        last = [Fragment(self.commits, held, (), ())] if held else []
         return [*last, *self._end(Finish("cancelled"))]
 
     def _end(self, last: Command) -> list[Command]:
@@ -260,35 +281,12 @@ class Session:
         self.stock.drafted.clear()
         return [*close, last]
 
-    # ---- the text -------------------------------------------------------------------------------
-
-    def _commit(self, verdict: Verdict) -> tuple[Fragment, Reason | None]:
-        """Append the verdict's tokens, up to the end of the answer; say why it ended, if it did."""
-        text, done = "", list[Token]()
-        reason: Reason | None = None
-        for token in verdict.told(self.block):
-            done.append(token)
-            self.tokens.append(token.id)
-            if token.id in self.task.ends:
-                reason = "stop"
-            else:
-                released, stopped = self._text.feed(token.piece)
-                text += released
-                reason = "stop" if stopped else "length" if self._room() <= 0 else None
-            if reason:
-                text += self._text.end()
-                break
+    def _commit(self, verdict: Verdict, block: int) -> Fragment:
+        """Append the verdict's tokens, up to the end of the answer."""
+        text, done = self.answer.take(verdict.told(block))
         self.stats.committed(done, truncated=max(0, verdict.accepted - len(done)))
-        drafted = tuple(self.stock.drafted[: self.block])
-        return Fragment(self.round, text, tuple(done), drafted), reason
-
-    def _room(self) -> int:
-        """How many tokens may still be generated."""
-        room = self.task.context - len(self.tokens)
-        if self.task.n_predict is not None:
-            generated = len(self.tokens) - len(self.task.prompt)
-            room = min(room, self.task.n_predict - generated)
-        return room
+        number, self.commits = self.commits, self.commits + 1
+        return Fragment(number, text, tuple(done), tuple(self.stock.drafted[:block]))
 
     # ---- what is learnt -------------------------------------------------------------------------
 
@@ -306,33 +304,32 @@ class Session:
         draft, elapsed_s = self.draft, proposal.elapsed_s
         if self.phase is Phase.WAITING:
             self._waited_s += proposal.waited_s
-        if not proposal.drafted:
+        each_s = draft.heard(proposal, now)
+        if each_s is None:
             return
-        each_s = elapsed_s / len(proposal.drafted)
-        draft.gap_s += 0.2 * (each_s - draft.gap_s)
-        draft.next_at = now + each_s
         turn_s = max(0.0, now - draft.told_at - elapsed_s - proposal.waited_s)
         begin_s = turn_s if proposal.position == len(self.tokens) else None
         confidences = [one.confidence for one in proposal.drafted]
         self.rule.drafted(each_s, confidences, begin_s, proposal.requests)
 
-    def _measure(self, verdict: Verdict, now: float) -> None:
+    def _measure(self, verdict: Verdict, block: int, now: float) -> None:
         """Record how long the round took, and how much of that the target computed."""
-        stats, block, last_commit = self.stats, self.block, self.stats.last_commit
+        stats, last_commit = self.stats, self.stats.last_commit
         stats.computed(stats.target, now, verdict.elapsed_s)
-        stats.cached += verdict.cached
-        self.trace.add(verdict, block + 1, now)
-        if last_commit is not None:
-            round_trip_s = max(0.0, now - self._sent - verdict.waited_s)
+        stats.cached += min(verdict.cached, len(self.task.prompt))
+        self.trace.add(verdict, block + 1, now, self.commits)
+        round_s = self.dispatch.pace.answered(verdict, block + 1, now)
+        if last_commit is not None and not self.dispatch.is_reading:
             spent_s = max(0.0, now - last_commit - self._waited_s - verdict.waited_s)
             rows, requests = verdict.rows, verdict.requests
-            if rows:  # else it also read a prompt
-                self.rule.verified(rows, verdict.elapsed_s, round_trip_s, requests)
+            if rows:  # else it also read text
+                self.rule.verified(rows, verdict.elapsed_s, round_s, requests)
             self.rule.committed(len(verdict.tokens), spent_s)
             if rows == requests:  # else it shows no plain step
-                stats.stepped(now - self._sent)
+                stats.stepped(round_s + verdict.waited_s)
         self._waited_s = 0.0
         stats.count(block, verdict.accepted, now, verdict.forbidden)
+        stats.repeated += sum(one.free for one in self.stock.drafted[: verdict.accepted])
 
     # ---- the draft, and the next pass -----------------------------------------------------------
 
@@ -346,8 +343,8 @@ class Session:
     def _grant(self) -> None:
         """Set the draft's leave as the rule wants it now."""
         draft = self.draft
-        lead = self.rule.lead(busy=self.phase is Phase.VERIFYING)
-        draft.until = len(self.tokens) + max(0, min(lead, self._room() - 1))
+        lead = self.dispatch.lead(busy=self.phase is Phase.VERIFYING)
+        draft.until = len(self.tokens) + max(0, min(lead, self.answer.room - 1))
         draft.granted = max(draft.granted, draft.until)
         draft.floors = self.rule.floors if lead else ()
 
@@ -358,38 +355,46 @@ class Session:
         return Commit(base, tuple(self.tokens[base:]), draft.until, draft.floors)
 
     def _advance(self, now: float) -> list[Command]:
-        """If the target is idle, give it its next block, unless the rule waits for the draft."""
-        if self.phase is not Phase.WAITING:
+        """Give the target its next block, unless it has enough, or the rule waits for the draft."""
+        if self.phase not in (Phase.WAITING, Phase.VERIFYING):
             return []
-        draft, self.deadline = self.draft, None
-        following = self._verify(now)
+        was_idle = self.phase is Phase.WAITING
+        draft, following = self.draft, self._order(now)
+        settle = [Settle()] if following else []
         before, drafted_to = draft.until, len(self.tokens) + len(self.stock)
-        self._grant()
+        if was_idle:
+            self._grant()
         # the draft is told only what it cannot know: that it may go further, or must stop early
         goes_further = draft.until > before
         stops_early = drafted_to < before and draft.until != before
-        settle = [Settle()] if following else []
-        if not draft.rides or self._has_ended or not (goes_further or stops_early):
+        if not draft.rides or self.has_ended or not (goes_further or stops_early):
             return [*following, *settle]
         if draft.state is DraftState.PAUSED:
             draft.state = DraftState.DRAFTING
         return [*following, self._tell(), *settle]
 
     @property
-    def _has_ended(self) -> bool:
+    def reach(self) -> int:
+        """The target may have evaluated the text up to here."""
+        return max(len(self.tokens) + len(self.stock), self.dispatch.orders.leave)
+
+    @property
+    def block(self) -> int:
+        """How many drafted tokens the target verifies now, as far as is known here."""
+        return len(self.dispatch.orders.rest(self.tokens) or ())
+
+    @property
+    def takes_turns(self) -> bool:
+        """Whether its draft drafts while the target is idle."""
+        return self.rule.mode == "sync" and self.draft.rides and self.rule.drafts
+
+    @property
+    def has_ended(self) -> bool:
         """Whether the stock ends with an end token, behind which the draft does not go on."""
         return bool(self.stock.drafted) and self.stock.drafted[-1].token in self.task.ends
 
-    def _verify(self, now: float) -> list[Command]:
-        draft, drafted = self.draft, self.stock.drafted
-        room = self._room() - 1
-        is_coming = draft.state is DraftState.DRAFTING and not self._has_ended
-        next_s = max(0.0, draft.next_at - now) if is_coming and len(drafted) < room else None
-        block = self.rule.decide([one.confidence for one in drafted], room, next_s)
-        if block is None:
-            block_s = self.rule.block_s(len(self.tokens) - draft.read)
-            self.deadline = now + min(draft.patience_s + block_s, BLOCK_PATIENCE_S)
-            return []
-        self.phase, self.block, self._sent = Phase.VERIFYING, block, now
-        self.round += 1
-        return [Verify(self.round, len(self.tokens), ids_of(drafted[:block]))]
+    def _order(self, now: float) -> list[Command]:
+        """What the target is to be asked for now."""
+        following, self.deadline = self.dispatch.next(now, self.phase is Phase.WAITING)
+        self.phase = Phase.VERIFYING if following else self.phase
+        return [*following]

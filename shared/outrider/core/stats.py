@@ -1,7 +1,7 @@
 """What a request counts and times; the words are defined once, here.
 
 Once a request is over, created = verified + discarded + hits, and
-generated = (accepted - truncated) + corrections + bonuses + plain.
+generated = resumed + (accepted - truncated) + corrections + bonuses + plain.
 """
 
 from __future__ import annotations
@@ -58,6 +58,9 @@ class Report(Value, frozen=True):
     near_ties: int  # tokens that won by less than `sampling.NEAR` logits
     smallest_margin: float | None  # logits by which the closest token won; None: none had a rival
     cached_tokens: int = 0  # of the prompt, that the target had read before
+    repeated_tokens: int = 0  # accepted, and drafted without a model: they followed there before
+    resumed_tokens: int = 0  # of the answer, that an earlier coordinator generated; not in rates
+    foreseen_misses: int = 0  # times that the draft was wrong, and had drafted for that case
 
 
 @dataclass(slots=True)
@@ -77,6 +80,7 @@ class Stats:
     created: int = 0
     verified: int = 0
     accepted: int = 0
+    repeated: int = 0  # of them, that no model has drafted
     truncated: int = 0
     own: Counter[str] = field(default_factory=Counter)  # the target's: corrected, bonus, plain
     hits: int = 0
@@ -91,9 +95,12 @@ class Stats:
     near_ties: int = 0
     smallest_margin: float = FAR
     cached: int = 0  # tokens of the prompt that the target had read before
+    resumed: int = 0  # tokens of the answer that were there when it began
+    foreseen: int = 0  # misses of the draft behind which it had drafted already
 
     @property
     def generated(self) -> int:
+        """Tokens of the answer but for the resumed ones."""
         return self.accepted - self.truncated + self.own.total()
 
     def stepped(self, elapsed_s: float) -> None:
@@ -146,7 +153,7 @@ class Stats:
         # alone, the target would have taken a step for each token but the first, which is prefill's
         speedup = _ratio((self.generated - 1) * self.step_s, decode_s)
         return Report(
-            generated_tokens=self.generated,
+            generated_tokens=self.resumed + self.generated,
             drafted_tokens=self.created,
             verified_tokens=self.verified,
             accepted_tokens=self.accepted,
@@ -173,6 +180,9 @@ class Stats:
             near_ties=self.near_ties,
             smallest_margin=self.smallest_margin if self.smallest_margin < FAR else None,
             cached_tokens=self.cached,
+            repeated_tokens=self.repeated,
+            resumed_tokens=self.resumed,
+            foreseen_misses=self.foreseen,
         )
 
 

@@ -41,9 +41,9 @@ def plan(costs: Costs, rule: StoppingRule, likely: Values, limit: int) -> int | 
     """
     longest = min(LONGEST, limit)
     there = min(len(likely), longest)
-    reach = np.cumprod(np.concatenate(([1.0], likely[:there])))  # [block]: joint acceptance
+    reach: Values = np.cumprod([1.0, *likely[:there]])  # [block]: joint acceptance
     gain = np.cumsum(reach)
-    worth = gain - rule.rate * costs.passes(longest)[: there + 1]
+    worth = gain - rule.rate * costs.rounds(reach)
     # the first token behind the block may be a hit, which spares drafting it again
     worth[:-1] += rule.rate * costs.draft_s * reach[1:]
     block = int(np.argmax(worth))
@@ -71,7 +71,7 @@ def solve(costs: Costs, spread: tuple[float, ...]) -> StoppingRule:
             break
         rate += profit / time_s
     reach = 2.0 ** (-NOTCH * np.arange(NOTCHES))
-    stop = np.repeat(-rate * passes[1:LONGEST, None], NOTCHES, axis=1)
+    stop = -rate * (passes[1:LONGEST, None] + costs.rollback_s * (1 - reach[None, :]))
     # a single token need not be verified: left in stock, it may be a hit
     stop[0] = np.maximum(stop[0], -reach * (1 - rate * draft_s) - rate * passes[0])
     floors = tuple(_floor(reach, gain) for gain in going_on[1:] - stop)
@@ -91,20 +91,21 @@ def _values_of_going_on(
     at = np.clip(-np.log2(then) / NOTCH, 0, NOTCHES - 1 - 1e-9)
     low = at.astype(np.intp)
     part = at - low
-    weights, passes, draft_s = np.asarray(spread), costs.passes(LONGEST), costs.draft_s
-    value, time = np.full(NOTCHES, -rate * passes[-1]), np.full(NOTCHES, passes[-1])  # [notch]
+    weights, draft_s = np.asarray(spread), costs.draft_s
+    rounds = costs.passes(LONGEST)[:, None] + costs.rollback_s * (1 - reach)  # [block, notch]
+    value, time = -rate * rounds[-1], rounds[-1]  # [notch]
     going_on = np.empty((LONGEST, NOTCHES))
     for drafted in range(LONGEST - 1, -1, -1):
         kept = then + value[low] * (1 - part) + value[low + 1] * part
         kept_s = time[low] * (1 - part) + time[low + 1] * part
-        dropped_s = passes[drafted] - then * draft_s  # a hit spares drafting it again
+        dropped_s = rounds[drafted][:, None] - then * draft_s  # a hit spares drafting it again
         dropped = -rate * dropped_s
         next_s = draft_s if drafted else draft_s + costs.turn_s
         going_on[drafted] = np.maximum(kept, dropped) @ weights - rate * next_s
         more_s = next_s + np.where(kept > dropped, kept_s, dropped_s) @ weights
-        stop = -rate * passes[drafted]
+        stop = -rate * rounds[drafted]
         value = np.maximum(stop, going_on[drafted])
-        time = np.where(going_on[drafted] > stop, more_s, passes[drafted])
+        time = np.where(going_on[drafted] > stop, more_s, rounds[drafted])
     return going_on, float(time[0])
 
 

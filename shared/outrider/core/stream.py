@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from outrider.core.branches import Branch, Branches, Found
 from outrider.core.estimates import usual_acceptance
 from outrider.core.events import Commit, OpenDraft
 from outrider.core.values import Drafted, TokenId
@@ -41,6 +42,9 @@ class Stream:
     likely: list[float] = field(default_factory=list)  # usual acceptances of what it drafted
     read: int = 0  # tokens that the drafter has taken in, or is to skip, and that still stand
     is_silent: bool = False  # it has no idea what may follow
+    branches: Branches | None = None  # what it has drafted for the case that it is wrong
+    adopted: Branch | None = None  # onto which a commit has led, until the drafter has followed
+    foreseen: tuple[Drafted, ...] = ()  # what that has brought behind the committed text
 
     @classmethod
     def opened(cls, order: OpenDraft, context: int) -> Stream:
@@ -66,9 +70,10 @@ class Stream:
     def follow(self, base: int, tokens: Sequence[TokenId]) -> bool:
         """Take over the target's `tokens` from position `base` on; True if it was cut for them.
 
-        At the first difference the stream is cut, the truth appended, and a new lineage begins.
+        At the first difference the stream is cut, the truth appended, and a new lineage begins. If
+        that was foreseen, it goes on with what was drafted for the case: `adopted`.
         """
-        cut = False
+        cut, adopted = False, None
         self.is_silent = self.is_silent and not tokens
         for position, token in enumerate(tokens, base):
             if position < len(self.tokens):
@@ -78,11 +83,35 @@ class Stream:
                 self.read = min(self.read, position)
                 self.lineage += 1
                 self.likely.clear()
+                if before := self.branches:
+                    adopted = before.corrected(position, tokens[position - base :])
+                    self.branches = before.anew()
                 cut = True
             self.tokens.append(token)
         del self.likely[: len(tokens)]
         self.committed = base + len(tokens)
+        if self.branches:
+            self.branches.committed(self.committed)
+        if cut:
+            self._adopt(adopted)
         return cut
+
+    def _adopt(self, branch: Branch | None) -> None:
+        """Go on with what `branch` has drafted behind the committed text, as far as it may."""
+        self.adopted, self.foreseen = branch, ()
+        if branch is None:
+            return
+        room = max(0, self.until - self.committed)
+        taken = branch.found[self.committed - branch.place - 1 :][:room]
+        for found in taken:
+            self._append(found)
+        self.foreseen = tuple(found.drafted for found in taken)
+
+    def _append(self, found: Found) -> None:
+        if self.branches and found.others:
+            self.branches.offer(len(self.tokens), found.others)
+        self.tokens.append(found.drafted.token)
+        self.likely.append(usual_acceptance(found.drafted.confidence))
 
     # ---- what it drafts -------------------------------------------------------------------------
 
@@ -90,11 +119,18 @@ class Stream:
         """The text to go on from, as it is now."""
         return Begun(self.lineage, self.read, tuple(self.tokens), self.may_draft)
 
-    def took(self, begun: Begun, read: int, drafted: Sequence[Drafted]) -> tuple[Drafted, ...]:
+    def took(
+        self,
+        begun: Begun,
+        read: int,
+        drafted: Sequence[Drafted],
+        others: tuple[TokenId, ...] = (),
+    ) -> tuple[Drafted, ...]:
         """Append what was `drafted` behind the text `begun`, now taken in up to position `read`.
 
-        Returns the part that counts: nothing if the text has changed or there was no leave; else
-        the first token, and as many more as leave, floors and an end token now allow.
+        `others` could be in the place of the first of them. Returns the part that counts: nothing
+        if the text has changed or there was no leave; else the first token, and as many more as
+        leave, floors and an end token now allow.
         """
         if begun.lineage != self.lineage:
             return ()
@@ -107,10 +143,24 @@ class Stream:
         for one in drafted:
             if taken and not self.may_draft:
                 break
-            self.tokens.append(one.token)
-            self.likely.append(usual_acceptance(one.confidence))
+            self._append(Found(one, () if taken else others))
             taken.append(one)
         return tuple(taken)
+
+    def candidates(self, context: int) -> list[tuple[float, Branch]]:
+        """What the next token of each branch is worth, if `context` tokens have room for it."""
+        if self.branches is None or self.floors or self.adopted:
+            return []
+        return [
+            (value, branch)
+            for value, branch in self.branches.candidates(self.committed, self.likely)
+            if branch.tokens[-1] not in self.ends and branch.place + len(branch.tokens) < context
+        ]
+
+    @property
+    def reach(self) -> float:
+        """How likely all that it has drafted is right, and with it that the next token counts."""
+        return math.prod(self.likely)
 
     @property
     def has_work(self) -> bool:
@@ -131,7 +181,7 @@ class Stream:
     def is_paused(self) -> bool:
         """Whether what it drafted is too unlikely to be accepted for going on."""
         drafted = len(self.likely)
-        return 0 < drafted <= len(self.floors) and math.prod(self.likely) < self.floors[drafted - 1]
+        return 0 < drafted <= len(self.floors) and self.reach < self.floors[drafted - 1]
 
     @property
     def has_ended(self) -> bool:

@@ -13,15 +13,18 @@ class Trace:
         self._spans: list[Span] = []
         self._ends: dict[Role, float] = {}
 
-    def add(self, done: Proposal | Verdict, rows: int, now: float) -> None:
-        """A worker has told at `now` what it has `done`; `rows` are those of its pass."""
+    def add(self, done: Proposal | Verdict, rows: int, now: float, number: int) -> None:
+        """A worker has told at `now` what it has `done`; `rows` are those of its pass.
+
+        `number` is its lineage or, of a verdict, that of its round.
+        """
         if not self._wanted:
             return
         lane: Role = "target" if isinstance(done, Verdict) else "draft"
         # spans of a lane never overlap, even if the report before this one was delayed
         began = max(now - done.elapsed_s, self._ends.get(lane, 0.0))
         self._ends[lane] = now
-        self._spans.append(span_of(done, rows, began, now))
+        self._spans.append(span_of(done, rows, began, now, number))
 
     def take(self) -> tuple[Span, ...]:
         """Those that were added since the last call."""
@@ -29,7 +32,7 @@ class Trace:
         return spans
 
 
-def span_of(done: Proposal | Verdict, rows: int, start: float, end: float) -> Span:
+def span_of(done: Proposal | Verdict, rows: int, start: float, end: float, number: int) -> Span:
     """The span in which a worker has `done` this; `rows` are those of the pass, if it was one."""
     if isinstance(done, Verdict):
         return Span(
@@ -37,7 +40,7 @@ def span_of(done: Proposal | Verdict, rows: int, start: float, end: float) -> Sp
             start=start,
             end=end,
             rows=rows,
-            number=done.round,
+            number=number,
             base=done.base,
             tokens=done.tokens,
         )
@@ -47,7 +50,10 @@ def span_of(done: Proposal | Verdict, rows: int, start: float, end: float) -> Sp
         start=start,
         end=end,
         rows=len(ids),
-        number=done.lineage,
+        number=number,
         base=done.position,
         tokens=ids,
+        confidences=tuple(one.confidence for one in done.drafted),
+        free=sum(one.free for one in done.drafted),
+        foreseen=done.foreseen,
     )

@@ -71,6 +71,7 @@ class Drafted(Value, frozen=True):
 
     token: TokenId
     confidence: Probability
+    free: bool = False  # no model has drafted it: it followed here before
 
 
 Stretch: TypeAlias = Annotated[tuple[Drafted, ...], Meta(max_length=BLOCK_LIMIT)]
@@ -87,6 +88,8 @@ class Proposal(Order, frozen=True):
     paused: bool = False  # nothing follows before the next commit; see `events.Commit`
     recalled: Stretch = ()  # what it would have drafted in place of the text's last tokens
     requests: Count = 1  # that shared the last pass of the draft
+    # drafted before, for the case that the target chooses what it then has chosen
+    foreseen: bool = False
 
     def hindsight(self, text: Sequence[TokenId]) -> list[tuple[bool, float]]:
         """Whether each recalled token is the one in `text`, and how sure the draft was."""
@@ -105,11 +108,23 @@ class Proposal(Order, frozen=True):
 
 
 class Verify(Order, frozen=True):
-    """Evaluate the last committed token and `drafted`, which starts at position `base`."""
+    """Evaluate the last token of the text and what it leaves of `drafted`, expected from `base` on.
+
+    See `outrider.core.orders`, also for what becomes of it where the text says something else.
+    """
 
     round: Count
     base: Count
     drafted: Block
+    follows: bool = False  # it is void if the order before it is, or was not accepted whole
+    until: Count = 0  # without another order, go on with plain steps up to this position
+
+
+class Received(Value, frozen=True):
+    """A committed token that a client has, and the bytes that it adds to the text."""
+
+    id: TokenId
+    piece: bytes
 
 
 class TopLogprob(Value, frozen=True):
@@ -133,7 +148,8 @@ class Verdict(Order, frozen=True):
 
     Behind those comes one token of the target's own: a correction, or a bonus if the whole block
     was accepted. Only an accepted end token has nothing behind it. `decoding.verify` sets
-    `accepted` and `tokens`; the target worker sets the other fields.
+    `accepted` and `tokens`; the target worker sets the other fields. `round` is that of the latest
+    order that the target has begun or dropped: a plain step of its own has no other.
     """
 
     accepted: Count
@@ -148,7 +164,7 @@ class Verdict(Order, frozen=True):
     # drafted tokens at the end of the block that were not evaluated: the constraint forbids the
     # first of them
     forbidden: Count = 0
-    rows: Count = 0  # of the pass, for all the requests that shared it; 0: it also read a prompt
+    rows: Count = 0  # of the pass, for all the requests that shared it; 0: it also read text
     requests: Count = 1  # that shared the pass
     cached: Count = 0  # in round 0: tokens of the prompt that need not be read
     top_logprobs: Annotated[tuple[TopLogprobs, ...], Meta(max_length=BLOCK_LIMIT)] | None = None
@@ -215,6 +231,9 @@ class Span(Value, frozen=True):
     number: Count  # the round, or the lineage
     base: Count  # where `tokens` begin
     tokens: Block  # what was chosen or drafted
+    confidences: Floats = ()  # of drafted ones: how sure the draft was of each
+    free: Count = 0  # and how many of them no model has drafted
+    foreseen: bool = False  # they were drafted before, for the case that this comes before them
 
 
 def ids_of(drafted: Sequence[Drafted]) -> tuple[TokenId, ...]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from outrider.core.constraints import Constraint, Matcher, propose
+from outrider.core.branches import RANKS
+from outrider.core.constraints import Constraint, Matcher, constrained, propose
 from outrider.core.drafter import DrafterInfo, Opening
 from outrider.core.engine import Engine, Part
 from outrider.core.penalties import Breakers
-from outrider.core.sampling import Sampling, Scores
+from outrider.core.sampling import Sampling, Scores, runners_up
 from outrider.core.stream import AT_ONCE
 from outrider.core.values import Drafted, TokenId
 from outrider.engines.breakers import KnownBreakers
@@ -34,6 +35,15 @@ class Asked:
         held = self.matcher, self.begins
         return propose(row, self.sampling, text, *held, self.vocabulary, self.breakers)
 
+    def others(self, row: Scores, text: Sequence[TokenId], token: TokenId) -> tuple[TokenId, ...]:
+        """What it might choose behind `text` instead of `token`, the likeliest first."""
+        row = row[: self.vocabulary]
+        if self.matcher and len(text) >= self.begins:
+            if self.matcher.is_slow:
+                return ()
+            row = constrained(row, self.matcher, text[self.begins :])
+        return runners_up(row, self.sampling, text, token, len(RANKS), self.breakers)
+
 
 class ModelDrafter:
     """A `Drafter` over an engine, which it owns; it drafts one token at a time."""
@@ -46,6 +56,8 @@ class ModelDrafter:
             context=info.context,
             slots=info.slots,
             device=info.device,
+            units=info.units,
+            spare=info.spare,
         )
         self.token_s = calibrate(engine, (1,))[0]
         self.read_s = min(calibrate_reading(engine, *READ), self.token_s)
@@ -56,6 +68,7 @@ class ModelDrafter:
         self._constraints = Constraints(engine)
         self._asked: dict[int, Asked] = {}  # by slot
         self._skipped: dict[int, int] = {}  # by slot: the engine's position 0 is this one
+        self._others: dict[int, tuple[TokenId, ...]] = {}  # by slot; see `others`
 
     def prepare(self, constraint: Constraint) -> None:
         self._constraints.matcher(constraint)
@@ -106,9 +119,26 @@ class ModelDrafter:
                 if ahead:
                     parts.append(Part(slot, ahead, 1 if known + len(ahead) == len(text) else 0))
             for (slot, text), scores in zip(rest, self._engine.extend_all(parts), strict=False):
-                drafted[slot] = (self._asked[slot].propose(scores[0], text),) if len(scores) else ()
+                drafted[slot] = self._proposed(slot, scores, text)
             rest = rest[len(parts) :]
         return [drafted[slot] for slot, _ in texts]
+
+    def _proposed(self, slot: int, scores: Scores, text: Sequence[TokenId]) -> tuple[Drafted, ...]:
+        self._others[slot] = ()
+        if not len(scores):
+            return ()
+        asked = self._asked[slot]
+        drafted = asked.propose(scores[0], text)
+        if self.info.spare:
+            self._others[slot] = asked.others(scores[0], text, drafted.token)
+        return (drafted,)
+
+    def others(self, slot: int) -> tuple[TokenId, ...]:
+        return self._others.get(slot, ())
+
+    def fork(self, source: int, slot: int, length: int) -> None:
+        self._asked[slot], self._skipped[slot] = self._asked[source], self._skipped[source]
+        self._engine.copy(source, slot, length - self._skipped[slot])
 
     def recall(self, slot: int, text: Sequence[TokenId], count: int) -> tuple[Drafted, ...]:
         known = self.read(slot)

@@ -75,14 +75,24 @@ class ToyCosts:
     first_row_s: float = 0.0
     row_s: float = 0.0  # each further row
     prefill_row_s: float = 0.0
+    curve_s: tuple[float, ...] = ()  # of 1, 2, 3 … rows, instead; beyond, each costs as the last
 
     def __post_init__(self) -> None:
-        _require(min(self.first_row_s, self.row_s, self.prefill_row_s) >= 0, "costs are below 0")
+        known = self.first_row_s, self.row_s, self.prefill_row_s, *self.curve_s
+        _require(min(known) >= 0, "costs are below 0")
 
     def of(self, tokens: int, rows: int) -> float:
         """Seconds of a pass over `tokens` tokens that returns `rows` rows of logits."""
-        decoding = self.first_row_s + self.row_s * (rows - 1) if rows else 0.0
-        return decoding + self.prefill_row_s * (tokens - rows)
+        return self._decoding(rows) + self.prefill_row_s * (tokens - rows)
+
+    def _decoding(self, rows: int) -> float:
+        if not rows:
+            return 0.0
+        if not self.curve_s:
+            return self.first_row_s + self.row_s * (rows - 1)
+        known = self.curve_s
+        more_s = known[-1] - known[-2] if len(known) > 1 else 0.0
+        return known[min(rows, len(known)) - 1] + more_s * max(0, rows - len(known))
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +104,7 @@ class ToySettings:
     agreement: float = 0.8  # probability, at each position, that a draft favours the target's token
     context: int = 2048
     slots: int = 4
+    spare: int = 0  # see `ModelInfo`
     chunk: int = 512
     costs: ToyCosts = field(default_factory=ToyCosts)
     vocabulary_size: int = SMALLEST  # reserved control tokens fill it up
@@ -109,6 +120,7 @@ class ToySettings:
         _require(
             min(self.context, self.slots, self.chunk) > 0, "context, slots or chunk is below 1"
         )
+        _require(self.spare >= 0, "spare is below 0")
         _require(self.vocabulary_size >= SMALLEST, f"vocabulary_size is below {SMALLEST}")
 
 
@@ -132,7 +144,7 @@ class ToyEngine:
         self._control = re.compile("|".join(map(re.escape, self._controls)))
         root = _digest(b"toy", settings.seed.to_bytes(16, "little", signed=True))
         # per slot, the state after each token, so that `rewind` only has to drop some
-        self._states = [[_State(root, root, b"")] for _ in range(settings.slots)]
+        self._states = [[_State(root, root, b"")] for _ in range(settings.slots + settings.spare)]
         self._scores = np.zeros((settings.chunk, settings.vocabulary_size), np.float32)
         self._lock = threading.Lock()
         self._busy = False
@@ -144,6 +156,7 @@ class ToyEngine:
             vocabulary=vocabulary(self._labels),
             context=settings.context,
             slots=settings.slots,
+            spare=settings.spare,
             chunk=settings.chunk,
             device="toy",
             markers=Markers(*(256 + CONTROLS.index(name) for name in FIM)),
@@ -190,7 +203,7 @@ class ToyEngine:
 
     def _slot(self, slot: int) -> list[_State]:
         _require(not self._closed, "the engine is closed")
-        _require(0 <= slot < self.settings.slots, f"no slot {slot}")
+        _require(0 <= slot < len(self._states), f"no slot {slot}")
         return self._states[slot]
 
     def _checked(self, parts: Sequence[Part]) -> dict[int, int]:

@@ -35,6 +35,7 @@ HEAVY = 128 << 20  # bytes by which the process may grow before a connection mus
 SUSPECT = 64 << 10  # bytes on their way from which on a connection may be the one
 MESSAGE = 64  # bytes that ZeroMQ holds a message in
 FRAMING = 9  # bytes around each frame on its way, at most
+SEAL = 64  # bytes by which encryption makes a frame longer, at most
 RECEIVED = slice(128, 136)  # where Linux tells what a TCP connection has received, in `tcp_info`
 
 
@@ -49,6 +50,7 @@ class Connection:
     is_mute: bool = True
     is_shut: bool = False
     origin: str = ""
+    user: str = ""  # the role of its key, and the key; "": it came by a way that has none
     traffic: int = 0  # bytes that were read since somebody looked
     read: int = 0  # bytes of whole messages, and what ZeroMQ puts around them, at most
     spoke: float = 0.0  # when the last one came
@@ -94,7 +96,7 @@ class Connections:
             shut(oldest.fd)
         return found
 
-    def meet(self, peer: bytes, fd: int, origin: str) -> bool:
+    def meet(self, peer: bytes, fd: int, origin: str, user: str = "") -> bool:
         """`peer` has spoken, with this descriptor; False if that connection is over already.
 
         Where it may have been another connection, nothing is noted: it will speak again.
@@ -104,7 +106,7 @@ class Connections:
             return False
         connection.is_mute = False
         if connection.peer is None and self._clock() - self._unmet_at.get(fd, -inf) > UNSURE_S:
-            connection.peer, connection.origin = peer, origin
+            connection.peer, connection.origin, connection.user = peer, origin, user
             connection.is_worker = peer in self._workers
             self._by_peer[peer] = connection
             self._unsure.pop(peer, None)
@@ -117,7 +119,7 @@ class Connections:
     def heard(self, connection: Connection, size: int) -> None:
         """A message of so many bytes was read from it."""
         connection.traffic += size + MESSAGE
-        connection.read += size + FRAMING
+        connection.read += size + FRAMING + (SEAL if connection.user else 0)
         connection.spoke = self._clock()
 
     def trust(self, peer: bytes) -> None:

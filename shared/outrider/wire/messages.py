@@ -2,9 +2,12 @@
 
 Orders to workers, and what they report, are values of the core (`outrider.core.values`, `.events`);
 an envelope adds the request here. A message carries what its receiver needs to tell it from a stale
-one. Request ids start at random in each coordinator and are never reused. Proposals name their
-lineage and position, verdicts their round and base. A connection belongs to one incarnation of a
-worker (`Hello`), so later messages on it need not repeat that.
+one. Request ids, and the numbers of questions to workers, start at random in each coordinator and
+are never reused, so they stand for its incarnation. A connection belongs to one incarnation of a
+worker (`Hello`), so later messages on it need not repeat that. Proposals name their lineage and
+position, verdicts their round and base. All of this is compared with what is awaited: by which
+worker, on which request, in which round or lineage, behind which text. What differs has no effect,
+and the coordinator counts it by reason (`stale_dropped_total`).
 """
 
 from __future__ import annotations
@@ -34,7 +37,7 @@ from outrider.core.values import (
 )
 from outrider.errors import BadRequest, InternalError, OutriderError
 
-PROTOCOL = 6
+PROTOCOL = 7
 FRAME_LIMIT = 1 << 20  # bytes; a prompt of 200,000 tokens fits
 
 Line: TypeAlias = Annotated[str, Meta(max_length=4096)]
@@ -98,12 +101,18 @@ class Hello(Tagged, frozen=True):
     context: Count
     slots: Count
     device: Word
-    cores: Word  # where it computes: "host:0,1", "host:gpu0", "host:gpu*"; "": a device of its own
+    cores: Word  # where it computes: "host:0,1", "host:gpu 0000:01:00.0"; "": a device of its own
     # of a target, a pass over 1, 2 … rows; of a draft, one token, and one that it only reads
     curve_s: Curve
     token: Word = ""  # what the launcher gave to the workers that it started
     # a pass over one row each of 1, 2 … requests
     crowd_s: Annotated[tuple[Seconds, ...], Meta(max_length=256)] = ()
+    # for whoever asks what the pair costs: bytes of its process; what computes, and how it was
+    # built; what taking back evaluated tokens takes (0: not measured)
+    memory: Id = 0
+    build: Word = ""
+    rollback_s: Seconds = 0.0
+    follows_killed: bool = False  # the worker that it replaces was killed: no crash, no hang
 
 
 class Welcome(Tagged, frozen=True):
@@ -285,7 +294,10 @@ class LabelTexts(Tagged, frozen=True):
 
 
 class Submit(Tagged, frozen=True):
-    """Generate after `prompt` (text, token ids, or chat messages)."""
+    """Generate after `prompt` (text, token ids, or chat messages), and what was `received` of it.
+
+    With the key of a request that is there, it is that request, asked for over a new connection.
+    """
 
     call: Id
     prompt: Text | TokenIds
@@ -304,6 +316,9 @@ class Submit(Tagged, frozen=True):
     cache: Word | None = ""  # texts of the same name may share what was read; None: with no other
     tools: Tools | None = None
     constraint: Constraint | None = None
+    key: Word = ""  # nobody else's request has it; "": it cannot be resumed
+    # of the answer, what an earlier coordinator, or this one over another connection, has said
+    received: Annotated[tuple[values.Received, ...], Meta(max_length=values.MOST_TOKENS)] = ()
 
 
 class Cancel(Tagged, frozen=True):

@@ -8,11 +8,14 @@ from contextlib import suppress
 
 import zmq
 
-from outrider.errors import ConfigError, Overloaded, ProtocolError
+from outrider.errors import ConfigError, NotAllowed, Overloaded, ProtocolError
 from outrider.wire.addresses import is_answered
 from outrider.wire.codec import decode, encode
 from outrider.wire.connections import Connections, Patience, Scales, shut
-from outrider.wire.messages import Failed, Hello, Message, Welcome
+from outrider.wire.doorman import DOMAIN, Doorman
+from outrider.wire.keys import Keyring
+from outrider.wire.messages import Failed, Hello, Message, Refused, Welcome
+from outrider.wire.rights import forbidden, is_allowed
 from outrider.wire.transport import GONE_S, TRUSTED_LIMIT, Endpoint, PeerGone
 
 log = logging.getLogger(__name__)
@@ -27,7 +30,8 @@ class Router(Endpoint):
     """The coordinator's socket. `on_message` may raise ProtocolError: that frame was a bad one.
 
     `on_gone` is called, at most a moment late, for each peer whose connection has ended. Once an
-    origin has sent too many bad frames, it loses its connection at each further one.
+    origin has sent too many bad frames, it loses its connection at each further one. A peer with a
+    key says no more than the key's role may (`rights`): what it says else is a bad frame.
     """
 
     def __init__(
@@ -47,11 +51,19 @@ class Router(Endpoint):
         # what they still send is not looked at; whether their connections were found and ended
         self._ended: dict[bytes, bool] = {}
         self._patience, self._scales, self._is_draining = Patience(), Scales(), False
+        self.doorman: Doorman | None = None  # where there are addresses with keys
         self.addresses: list[str] = []
 
-    def bind(self, address: str) -> str:
-        """Bind; return the address for clients, with its real port. Raises ConfigError."""
+    def bind(self, address: str, keys: Keyring | None = None) -> str:
+        """Bind; return the address for clients, with its real port. Raises ConfigError.
+
+        With `keys` it is for those who have one that is trusted. Addresses without come first.
+        """
         self._resolve(address)
+        if keys:
+            self._lock(keys)
+        elif self.doorman:
+            raise ConfigError(f"{address} has no keys, and others before it had some")
         if address.startswith("ipc://") and is_answered(address.removeprefix("ipc://")):
             raise ConfigError(f"cannot listen on {address}: somebody does already")
         try:
@@ -61,6 +73,25 @@ class Router(Endpoint):
         bound: str = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
         self.addresses.append(bound)
         return bound
+
+    def _lock(self, keys: Keyring) -> None:
+        """Where we listen from now on, only keys with a role are let in.
+
+        Each line is needed: without any one of them ZeroMQ lets everybody in (see `trial`).
+        """
+        own = keys.pair("coordinator")
+        self._socket.setsockopt(zmq.CURVE_SERVER, 1)
+        self._socket.setsockopt(zmq.CURVE_PUBLICKEY, own.public)
+        self._socket.setsockopt(zmq.CURVE_SECRETKEY, own.secret)
+        self._socket.setsockopt(zmq.ZAP_DOMAIN, DOMAIN)
+        self._socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
+        if self.doorman is None:
+            self.doorman = Doorman(self._context, keys.role_of)
+
+    def close(self) -> None:
+        if self.doorman and not self.closed:
+            self.doorman.close()
+        super().close()
 
     def send(self, peer: bytes, message: Message) -> None:
         """Send soon. Raises PeerGone, or BadRequest for a message that is too long."""
@@ -95,7 +126,8 @@ class Router(Endpoint):
         backlog = self._backlogs.get(peer)
         return backlog.size if backlog else 0
 
-    def _on_event(self, event: int, fd: int) -> None:
+    def _on_event(self, event: int, value: int) -> None:
+        fd = value
         if former := self._connections.lose(fd):
             self._backlogs.pop(former, None)
             # what it sent before it ended is read first
@@ -110,14 +142,15 @@ class Router(Endpoint):
         if not self.closed:
             self._on_gone(peer)
 
-    def _meet(self, peer: bytes, frame: zmq.Frame) -> str:
-        """Find the connection of a peer that has none yet; return its origin."""
+    def _meet(self, peer: bytes, frame: zmq.Frame) -> tuple[str, str]:
+        """Find the connection of a peer that has none yet; return its origin and its user."""
         self._drain_monitor()
-        origin = str(frame.get("Peer-Address"))
-        is_open = self._connections.meet(peer, int(frame.get(zmq.SRCFD)), origin)
+        user = user_of(frame)
+        origin = user or str(frame.get("Peer-Address"))
+        is_open = self._connections.meet(peer, int(frame.get(zmq.SRCFD)), origin, user)
         if not is_open and peer not in self._ended:
             self._loop.call_later(GONE_S, self._tell_gone, peer)
-        return origin
+        return origin, user
 
     def _receive(self) -> None:
         self._receive_from(self._socket.recv(zmq.NOBLOCK))
@@ -125,22 +158,26 @@ class Router(Endpoint):
     def _receive_from(self, peer: bytes) -> None:
         """Take the rest of a message from `peer`."""
         if connection := self._connections.of(peer):
-            origin, frame = connection.origin, self._socket.recv(zmq.NOBLOCK)
+            origin, user = connection.origin, connection.user
+            frame = self._socket.recv(zmq.NOBLOCK)
             self._connections.heard(connection, len(frame))
         elif self._ended.get(peer):
             self._drop()
             return
         else:
             first = self._socket.recv(zmq.NOBLOCK, copy=False)
-            origin, frame = self._meet(peer, first), first.bytes
+            (origin, user), frame = self._meet(peer, first), first.bytes
         rest = self._rest()
         if peer in self._ended:
             self._ended[peer] = self._connections.end(peer)
             return
+        message = None
         try:
             if rest:
                 raise ProtocolError(f"a message of {rest + 1} frames instead of one")
             message = decode(frame)
+            if user:
+                self._check_right(peer, user, message)
             # a worker may always join
             if self._connections.is_refused(peer) and not isinstance(message, Hello):
                 self._refuse(peer, message)
@@ -148,9 +185,25 @@ class Router(Endpoint):
                 self._on_message(peer, message)
         except ProtocolError as exc:
             log.warning("dropped: %s", exc)
-            if not self._patience.spend(origin):
+            if message is None and self._connections.is_worker(peer):
+                log.warning("a connection ends: what its worker has said may be waited for")
+                self.end(peer)
+            elif not self._patience.spend(origin):
                 log.warning("a connection ends: too many bad frames came from its origin")
                 self.end(peer)
+
+    def _check_right(self, peer: bytes, user: str, message: Message) -> None:
+        """Raise ProtocolError, and tell the peer, if its key's role may not say this."""
+        role = user.partition(" ")[0]
+        if is_allowed(role, message):
+            return
+        reason, call = forbidden(role, message), getattr(message, "call", None)
+        with suppress(PeerGone):
+            if isinstance(message, Hello):
+                self.send(peer, Refused(NotAllowed.code, reason))
+            elif call is not None:
+                self.send(peer, Failed(call, NotAllowed.code, reason))
+        raise ProtocolError(reason)
 
     def _drop(self) -> None:
         """Drop what connections that were ended have left, much at once: it may be millions."""
@@ -171,3 +224,11 @@ class Router(Endpoint):
         with suppress(PeerGone):
             self.send(peer, Failed(getattr(message, "call", 0), Overloaded.code, reason))
         self._loop.call_later(0.1, self.end, peer)  # the answer needs a moment to leave
+
+
+def user_of(frame: zmq.Frame) -> str:
+    """The role and the key that our doorman let in; "" where nobody had to ask it."""
+    try:
+        return str(frame.get("User-Id"))
+    except zmq.ZMQError:
+        return ""

@@ -17,13 +17,15 @@ from collections.abc import Callable
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
-from outrider.errors import ConnectionFailed, ProtocolError
+from outrider.errors import ConfigError, ConnectionFailed, ProtocolError
 from outrider.wire.codec import decode, encode
 from outrider.wire.connections import (
+    SEAL,
     Backlog,
     check_room,
     shut,
 )
+from outrider.wire.keys import Credentials
 from outrider.wire.messages import FRAME_LIMIT, Message
 
 log = logging.getLogger(__name__)
@@ -34,12 +36,14 @@ TRUSTED_LIMIT = 64 << 20  # bytes that may wait for a worker, or for the coordin
 RETRY_S = (0.001, 0.1)  # between two looks at what waits: at first, at most
 GONE_S = 0.002  # what was sent before a connection ended is read within this time
 
+LIBRARY = (4, 3, 5)  # of earlier ones peers without a key could end the process, or do worse
+
 LOST = "the connection was lost"
 
 OPTIONS = {
     zmq.LINGER: 0,
     zmq.IMMEDIATE: 1,  # nothing is queued for a peer that is not there
-    zmq.MAXMSGSIZE: FRAME_LIMIT,
+    zmq.MAXMSGSIZE: FRAME_LIMIT + SEAL,
     zmq.BACKLOG: 1024,
     zmq.HANDSHAKE_IVL: 2000,
     # A process that ends closes its connections at once; these are for a peer behind a broken
@@ -58,6 +62,16 @@ OPTIONS = {
 }
 
 
+def check_library() -> None:
+    """Raise ConfigError if ZeroMQ's library is too old to face a network."""
+    if zmq.zmq_version_info() < LIBRARY:
+        least = ".".join(map(str, LIBRARY))
+        raise ConfigError(
+            f"libzmq {zmq.zmq_version()} is too old: it has holes that {least} has closed; "
+            "install a pyzmq that brings a newer one"
+        )
+
+
 class PeerGone(Exception):
     """The connection is gone, or has just been ended because its peer does not read."""
 
@@ -67,6 +81,7 @@ class Endpoint:
 
     def __init__(self, kind: int, events: int) -> None:
         self._loop = asyncio.get_running_loop()
+        check_library()
         check_room()
         self._context = zmq.Context(io_threads=1)
         self._socket: zmq.Socket[bytes] = self._context.socket(kind)
@@ -175,7 +190,8 @@ class Endpoint:
                 return
             self._on_event(event["event"], event["value"])
 
-    def _on_event(self, event: int, fd: int) -> None:
+    def _on_event(self, event: int, value: int) -> None:
+        """`value` is mostly a descriptor."""
         raise NotImplementedError
 
     def _resolve(self, address: str) -> None:
@@ -195,11 +211,24 @@ class Endpoint:
         self._context.term()
 
 
+ONE_SIDE_HAS_KEYS = zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH
+LINK_EVENTS = (
+    zmq.EVENT_CONNECTED
+    | zmq.EVENT_DISCONNECTED
+    | zmq.EVENT_HANDSHAKE_SUCCEEDED
+    | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+)
+
+
 class Link(Endpoint):
     """A worker's or client's connection to the coordinator; it reconnects by itself.
 
-    `on_lost` is told why a connection has ended; one over which something unreadable comes is
-    ended, since what it was may be waited for. Raises ConnectionFailed for what is no address.
+    `on_lost` is told why a connection has ended, `on_up` that there is one, perhaps again. One over
+    which something unreadable comes is ended, since what it was may be waited for. Raises
+    ConnectionFailed for what is no address. `refusal` is why there will be no connection any more,
+    "" while there may be one: keys do not fit. `hindrance` is why there may be none now.
     """
 
     def __init__(
@@ -207,14 +236,24 @@ class Link(Endpoint):
         address: str,
         on_message: Callable[[Message], None],
         on_lost: Callable[[str], None] = lambda _: None,
+        on_up: Callable[[], None] = lambda: None,
+        credentials: Credentials | None = None,
     ) -> None:
-        events = zmq.EVENT_CONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
-        super().__init__(zmq.DEALER, events)
-        self._on_message, self._on_lost = on_message, on_lost
+        super().__init__(zmq.DEALER, LINK_EVENTS)
+        self._on_message, self._on_lost, self._on_up = on_message, on_lost, on_up
+        self._address, self._credentials = address, credentials
         self._connection: int | None = None  # its descriptor
-        self._is_up = False
+        self.is_up = False
+        self.refusal = self.hindrance = ""
+        self.failures = 0  # connections that ended before they were made
         self._why = LOST
         self._resolve(address)
+        if credentials:
+            self._socket.setsockopt(zmq.CURVE_PUBLICKEY, credentials.own.public)
+            self._socket.setsockopt(zmq.CURVE_SECRETKEY, credentials.own.secret)
+            self._socket.setsockopt(zmq.CURVE_SERVERKEY, credentials.coordinator)
+        if address.startswith("ipc://"):  # to look for a coordinator on this machine costs nothing
+            self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, 200)
         try:
             self._socket.connect(address)
         except (zmq.ZMQError, UnicodeError) as exc:
@@ -223,7 +262,7 @@ class Link(Endpoint):
 
     def send(self, message: Message) -> None:
         """Send soon. Raises PeerGone while there is no connection, else as `Router.send`."""
-        if not self._is_up:
+        if not self.is_up:
             raise PeerGone("not connected")
         self._post(b"", encode(message))
 
@@ -232,17 +271,45 @@ class Link(Endpoint):
         if self._connection is not None:
             shut(self._connection)
 
-    def _on_event(self, event: int, fd: int) -> None:
+    def _on_event(self, event: int, value: int) -> None:
         match event:
             case zmq.EVENT_CONNECTED:
-                self._connection = fd
+                self._connection = value
             case zmq.EVENT_HANDSHAKE_SUCCEEDED:
-                self._is_up = True
+                self.is_up = True
+                self.hindrance = ""
+                self._loop.call_later(GONE_S, self._up)  # behind `_lost` of the one before
+            case zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+                self.refusal = (
+                    f"the coordinator at {self._address} does not trust our key: give what "
+                    "`outrider keys show` prints here to `outrider keys trust` there"
+                )
+            case zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL if value != ONE_SIDE_HAS_KEYS:
+                self.refusal = f"what answers at {self._address} is no coordinator"
+            case zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL if self._credentials:
+                self.refusal = f"the coordinator at {self._address} takes no keys"
+            case zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
+                self.refusal = f"the coordinator at {self._address} asks for keys (see --keys)"
+            case zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL if self._address.startswith("ipc://"):
+                self.failures += 1  # no keys there: it is frozen, or has just ended
+            case zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
+                # also where only one side has keys, if the other side is the first to find out
+                self.failures += 1
+                perhaps = (
+                    "it may have another key than the coordinator trusted here, or take none"
+                    if self._credentials
+                    else "it may ask for keys (see --keys)"
+                )
+                self.hindrance = f"who answers at {self._address} ends the connection: {perhaps}"
             case zmq.EVENT_DISCONNECTED:
-                was_up, self._is_up, self._connection = self._is_up, False, None
+                was_up, self.is_up, self._connection = self.is_up, False, None
                 self._backlogs.clear()
                 if was_up:
                     self._loop.call_later(GONE_S, self._lost)
+
+    def _up(self) -> None:
+        if self.is_up and not self.closed:
+            self._on_up()
 
     def _lost(self) -> None:
         self._drain()  # what came before the end

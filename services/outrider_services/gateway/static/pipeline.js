@@ -37,14 +37,17 @@ export class Watch {
   }
 
   #show(told) {
-    const workers = told?.workers ?? {};
+    const workers = Object.entries(told?.workers ?? {});
+    const hasDraft = workers.some(([, one]) => one.role === "draft");
     $("running").textContent = told?.requests?.running ?? "–";
     $("waiting").textContent = told?.requests?.waiting ?? "–";
-    if (told?.status === "ok") this.#follow(workers.draft !== undefined, told.restarts?.draft ?? 0);
-    this.#tell(told, workers);
-    $("workers").replaceChildren(
-      ...["target", "draft"].map((role) => worker(role, workers[role], this.#draft)),
-    );
+    if (told?.status === "ok") this.#follow(hasDraft, told.restarts?.draft ?? 0);
+    this.#tell(told, hasDraft);
+    const lines = ["target", "draft"].flatMap((role) => {
+      const found = workers.filter(([, one]) => one.role === role);
+      return found.length ? found : [[role, undefined]];
+    });
+    $("workers").replaceChildren(...lines.map(([name, one]) => worker(name, one, this.#draft)));
     this.#looked = performance.now();
   }
 
@@ -70,10 +73,10 @@ export class Watch {
     this.#say(text);
   }
 
-  #tell(told, workers) {
+  #tell(told, hasDraft) {
     let [state, words] = ["wait", "not reached"];
     if (told?.status === "ok") {
-      if (workers.draft) [state, words] = ["ok", "ready"];
+      if (hasDraft) [state, words] = ["ok", "ready"];
       else [state, words] = this.#draft === false ? ["lost", "draft lost"] : ["ok", "without a draft"];
     } else if (told) words = told.error?.message?.toLowerCase() ?? "starting";
     $("state").dataset.state = state;
@@ -83,13 +86,14 @@ export class Watch {
   }
 }
 
-function worker(role, told, hadDraft) {
+/** One that is not there is called by its role. */
+function worker(name, told, hadDraft) {
   const item = document.createElement("li");
-  const name = document.createElement("b");
-  name.textContent = role;
-  const absent = role === "draft" && hadDraft === false ? "lost" : "not there";
+  const title = document.createElement("b");
+  title.textContent = name;
+  const absent = name === "draft" && hadDraft === false ? "lost" : "not there";
   const busy = told ? `computing ${percent(told.busy)} of the time` : absent;
-  item.append(name, told ? ` ${told.model}, ${busy}` : ` ${busy}`);
+  item.append(title, told ? ` ${told.model}, ${busy}` : ` ${busy}`);
   return item;
 }
 

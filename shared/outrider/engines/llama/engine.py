@@ -21,7 +21,6 @@ import functools
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +30,12 @@ from numpy.typing import NDArray
 from outrider.core.engine import Cancelled, EngineFault, ModelInfo, Part
 from outrider.core.sampling import Scores
 from outrider.core.values import TokenId
-from outrider.engines.calibration import calibrate
+from outrider.engines.calibration import CHEAP, calibrate
+from outrider.engines.llama.devices import Device, Offload, choose, present
 from outrider.engines.llama.setup import (
     CANNOT_TAKE_BACK,
+    NEEDED,
     LlamaSettings,
-    cache_size,
     check_file,
     check_kind,
     check_memory,
@@ -44,15 +44,16 @@ from outrider.engines.llama.setup import (
     load_model,
     make_context,
     metadata,
-    workspace_size,
+    needed,
+    units,
 )
+from outrider.engines.llama.states import States, goes_back
 from outrider.engines.llama.text import TextModel
 from outrider.engines.memory import available_memory
 from outrider.errors import InternalError, ModelUnusable
 
-__all__ = ["LlamaEngine", "LlamaSettings", "prepare_environment"]
+__all__ = ["LlamaEngine", "LlamaSettings", "Offload", "prepare_environment"]
 
-CHEAP = 1.45  # three further rows at 0.15 of a step each: about where drafts for several pay
 DONE, ABORTED = 0, 2  # what llama_decode returns; everything else is a fault
 
 
@@ -80,12 +81,10 @@ class Batch:
             pointer(self.wanted, ctypes.c_int8),
         )
 
-    def fill(
-        self, parts: Sequence[Part], ids: Sequence[NDArray[Any]], lengths: Sequence[int]
-    ) -> Any:
-        """The C struct for `parts`, their tokens as `ids`; the slots have these `lengths` now."""
+    def fill(self, parts: Sequence[Part], lengths: Sequence[int]) -> Any:
+        """The C struct for `parts`, whose slots have these `lengths` now."""
         end = 0
-        for (slot, _, rows), tokens in zip(parts, ids, strict=True):
+        for slot, tokens, rows in parts:
             start, end = end, end + len(tokens)
             self.tokens[start:end] = tokens
             self.positions[start:end] = np.arange(lengths[slot], lengths[slot] + len(tokens))
@@ -100,19 +99,28 @@ class LlamaEngine:
     """`outrider.core.engine.Engine` over one GGUF file; made by `LlamaEngine.load`."""
 
     def __init__(
-        self, lib: Any, model: Any, context: Any, info: ModelInfo, text: TextModel
+        self,
+        lib: Any,
+        model: Any,
+        context: Any,
+        info: ModelInfo,
+        text: TextModel,
+        drafts: bool = False,
     ) -> None:
         self.info = info
         self._is_unified = lib.llama_n_ctx_seq(context) == lib.llama_n_ctx(context)
         self._lib, self._model, self._context, self._text = lib, model, context, text
         self._memory = lib.llama_get_memory(context)
-        self._batch = Batch(lib, info.chunk, info.slots)
-        self._lengths = [0] * info.slots
+        slots = info.slots + info.spare
+        self._batch = Batch(lib, info.chunk, slots)
+        self._lengths = [0] * slots
+        has_states = lib.llama_model_is_recurrent(model) or lib.llama_model_is_hybrid(model)
+        self._states = States(lib, context, slots, drafts) if has_states else None
         # llama.cpp asks after every graph node whether to stop. A Python callback would wait for
         # the interpreter each time; libc's strlen of this buffer is 0 or 1 and waits for nothing.
-        self._stop = (ctypes.c_char * 2)()
+        self._stop, self._never = (ctypes.c_char * 2)(), (ctypes.c_char * 2)()
         self._asks = ctypes.cast(ctypes.CDLL(None).strlen, lib.ggml_abort_callback)
-        lib.llama_set_abort_callback(context, self._asks, ctypes.addressof(self._stop))
+        self._heed(self._stop)
 
     @classmethod
     def load(
@@ -124,40 +132,41 @@ class LlamaEngine:
     ) -> LlamaEngine:
         """Open the model in `path`; `progress` is told the loaded share, 0 to 1.
 
-        Raises `ModelNotFound`, `ModelUnusable`, or what `progress` raises to end the loading.
+        Raises `ModelNotFound`, `ModelUnusable`, `ConfigError` where it names a device that is not
+        there, or what `progress` raises to end the loading.
         """
         size = check_file(path)
-        room = math.inf if settings.gpu_layers else available()
+        room = math.inf if settings.offload.layers else available()
         check_memory(path, size, room, "its weights")
         lib = library(settings.exact or not settings.tiled)
+        devices = choose(present(lib), settings.offload) if settings.offload.layers else ()
         with contextlib.ExitStack() as undo:
-            model = load_model(lib, path, settings, progress)
+            model = load_model(lib, path, settings, devices, progress)
             undo.callback(lib.llama_model_free, model)
             check_kind(lib, path, model)
-            if settings.gpu_layers == 0:
-                needed = size + cache_size(lib, model, settings)
-                needed += workspace_size(lib, model, settings)
-                # meanwhile another process may have taken some, the other worker above all
+            if not devices:  # meanwhile another process, such as the other worker, has taken some
                 room = min(room, available() + size)
-                check_memory(path, needed, room, "its weights, KV cache and workspace")
-            context = make_context(lib, path, model, settings)
+                check_memory(path, needed(lib, model, settings, size), room, NEEDED)
+            context = make_context(lib, path, model, settings, devices)
             undo.callback(lib.llama_free, context)
             text = TextModel(lib, model)
             info = ModelInfo(
                 name=metadata(lib, model, "general.name") or path.stem,
                 vocabulary=text.vocabulary,
                 context=min(lib.llama_n_ctx_seq(context), settings.rounded_context),
-                slots=lib.llama_n_seq_max(context),
+                slots=settings.slots,
+                spare=settings.spare,
                 chunk=lib.llama_n_batch(context),
-                device=describe_device(lib, settings),
+                device=describe_device(settings, devices),
+                units=tuple(units(lib, model, settings, devices)),
                 markers=text.markers,
             )
-            engine = cls(lib, model, context, info, text)
+            engine = cls(lib, model, context, info, text, settings.drafts)
             engine._check_rollback(path)
             undo.pop_all()
-        if settings.may_be_unified and rows_are_cheap(engine):
+        if (better := settings.for_cheap_rows(bool(engine._states))) and rows_are_cheap(engine):
             engine.close()
-            return cls.load(path, replace(settings, unified=True), progress, available)
+            return cls.load(path, better, progress, available)
         return engine
 
     def extend(self, slot: int, tokens: Sequence[TokenId], rows: int) -> Scores:
@@ -168,21 +177,37 @@ class LlamaEngine:
         return self.extend_all([Part(slot, tokens, rows)])[0]
 
     def extend_all(self, parts: Sequence[Part]) -> list[Scores]:
-        ids = [self._checked(*part) for part in parts]
-        total, rows = sum(map(len, ids)), [part.rows for part in parts]
+        parts = [Part(part.slot, self._checked(*part), part.rows) for part in parts]
+        total = sum(len(part.tokens) for part in parts)
         if total > self.info.chunk or len({part.slot for part in parts}) < len(parts):
             raise ValueError(f"{len(parts)} parts with {total} tokens do not make one pass")
+        if self._states and (first := self._states.split(parts)):
+            self._pass(first)
+            done = {part.slot: len(part.tokens) for part in first}
+            parts = [Part(one.slot, one.tokens[done.get(one.slot, 0) :], one.rows) for one in parts]
+        return self._pass(parts)
+
+    def _pass(self, parts: Sequence[Part]) -> list[Scores]:
         self._stop[0] = b"\0"
-        batch = self._batch.fill(parts, ids, self._lengths)
-        code = self._lib.llama_decode(self._context, batch)
-        if code == ABORTED and all(self._cut(slot, self._lengths[slot]) for slot, _, _ in parts):
+        if self._states:
+            may_stop = self._states.before(parts, self._lengths)
+            self._heed(self._stop if may_stop else self._never)
+        code = self._lib.llama_decode(self._context, self._batch.fill(parts, self._lengths))
+        if code == ABORTED and all(
+            self._go_back(one.slot, self._lengths[one.slot]) for one in parts
+        ):
             raise Cancelled
         if code != DONE:
-            for slot, _, _ in parts:
+            # where states were being changed in place, not even the others' are certain
+            for slot in range(len(self._lengths)) if self._states else [one.slot for one in parts]:
                 self._clear(slot)
+            total = sum(len(part.tokens) for part in parts)
             raise EngineFault(f"llama.cpp could not evaluate {total} tokens (code {code})")
         for slot, tokens, _ in parts:
             self._lengths[slot] += len(tokens)
+        if self._states:
+            self._states.after(parts)
+        rows = [part.rows for part in parts]
         shape = (sum(rows), self.info.vocabulary.size)
         if not sum(rows):
             return [np.empty((0, shape[1]), np.float32)] * len(parts)
@@ -195,11 +220,9 @@ class LlamaEngine:
             raise ValueError(f"cannot rewind {self._lengths[slot]} tokens to {length}")
         if length == 0:
             self._clear(slot)
-        elif length < self._lengths[slot]:
-            if not self._cut(slot, length):
-                self._clear(slot)
-                raise EngineFault(f"llama.cpp could not rewind slot {slot} to {length} tokens")
-            self._lengths[slot] = length
+        elif length < self._lengths[slot] and not self._go_back(slot, length):
+            self._clear(slot)
+            raise EngineFault(f"llama.cpp could not rewind slot {slot} to {length} tokens")
 
     def copy(self, source: int, slot: int, length: int) -> None:
         self._check_slot(source)
@@ -207,11 +230,16 @@ class LlamaEngine:
         if not 0 <= length <= self._lengths[source] or source == slot:
             raise ValueError(f"cannot copy {length} of {self._lengths[source]} tokens")
         self._clear(slot)
-        if not length:
+        if not length or (self._states and not self._states.can_be_copied):
             return
         # of a stream only the whole can be copied: with a range llama.cpp ends the process
         end = length if self._is_unified else -1
         self._lib.llama_memory_seq_cp(self._memory, source, slot, -1, end)
+        if self._states:
+            length = self._states.copy(source, slot, length, self._lengths[source])
+        if not length:
+            self._clear(slot)
+            return
         if not self._cut(slot, length):
             self._clear(slot)
             raise EngineFault(f"llama.cpp could not copy slot {source} to {slot}")
@@ -249,9 +277,9 @@ class LlamaEngine:
         self._lib.llama_model_free(self._model)
         self._context = self._model = None
 
-    def _checked(self, slot: int, tokens: Sequence[TokenId], rows: int) -> NDArray[Any]:
+    def _checked(self, slot: int, tokens: Sequence[TokenId], rows: int) -> Any:
         self._check_slot(slot)
-        ids = np.asarray(tokens)
+        ids: NDArray[Any] = np.asarray(tokens)
         if ids.ndim != 1 or not 1 <= len(ids) <= self.info.chunk:
             raise ValueError(f"an array of {ids.shape} tokens, not 1 to {self.info.chunk} of them")
         if ids.dtype.kind not in "iu":
@@ -270,8 +298,23 @@ class LlamaEngine:
     def _check_slot(self, slot: int) -> None:
         if self._context is None:
             raise ValueError("the engine is closed")
-        if not 0 <= slot < self.info.slots:
-            raise ValueError(f"slot {slot} is not one of {self.info.slots}")
+        if not 0 <= slot < len(self._lengths):
+            raise ValueError(f"slot {slot} is not one of {len(self._lengths)}")
+
+    def _heed(self, flag: Any) -> None:
+        """End passes while `flag` is set."""
+        where = ctypes.addressof(flag)
+        self._lib.llama_set_abort_callback(self._context, self._asks, where)
+
+    def _go_back(self, slot: int, length: int) -> bool:
+        """Go back to `length` tokens, or fewer as `Engine.rewind` may; False: it did not work."""
+        if self._states:
+            length = self._states.restore(slot, length, self._lengths[slot])
+        if not length:
+            self._clear(slot)
+            return True
+        self._lengths[slot] = length
+        return self._cut(slot, length)
 
     def _cut(self, slot: int, length: int) -> bool:
         """Remove all behind `length` tokens from the cache; True if exactly those are left."""
@@ -281,6 +324,8 @@ class LlamaEngine:
 
     def _clear(self, slot: int) -> None:
         self._lengths[slot] = 0
+        if self._states:
+            self._states.forget(slot)
         if not self._cut(slot, 0):
             raise InternalError(f"llama.cpp cannot clear slot {slot}")
 
@@ -291,9 +336,9 @@ class LlamaEngine:
                 self.extend(0, [0], 0)
         except EngineFault as exc:
             raise ModelUnusable(f"{path}: a first evaluation failed; {exc}") from exc
-        removable = self._cut(0, 1)
+        removable = self._cut(0, 1) if not self._states else True
         self._clear(0)
-        if not removable:
+        if not removable or (self._states and not goes_back(self)):
             raise ModelUnusable(f"{path}: {CANNOT_TAKE_BACK}")
 
 
@@ -325,6 +370,11 @@ def library(untiled: bool = False) -> Any:
     return _library()[0]
 
 
+def devices() -> list[Device]:
+    """All that llama.cpp sees in this process, the processor among them. Raises ModelUnusable."""
+    return present(library())
+
+
 @functools.cache
 def _library() -> tuple[Any, Any]:
     """The bindings and the log callback, which must live as long as they do."""
@@ -334,6 +384,8 @@ def _library() -> tuple[Any, Any]:
         raise ModelUnusable(
             f"a model needs llama-cpp-python: pip install 'outrider[llama]' ({exc})"
         ) from exc
+    except RuntimeError as exc:  # as where a GPU's driver is missing that it was built for
+        raise ModelUnusable(f"the library of llama.cpp cannot be loaded here: {exc}") from exc
     forward = lib.llama_log_callback(forward_log)
     lib.llama_log_set(forward, None)
     # C must not call into an interpreter that has shut down: libc's `abs` takes any call in silence

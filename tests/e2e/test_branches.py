@@ -1,0 +1,76 @@
+"""Branches of a real draft model: sequences that begin as copies, in one cache with the rest."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from outrider.core.branches import RANKS
+from outrider.core.drafter import Opening
+from outrider.core.sampling import Sampling
+from outrider.engines.drafter import ModelDrafter
+from outrider.engines.llama.engine import LlamaEngine
+from outrider.engines.llama.setup import LlamaSettings
+
+pytestmark = [pytest.mark.model, pytest.mark.timeout(120)]
+
+SETTINGS = LlamaSettings(
+    context=256,
+    slots=2,
+    threads=1,
+    batch=128,
+    ubatch=128,
+    drafts=True,
+    unified=True,
+    spare=4,
+    tiled=False,  # llama.cpp asks once in a process, and other tests want it so
+)
+GREEDY = Sampling(temperature=0.0)
+WARM = Sampling(temperature=0.8, seed=4)
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, WARM], ids=["greedy", "warm"])
+def test_a_branch_goes_on_as_its_text_would(test_model: Path, sampling: Sampling) -> None:
+    engine = LlamaEngine.load(test_model, SETTINGS)
+    drafter = ModelDrafter(engine)
+    try:
+        assert (drafter.info.slots, drafter.info.spare, len(drafter.crowd_s)) == (2, 4, 6)
+        text = tuple(engine.tokenize("Once upon a time, there was a little", special=True))
+        other = tuple(engine.tokenize("The cat sat on", special=True))
+        opening = Opening(sampling, engine.info.vocabulary.size)
+        for slot, prompt in enumerate((text, other)):
+            drafter.open(slot, opening)
+            drafter.propose(slot, prompt)
+        (first,) = drafter.propose(0, text)
+        others = drafter.others(0)
+        assert len(set(others) | {first.token}) == 1 + len(RANKS)
+        main = (*text, first.token)
+        branches = [(*text, token) for token in others]
+        for slot in range(2, 6):
+            drafter.fork(0, slot, len(text))
+        rows = [(0, main), (1, other), *zip(range(2, 6), branches, strict=True)]
+        together = [found[0].token for found in drafter.propose_all(rows)]
+        for _, prompt in rows:  # each alone, in a sequence of its own
+            drafter.open(1, opening)
+            assert drafter.propose(1, prompt)[0].token == together.pop(0)
+        drafter.open(1, opening)
+        # the text goes on in a branch's place, and the branch in the text's
+        drafter.fork(2, 0, len(text) + 1)
+        assert drafter.read(0) == len(text) + 1
+        goes_on = (*branches[0], drafter.propose(1, branches[0])[0].token)
+        (mine,), (its,) = drafter.propose(0, goes_on), drafter.propose(1, goes_on)
+        assert mine.token == its.token
+    finally:
+        drafter.close()
+
+
+def test_branches_are_held_where_rows_are_cheap_only() -> None:
+    asked = LlamaSettings(context=256, slots=2, threads=1, branches=16)
+    found = asked.for_cheap_rows(has_states=False)
+    assert found is not None
+    assert (found.spare, found.unified, found.all_slots) == (16, True, 18)
+    assert found.cells == 2 * 256 + 16 * 32
+    assert found.for_cheap_rows(has_states=False) is None
+    assert asked.for_cheap_rows(has_states=True) is None
+    assert LlamaSettings(256, 2, 1, branches=16, exact=True).for_cheap_rows(False) is None
