@@ -296,6 +296,7 @@ class Spread:
     """How the acceptances of recent drafted tokens are spread: a weight for each of `LEVELS`."""
 
     OFF = 0.1
+    LARGEST = 1e9
 
     def __init__(
         self,
@@ -303,15 +304,19 @@ class Spread:
         prior: Sequence[float] = (1 / len(LEVELS),) * len(LEVELS),
         weight: float = 16.0,
     ) -> None:
-        self._fade = 1 - 1 / memory
+        self._growth = 1 / (1 - 1 / memory)
+        self._one = 1.0  # the weight of the latest token: it grows where the others would fade
         self._seen = [weight * share for share in prior]
         self._held = self.weights
 
     def observe(self, likely: Iterable[float]) -> None:
         """Tokens with these acceptances were drafted."""
         for acceptance in likely:
-            self._seen = [seen * self._fade for seen in self._seen]
-            self._seen[bisect.bisect_left(BETWEEN, acceptance)] += 1
+            self._one *= self._growth
+            self._seen[bisect.bisect_left(BETWEEN, acceptance)] += self._one
+        if self._one > self.LARGEST:
+            self._seen = [seen / self._one for seen in self._seen]
+            self._one = 1.0
 
     @property
     def weights(self) -> tuple[float, ...]:
