@@ -8,8 +8,8 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 
-from tests.attack.service import ROOT
-from tests.chaos.campaign import Plan, Result, with_paths
+from tests.attack.service import ROOT, with_paths
+from tests.chaos.campaign import Plan, Result
 from tests.chaos.planted import BUGS, FEW, Bug
 
 CAUGHT, PASSED = 1, 0  # pytest's exit status

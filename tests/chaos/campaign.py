@@ -6,12 +6,12 @@ import asyncio
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from tests.attack.service import ROOT
+from tests.attack.service import ROOT, with_paths
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,9 +112,3 @@ async def _told(module: str, arguments: Sequence[str], within_s: float) -> dict[
         raise RuntimeError(f"{shown} failed: {err.decode(errors='replace')[-2000:]}")
     found: dict[str, Any] = json.loads(out)
     return found
-
-
-def with_paths(environment: Mapping[str, str]) -> dict[str, str]:
-    """For a Python that is to run this checkout's code."""
-    paths = [str(ROOT), str(ROOT / "shared"), str(ROOT / "services")]
-    return {**environment, "PYTHONPATH": os.pathsep.join(paths)}

@@ -202,7 +202,7 @@ class Struck:
         """Nothing runs any more, and every sequence is free: as many as there are run at once."""
         await self._dismiss()
         await crowd.rest(REST_PAIR_S if self.arm.pair else REST_S)
-        with suppress(OutriderError):
+        try:
             async with connect(service.ipc) as client:
                 for _ in range(100):
                     requests = (await client.health())["requests"]
@@ -213,7 +213,11 @@ class Struck:
                     self.arm.complaints.append(f"requests that nobody waits for: {requests}")
                 streams = [
                     await client.create_completion(
-                        "all at once", max_tokens=400, stream=True, ignore_eos=True
+                        "all at once",
+                        max_tokens=400 if self.arm.pair else 1500,  # none ends before all run
+                        mode="plain",
+                        stream=True,
+                        ignore_eos=True,
                     )
                     for _ in range(self.slots)
                 ]
@@ -225,8 +229,8 @@ class Struck:
                     self.arm.complaints.append(f"{running} of {self.slots} sequences can be used")
                 for stream in streams:
                     await stream.cancel()
-                return
-        self.arm.complaints.append("the pipeline cannot be asked in the end")
+        except OutriderError as exc:
+            self.arm.complaints.append(f"the pipeline cannot be asked in the end: {exc}")
 
     async def _dismiss(self) -> None:
         """Clients in a process of their own end, and so do their connections."""

@@ -9,8 +9,8 @@ import sys
 
 from tests.attack.arms import ARMS
 from tests.attack.report import attacked
-from tests.attack.service import ROOT
-from tests.chaos.campaign import Plan, Result, with_paths
+from tests.attack.service import ROOT, with_paths
+from tests.chaos.campaign import Plan, Result
 
 SOAK_S, LEAST_S = 3600.0, 20.0
 

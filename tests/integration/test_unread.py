@@ -23,13 +23,14 @@ from outrider import Client
 from outrider.wire import messages as wire
 from outrider.wire.codec import decode, encode
 from outrider_services import outlet
+from outrider_services.pipeline.launcher import STOP_S
 
 if TYPE_CHECKING:
     from tests.integration.conftest import Cli, Oracle, Serve
 
 PROMPT = "Slow snow falls"
 QUICK = ("--backend=toy", "--toy-step-ms=1", "--toy-draft-ms=0.1", "--toy-row-ms=0.01")
-ENDED_S = 5.0  # most that a signal may take
+ENDED_S = STOP_S + 5.0  # most that a signal may take: a launcher gives its children their time
 BLOCKED_S = 0.5  # whoever has not ended by then waits for its reader
 
 
