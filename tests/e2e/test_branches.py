@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,8 +11,10 @@ from outrider.core.branches import RANKS
 from outrider.core.drafter import Opening
 from outrider.core.sampling import Sampling
 from outrider.engines.drafter import ModelDrafter
+from outrider.engines.llama import engine
 from outrider.engines.llama.engine import LlamaEngine
-from outrider.engines.llama.setup import LlamaSettings
+from outrider.engines.llama.setup import LlamaSettings, make_context
+from outrider.errors import ModelUnusable
 
 pytestmark = [pytest.mark.model, pytest.mark.timeout(120)]
 
@@ -32,13 +35,13 @@ WARM = Sampling(temperature=0.8, seed=4)
 
 @pytest.mark.parametrize("sampling", [GREEDY, WARM], ids=["greedy", "warm"])
 def test_a_branch_goes_on_as_its_text_would(test_model: Path, sampling: Sampling) -> None:
-    engine = LlamaEngine.load(test_model, SETTINGS)
-    drafter = ModelDrafter(engine)
+    loaded = LlamaEngine.load(test_model, SETTINGS)
+    drafter = ModelDrafter(loaded)
     try:
         assert (drafter.info.slots, drafter.info.spare, len(drafter.crowd_s)) == (2, 4, 6)
-        text = tuple(engine.tokenize("Once upon a time, there was a little", special=True))
-        other = tuple(engine.tokenize("The cat sat on", special=True))
-        opening = Opening(sampling, engine.info.vocabulary.size)
+        text = tuple(loaded.tokenize("Once upon a time, there was a little", special=True))
+        other = tuple(loaded.tokenize("The cat sat on", special=True))
+        opening = Opening(sampling, loaded.info.vocabulary.size)
         for slot, prompt in enumerate((text, other)):
             drafter.open(slot, opening)
             drafter.propose(slot, prompt)
@@ -74,3 +77,26 @@ def test_branches_are_held_where_rows_are_cheap_only() -> None:
     assert found.for_cheap_rows(has_states=False) is None
     assert asked.for_cheap_rows(has_states=True) is None
     assert LlamaSettings(256, 2, 1, branches=16, exact=True).for_cheap_rows(False) is None
+
+
+def test_a_draft_without_room_for_branches_drafts_without(
+    test_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spares: list[int] = []
+
+    def make(lib: Any, path: Path, model: Any, settings: LlamaSettings, devices: Any) -> Any:
+        spares.append(settings.spare)
+        if settings.spare:
+            raise ModelUnusable("no room for its cache")
+        return make_context(lib, path, model, settings, devices)
+
+    monkeypatch.setattr(engine, "make_context", make)
+    monkeypatch.setattr(engine, "rows_are_cheap", lambda one: True)
+    asked = LlamaSettings(256, 2, 1, drafts=True, branches=4, tiled=False)
+    found = LlamaEngine.load(test_model, asked)
+    try:
+        assert spares == [0, 4, 0]
+        assert (found.info.slots, found.info.spare) == (2, 0)
+        assert found.tokenize("Once upon a time", special=True)
+    finally:
+        found.close()

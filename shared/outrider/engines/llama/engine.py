@@ -166,7 +166,10 @@ class LlamaEngine:
             undo.pop_all()
         if (better := settings.for_cheap_rows(bool(engine._states))) and rows_are_cheap(engine):
             engine.close()
-            return cls.load(path, better, progress, available)
+            try:
+                return cls.load(path, better, progress, available)
+            except ModelUnusable:  # no room for more sequences; what was asked for did fit
+                return cls.load(path, settings.least, progress, available)
         return engine
 
     def extend(self, slot: int, tokens: Sequence[TokenId], rows: int) -> Scores:

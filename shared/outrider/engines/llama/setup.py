@@ -113,6 +113,11 @@ class LlamaSettings:
         return None
 
     @property
+    def least(self) -> LlamaSettings:
+        """These, without whatever might be better where rows are cheap."""
+        return replace(self, unified=self.unified or False, branches=0)
+
+    @property
     def widest(self) -> int:
         """Most tokens of one pass over the weights, of which `exact` allows only so many."""
         return min(self.ubatch, MOST_ALIKE) if self.exact else self.ubatch
