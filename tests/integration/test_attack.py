@@ -22,7 +22,6 @@ from tests.attack.soak import Soak
 from outrider.wire import messages as wire
 from outrider.wire.router import Router
 
-pytestmark = pytest.mark.no_cover  # what is attacked is to be as fast as it is in life
 SHARE, SEED = 0.1, 1
 
 

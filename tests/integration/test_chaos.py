@@ -13,7 +13,6 @@ from tests.chaos.campaign import Campaign, Plan, Result
 from tests.chaos.proxy import CLIENT, DRAFT
 from tests.chaos.tunnel import why_not
 
-pytestmark = pytest.mark.no_cover  # what is struck is to be as fast as it is in life
 SHARE = Plan(share=0.01, seed=1, jobs=2)
 
 
