@@ -131,9 +131,7 @@ class LlamaEngine:
         available: Callable[[], int] = available_memory,
     ) -> LlamaEngine:
         """Open the model in `path`; `progress` is told the loaded share, 0 to 1.
-
-        Raises `ModelNotFound`, `ModelUnusable`, `ConfigError` where it names a device that is not
-        there, or what `progress` raises to end the loading.
+        Raises `ModelNotFound`, `ModelUnusable`, `ConfigError` (no such device) or what `progress` does.
         """
         size = check_file(path)
         room = math.inf if settings.offload.layers else available()
@@ -166,10 +164,9 @@ class LlamaEngine:
             undo.pop_all()
         if (better := settings.for_cheap_rows(bool(engine._states))) and rows_are_cheap(engine):
             engine.close()
-            try:
+            with contextlib.suppress(ModelUnusable):  # no room for more; what was asked did fit
                 return cls.load(path, better, progress, available)
-            except ModelUnusable:  # no room for more sequences; what was asked for did fit
-                return cls.load(path, settings.least, progress, available)
+            return cls.load(path, settings.least, progress, available)
         return engine
 
     def extend(self, slot: int, tokens: Sequence[TokenId], rows: int) -> Scores:
