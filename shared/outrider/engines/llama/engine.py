@@ -131,7 +131,7 @@ class LlamaEngine:
         available: Callable[[], int] = available_memory,
     ) -> LlamaEngine:
         """Open the model in `path`; `progress` is told the loaded share, 0 to 1.
-        Raises `ModelNotFound`, `ModelUnusable`, `ConfigError` (no such device) or what `progress` does.
+        Raises `ModelNotFound`, `ModelUnusable`, `ConfigError`, or what `progress` raises.
         """
         size = check_file(path)
         room = math.inf if settings.offload.layers else available()
