@@ -111,9 +111,7 @@ class Branching(Generic[R]):
     def adopt(self, ride: R) -> None:
         """If the target's text has led onto a branch, hold that in the text's own sequence."""
         stream = ride.stream
-        if (
-            stream.adopted is None
-        ):  # a commit may come at any time, and is followed in the next step
+        if stream.adopted is None:  # a commit that comes now is followed in the next step
             return
         with self._lock:
             branch, stream.adopted = stream.adopted, None

@@ -31,11 +31,13 @@ from outrider.core.engine import Cancelled, EngineFault, ModelInfo, Part
 from outrider.core.sampling import Scores
 from outrider.core.values import TokenId
 from outrider.engines.calibration import CHEAP, calibrate
+from outrider.engines.llama.batch import Batch
 from outrider.engines.llama.devices import Device, Offload, choose, present
 from outrider.engines.llama.setup import (
     CANNOT_TAKE_BACK,
     NEEDED,
     LlamaSettings,
+    Progress,
     check_file,
     check_kind,
     check_memory,
@@ -55,44 +57,6 @@ from outrider.errors import InternalError, ModelUnusable
 __all__ = ["LlamaEngine", "LlamaSettings", "Offload", "prepare_environment"]
 
 DONE, ABORTED = 0, 2  # what llama_decode returns; everything else is a fault
-
-
-class Batch:
-    """The arrays of one call of llama_decode; C reads them where they are, so they never move."""
-
-    def __init__(self, lib: Any, capacity: int, slots: int) -> None:
-        def pointer(array: NDArray[Any], to: Any) -> Any:
-            return array.ctypes.data_as(ctypes.POINTER(to))
-
-        self.tokens = np.zeros(capacity, np.int32)
-        self.positions = np.zeros(capacity, np.int32)
-        self.wanted = np.zeros(capacity, np.int8)
-        self._one = np.ones(capacity, np.int32)
-        self._ids = np.arange(slots, dtype=np.int32)
-        # each row has the address of its slot's number
-        self._slots = np.zeros(capacity, np.uint64)
-        self.c = lib.llama_batch(
-            0,
-            pointer(self.tokens, ctypes.c_int32),
-            None,
-            pointer(self.positions, ctypes.c_int32),
-            pointer(self._one, ctypes.c_int32),
-            pointer(self._slots, ctypes.POINTER(ctypes.c_int32)),
-            pointer(self.wanted, ctypes.c_int8),
-        )
-
-    def fill(self, parts: Sequence[Part], lengths: Sequence[int]) -> Any:
-        """The C struct for `parts`, whose slots have these `lengths` now."""
-        end = 0
-        for slot, tokens, rows in parts:
-            start, end = end, end + len(tokens)
-            self.tokens[start:end] = tokens
-            self.positions[start:end] = np.arange(lengths[slot], lengths[slot] + len(tokens))
-            self.wanted[start : end - rows] = 0
-            self.wanted[end - rows : end] = 1
-            self._slots[start:end] = self._ids.ctypes.data + slot * self._ids.itemsize
-        self.c.n_tokens = end
-        return self.c
 
 
 class LlamaEngine:
@@ -127,12 +91,28 @@ class LlamaEngine:
         cls,
         path: Path,
         settings: LlamaSettings,
-        progress: Callable[[float], None] | None = None,
+        progress: Progress = None,
         available: Callable[[], int] = available_memory,
     ) -> LlamaEngine:
         """Open the model in `path`; `progress` is told the loaded share, 0 to 1.
-        Raises `ModelNotFound`, `ModelUnusable`, `ConfigError`, or what `progress` raises.
+
+        Raises `ModelNotFound`, `ModelUnusable`, `ConfigError` where it names a device that is not
+        there, or what `progress` raises to end the loading.
         """
+        opened = functools.partial(cls._opened, path, progress, available)
+        engine = opened(settings)
+        better = settings.for_cheap_rows(bool(engine._states))
+        if better is None or not rows_are_cheap(engine):
+            return engine
+        engine.close()
+        with contextlib.suppress(ModelUnusable):  # no room for more; what was asked did fit
+            return opened(better)
+        return opened(settings)
+
+    @classmethod
+    def _opened(
+        cls, path: Path, progress: Progress, available: Callable[[], int], settings: LlamaSettings
+    ) -> LlamaEngine:
         size = check_file(path)
         room = math.inf if settings.offload.layers else available()
         check_memory(path, size, room, "its weights")
@@ -162,12 +142,7 @@ class LlamaEngine:
             engine = cls(lib, model, context, info, text, settings.drafts)
             engine._check_rollback(path)
             undo.pop_all()
-        if (better := settings.for_cheap_rows(bool(engine._states))) and rows_are_cheap(engine):
-            engine.close()
-            with contextlib.suppress(ModelUnusable):  # no room for more; what was asked did fit
-                return cls.load(path, better, progress, available)
-            return cls.load(path, settings.least, progress, available)
-        return engine
+            return engine
 
     def extend(self, slot: int, tokens: Sequence[TokenId], rows: int) -> Scores:
         """Append `tokens` to `slot`; see `Engine.extend`. On a GPU a `cancel` has no effect.

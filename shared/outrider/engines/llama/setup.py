@@ -38,6 +38,7 @@ FEW = 2  # tokens: at three rows of logits, Mesa 22.3's software device ends the
 SNAPSHOT_ROOM = 2**29  # bytes that the snapshots of all slots may take
 BRANCH = 32  # tokens
 CHECKPOINTS = 2  # of each slot are sure to be kept: see `outrider.engines.llama.states`
+Progress = Callable[[float], None] | None  # is told the loaded share, 0 to 1
 NEEDED = "its weights, KV cache and workspace"
 CANNOT_TAKE_BACK = "this kind of model cannot take back single tokens, as drafting needs"
 
@@ -113,11 +114,6 @@ class LlamaSettings:
         return None
 
     @property
-    def least(self) -> LlamaSettings:
-        """These, without whatever might be better where rows are cheap."""
-        return replace(self, unified=self.unified or False, branches=0)
-
-    @property
     def widest(self) -> int:
         """Most tokens of one pass over the weights, of which `exact` allows only so many."""
         return min(self.ubatch, MOST_ALIKE) if self.exact else self.ubatch
@@ -184,7 +180,7 @@ def load_model(
     path: Path,
     settings: LlamaSettings,
     devices: Sequence[Device],
-    progress: Callable[[float], None] | None,
+    progress: Progress,
 ) -> Any:
     """llama.cpp's handle of the model, whose layers are on `devices` as far as the settings say.
 
