@@ -63,9 +63,7 @@ class Client:
         outcomes: list[Outcome],
         heard: Heard | None = None,
         judge: Judge | None = None,
-        patience_s: float | None = None,
     ) -> None:
-        self._patience_s = HANG_S if patience_s is None else patience_s
         self.number, self.address = number, address
         self._choose, self._pauses, self._outcomes = choose, pauses, outcomes
         self._heard, self._judge = heard, judge
@@ -132,8 +130,7 @@ class Client:
             while not task.done():
                 await asyncio.wait({task}, timeout=LOOK_S)
                 now = time.monotonic()
-                waited_s = now - since - self._pauses.within(since, now)
-                if not task.done() and waited_s > self._patience_s:
+                if not task.done() and now - since - self._pauses.within(since, now) > HANG_S:
                     raise Hung
             return task.result()
         finally:
@@ -182,13 +179,12 @@ class Crowd:
         pauses: Pauses,
         heard: Heard | None = None,
         judge: Judge | None = None,
-        patience_s: float | None = None,
     ) -> None:
         self.outcomes: list[Outcome] = []
         places = list(addresses)
-        same = pauses, self.outcomes, heard, judge, patience_s
         self._clients = [
-            Client(n, places[n % len(places)], choose, *same) for n, choose in enumerate(choices)
+            Client(n, places[n % len(places)], choose, pauses, self.outcomes, heard, judge)
+            for n, choose in enumerate(choices)
         ]
         self._tasks: list[asyncio.Task[None]] = []
 

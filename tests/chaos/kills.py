@@ -31,8 +31,6 @@ MOMENT_S, PAUSE_S = (0.05, 0.7), (0.1, 2.0)
 CALM_S = 4.0
 BACK_S = 30.0  # by then what was killed has to be there again
 FIRST_S, LAST_S = 60.0, 60.0
-# what was set aside for killing its target twice goes on alone: seven answers may come before it
-PATIENCE_PAIR_S = 120.0
 LOOK_S = 0.02
 REST_S, REST_PAIR_S = 10.0, 120.0  # in which each client's last answer comes
 SETTLE_S = 5.0  # in which connections that have ended are given back
@@ -108,10 +106,7 @@ class Struck:
         choices = [lambda question=question: question for question in questions]
         places = (service.ipc, service.tcp)
         judge = self.memory.judge if self.arm.pair else None
-        patience_s = PATIENCE_PAIR_S if self.arm.pair else None
-        async with Crowd(
-            places, choices, service.pauses, self.gaps.note, judge, patience_s
-        ) as crowd:
+        async with Crowd(places, choices, service.pauses, self.gaps.note, judge) as crowd:
             yield crowd
 
     @asynccontextmanager
@@ -168,12 +163,12 @@ class Struck:
 
     async def _go_on(self) -> None:
         """Until each stream has: one with which a worker dies twice is set aside, by right."""
-        back, within_s = time.monotonic(), PATIENCE_PAIR_S if self.arm.pair else BACK_S
-        for _ in range(round(within_s / LOOK_S)):
+        back = time.monotonic()
+        for _ in range(round(BACK_S / LOOK_S)):
             if self.gaps.has_all(back):
                 return
             await asyncio.sleep(LOOK_S)
-        self.arm.complaints.append(f"not every stream has gone on {within_s:.0f} s afterwards")
+        self.arm.complaints.append(f"not every stream has gone on {BACK_S:.0f} s afterwards")
 
     async def _victim(self, service: Service) -> psutil.Process | None:
         if self.arm.victim != "client":

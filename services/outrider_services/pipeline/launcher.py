@@ -228,24 +228,12 @@ class Launcher:
         return {**found, TOKEN: self._token, KILLED: str(int(child.was_killed))}
 
     async def _start(self, child: Child) -> None:
-        assert self._pipe is not None
         child.ready.clear()
         child.error = None
         child.starts.append(time.monotonic())
         self._stay(child.arguments)
-        child.process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "outrider_services",
-            *child.arguments,
-            f"--parent-fd={self._pipe[0]}",
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-            pass_fds=self._inherited(child),
-            env={**os.environ, **self._secrets(child)},
-            start_new_session=True,  # Ctrl-C is for the launcher
-        )
+        inherited, told = self._inherited(child), self._secrets(child)
+        child.process = await begun(child.arguments, inherited, told)
         self._report(child.role, "starting", 0.0)
         self._tasks = [task for task in self._tasks if not task.done()]
         self._tasks.append(asyncio.ensure_future(self._watch(child, child.process)))
@@ -355,6 +343,28 @@ class Launcher:
             if self._stopping and child.role == "coordinator":
                 continue  # it complains of the workers that we have just ended
             self._log(child.role, line)
+
+
+async def begun(
+    arguments: list[str], descriptors: tuple[int, ...], environment: dict[str, str]
+) -> asyncio.subprocess.Process:
+    """`outrider` in a process of its own, which ends when nobody can write to the first descriptor.
+
+    It inherits the `descriptors`. A Ctrl-C is for us alone.
+    """
+    return await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "outrider_services",
+        *arguments,
+        f"--parent-fd={descriptors[0]}",
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        pass_fds=descriptors,
+        env={**os.environ, **environment},
+        start_new_session=True,
+    )
 
 
 async def lines(stream: asyncio.StreamReader) -> AsyncIterator[str]:

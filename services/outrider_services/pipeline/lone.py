@@ -7,7 +7,6 @@ import contextlib
 import json
 import os
 import signal
-import sys
 import time
 from collections import deque
 from collections.abc import Callable
@@ -26,7 +25,15 @@ from outrider.errors import (
 from outrider_services import logs
 from outrider_services.options import to_flags
 from outrider_services.pipeline.claim import KILLED
-from outrider_services.pipeline.launcher import BACKOFF_S, RESTARTS, STOP_S, Log, Report, lines
+from outrider_services.pipeline.launcher import (
+    BACKOFF_S,
+    RESTARTS,
+    STOP_S,
+    Log,
+    Report,
+    begun,
+    lines,
+)
 from outrider_services.table import Settings
 
 # the coordinator may come, or come back; of these no number is too many
@@ -75,19 +82,8 @@ class LoneWorker:
         self._error = None
         reading, writing = os.pipe()  # it ends when nobody holds the writing end any more
         try:
-            process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                "outrider_services",
-                *self._arguments,
-                f"--parent-fd={reading}",
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=asyncio.subprocess.PIPE,
-                pass_fds=(reading,),
-                env={**os.environ, KILLED: str(int(self._was_killed))},
-                start_new_session=True,  # Ctrl-C is for us
-            )
+            killed = {KILLED: str(int(self._was_killed))}
+            process = await begun(self._arguments, (reading,), killed)
             try:
                 await asyncio.gather(
                     self._read(process.stdout, on_ready), self._forward(process.stderr)

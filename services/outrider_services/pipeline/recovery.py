@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 
 from outrider.core.session import Phase
-from outrider.errors import OutriderError, RequestPoisoned, WorkerLost
+from outrider.errors import RequestPoisoned, WorkerLost
 from outrider_services.pipeline.absence import Absence
 from outrider_services.pipeline.member import Member
 from outrider_services.pipeline.metrics import Metrics
@@ -130,8 +130,7 @@ class Recovery:
             "the target worker died again and again with this request in its pass; it is not "
             "tried any more"
         )
-        error: OutriderError = RequestPoisoned(reason)
-        self._sessions.fail(request, error)
+        self._sessions.fail(request, RequestPoisoned(reason))
 
 
 def _is_lost(request: Request) -> bool:
