@@ -17,7 +17,7 @@ import zmq
 
 from outrider.errors import ConfigError, ConnectionFailed, ProtocolError
 from outrider.wire import messages as wire
-from outrider.wire import transport
+from outrider.wire import connections, transport
 from outrider.wire.codec import encode
 from outrider.wire.router import Router
 from outrider.wire.transport import Link, PeerGone
@@ -156,6 +156,32 @@ async def test_what_was_sent_before_the_end_is_read_before_anybody_is_told(
     house.router.close()
     await until(lambda: guest.lost)
     assert len(guest.heard) == 20
+
+
+async def test_what_a_flood_has_left_behind_is_dropped_and_nobody_else_is_blamed(
+    house: House, guest: Guest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await guest.say(wire.Health(1))
+    await until(lambda: house.heard)
+    monkeypatch.setattr(connections, "HEAVY", -(1 << 40))  # the process is heavy by now
+    count, frame = 100_000, encode(wire.Health(2))
+
+    def flood() -> None:
+        with zmq.Context() as context, context.socket(zmq.DEALER) as one:
+            one.setsockopt(zmq.SNDHWM, 0)
+            one.setsockopt(zmq.LINGER, 10_000)
+            one.connect(house.address)
+            for _ in range(count):
+                one.send(frame)
+
+    flood()  # and the loop, which waits for it, reads all that when its connection is over
+    await guest.say(wire.Health(3))
+    await until(lambda: wire.Health(3) in [message for _, message in house.heard[-200:]])
+    await until(lambda: len(house.gone) == 1)
+    await guest.say(wire.Health(4))
+    await until(lambda: wire.Health(4) in [message for _, message in house.heard[-200:]])
+    assert guest.lost == []
+    assert len(house.heard) < count // 2
 
 
 async def test_an_address_on_which_somebody_listens_is_not_taken_from_them(

@@ -48,8 +48,9 @@ class Router(Endpoint):
         self._socket.setsockopt(zmq.RCVHWM, 0)
         self._on_message, self._on_gone = on_message, on_gone
         self._connections = Connections(most)
-        # what they still send is not looked at; whether their connections were found and ended
+        # what they still send, or have left, is not looked at; whether their connections are over
         self._ended: dict[bytes, bool] = {}
+        self._leaving: set[bytes] = set()  # what they sent before the end is read now
         self._patience, self._scales, self._is_draining = Patience(), Scales(), False
         self.doorman: Doorman | None = None  # where there are addresses with keys
         self.addresses: list[str] = []
@@ -104,11 +105,14 @@ class Router(Endpoint):
 
     def end(self, peer: bytes) -> None:
         self._drain_monitor()  # its descriptor may be another connection's by now
-        self._ended[peer] = self._connections.end(peer)
-        if len(self._ended) > ENDED:
-            del self._ended[next(iter(self._ended))]
+        self._drop_from(peer, self._connections.end(peer))
         self._backlogs.pop(peer, None)
         self._loop.call_soon(self._tell_gone, peer)
+
+    def _drop_from(self, peer: bytes, is_over: bool) -> None:
+        self._ended[peer] = is_over
+        if len(self._ended) > ENDED:
+            del self._ended[next(iter(self._ended))]
 
     def relieve(self) -> None:
         """If the process has grown too heavy, end the connection to blame; to be called often."""
@@ -130,15 +134,23 @@ class Router(Endpoint):
         fd = value
         if former := self._connections.lose(fd):
             self._backlogs.pop(former, None)
-            # what it sent before it ended is read first
-            self._loop.call_later(GONE_S, self._tell_gone, former)
+            self._let_go(former)
         if event == zmq.EVENT_ACCEPTED:
             accepted = self._connections.accept(fd)
             if accepted.is_surplus:
                 self._loop.call_later(MUTE_S, self._connections.shut_if_mute, accepted)
 
+    def _let_go(self, peer: bytes) -> None:
+        """Its connection is over; what it sent before is read first."""
+        if peer not in self._leaving:
+            self._leaving.add(peer)
+            self._loop.call_later(GONE_S, self._tell_gone, peer)
+
     def _tell_gone(self, peer: bytes) -> None:
+        self._leaving.discard(peer)
         self._connections.forget(peer)
+        if peer not in self._ended:  # there may be millions of messages
+            self._drop_from(peer, True)
         if not self.closed:
             self._on_gone(peer)
 
@@ -148,8 +160,10 @@ class Router(Endpoint):
         user = user_of(frame)
         origin = user or str(frame.get("Peer-Address"))
         is_open = self._connections.meet(peer, int(frame.get(zmq.SRCFD)), origin, user)
-        if not is_open and peer not in self._ended:
-            self._loop.call_later(GONE_S, self._tell_gone, peer)
+        if not is_open:
+            self._is_draining = True
+            if peer not in self._ended:
+                self._let_go(peer)
         return origin, user
 
     def _receive(self) -> None:
