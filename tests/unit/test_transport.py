@@ -16,8 +16,8 @@ import pytest
 import zmq
 
 from outrider.errors import ConfigError, ConnectionFailed, ProtocolError
-from outrider.wire import messages as wire
 from outrider.wire import connections, transport
+from outrider.wire import messages as wire
 from outrider.wire.codec import encode
 from outrider.wire.router import Router
 from outrider.wire.transport import Link, PeerGone
