@@ -318,11 +318,11 @@ one.connect(sys.argv[1])
 one.sendall(b"\\xff" + bytes(8) + b"\\x7f\\x03\\x00NULL" + bytes(48))
 ready = b"\\x05READY\\x0bSocket-Type\\x00\\x00\\x00\\x06DEALER"
 one.sendall(bytes([4, len(ready)]) + ready)
-many, end, sent = (bytes([0, len(frame)]) + frame) * 5000, time.monotonic() + 3.0, 0
+many, end, sent = (bytes([0, len(frame)]) + frame) * 500, time.monotonic() + 3.0, 0
 try:
     while time.monotonic() < end:
         one.sendall(many)
-        sent += 5000
+        sent += 500
 except OSError:
     pass
 print(sent)
@@ -337,7 +337,7 @@ async def test_small_messages_without_end_are_cut_off(pipeline: Pipelines, oracl
             sys.executable, "-c", TORRENT, address(up)[6:], stdout=asyncio.subprocess.PIPE
         )
         sent, _ = await process.communicate()
-        assert int(sent) > 10_000
+        assert int(sent) > 2000
 
     async with undisturbed(pipeline, oracle, 600) as (up, client):
         before = coordinator(up).memory_info().rss

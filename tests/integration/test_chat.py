@@ -250,21 +250,21 @@ def test_a_conversation_longer_than_the_context_is_one_sentence_and_goes_on(
 
 
 def test_tokens_are_coloured_on_a_terminal_and_nowhere_else(
-    served: Served, oracle: Oracle, screen: Callable[..., Screen]
+    slow: Served, oracle: Oracle, screen: Callable[..., Screen]
 ) -> None:
-    flags = ("run", "--connect=shared", *GREEDY, "-n", "40", "--color-tokens", "The river")
-    shown = screen(served.cli, *flags)
+    flags = ("run", "--connect=slow", *GREEDY, "-n", "40", "--color-tokens", "The river")
+    shown = screen(slow.cli, *flags)
     assert shown.ends() == 0
     answer = oracle("The river", 40).text
     assert f"\n{answer}\n" in shown.text
     assert shown.text.startswith("drafted (accepted)  corrected  bonus")
     assert "\x1b[4;32m" in shown.raw.partition("\n")[2]
-    plain = screen(served.cli, *flags, NO_COLOR="1")
+    plain = screen(slow.cli, *flags, NO_COLOR="1")
     assert plain.ends() == 0
     assert f"\n{answer}\n" in plain.text
     assert not re.search(r"\x1b\[[\d;]*3\dm", plain.raw)
     assert "\x1b[4m" in plain.raw.partition("\n")[2]
-    piped = served.cli(*flags, "--no-stats")
+    piped = slow.cli(*flags, "--no-stats")
     assert (piped.stdout, piped.stderr) == (answer + "\n", "")
 
 

@@ -23,7 +23,7 @@ LONG: dict[str, Any] = {
     "max_tokens": 1900,
     "extra_body": {"speculative.enabled": False},
 }  # most of ten seconds
-FREE_S = 1.0  # how soon its sequence has to be free
+FREE_S = 3.0  # how soon its sequence has to be free
 
 
 @pytest.fixture
@@ -147,16 +147,14 @@ def test_a_stop_string_ends_it(client: openai.OpenAI, oracle: Oracle) -> None:
         assert (text, reason) == (whole.partition(stop)[0], "stop")
 
 
-def test_provenance_tells_of_each_token_and_of_both_lanes(client: openai.OpenAI) -> None:
+def test_provenance_tells_of_each_token_and_of_both_lanes(slow: Served) -> None:
+    client = openai.OpenAI(base_url=f"{slow.url}/v1", api_key="any", max_retries=0)
     asked: Any = {"model": "", "messages": SAID, "max_tokens": 40, "temperature": 0}
     more = {"return_provenance": True}
-    for _ in range(3):  # on a busy machine the draft may be late for a whole answer
-        chunks = list(client.chat.completions.create(**asked, stream=True, extra_body=more))
-        told: list[Any] = [c.model_extra["outrider"] for c in chunks if "outrider" in c.model_extra]
-        tokens = [token for one in told for token in one["tokens"]]
-        assert len(tokens) == 40
-        if any(token["kind"] == "drafted" for token in tokens):
-            break
+    chunks = list(client.chat.completions.create(**asked, stream=True, extra_body=more))
+    told: list[Any] = [c.model_extra["outrider"] for c in chunks if "outrider" in c.model_extra]
+    tokens = [token for one in told for token in one["tokens"]]
+    assert len(tokens) == 40
     assert {"drafted", "plain"} <= {token["kind"] for token in tokens}
     spans = [span for one in told for span in one["spans"]]
     assert {span["lane"] for span in spans} == {"target", "draft"}
@@ -168,6 +166,7 @@ def test_provenance_tells_of_each_token_and_of_both_lanes(client: openai.OpenAI)
     figures: Any = (whole.model_extra or {})["outrider"]
     assert [token["text"] for token in figures["tokens"]] == [token["text"] for token in tokens]
     assert {span["lane"] for span in figures["spans"]} == {"target", "draft"}
+    client.close()
 
 
 def test_the_models_are_listed(client: openai.OpenAI) -> None:
