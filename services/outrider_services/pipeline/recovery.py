@@ -29,6 +29,7 @@ class Recovery:
 
     Of these suspects one at a time goes on, until it is past all that this pass may have computed;
     the other requests need not wait for that. If the target dies again meanwhile, it was that one.
+    Whom a target was killed with once is no suspect yet: mostly it was somebody's doing.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class Recovery:
         self._requests, self._sessions, self._absence = requests, sessions, absence
         self._metrics = metrics
         self._suspect: Request | None = None  # the one that has gone on
+        self._trusted: list[Request] = []  # who has gone on and is no suspect, but may become one
         # by targets that were lost: who was in the last pass of each
         self._exposed: dict[int, list[Request]] = {}
         self._why = ""  # the last one was lost
@@ -77,15 +79,20 @@ class Recovery:
 
     def settle(self) -> None:
         """Something has been committed, or is over: perhaps the next suspect may go on."""
-        request = self._suspect
-        if request is None:
-            return
-        if request in self._requests and request.session:
-            if len(request.session.tokens) <= request.reach:
-                return
-            request.blame = 0
-        self._suspect = None
-        self.go_on()
+        if self._trusted:
+            self._trusted = [one for one in self._trusted if not self._is_past(one)]
+        if self._suspect and self._is_past(self._suspect):
+            self._suspect = None
+            self.go_on()
+
+    def _is_past(self, request: Request) -> bool:
+        """Whether it is over, or has got past the place, and with that is to blame for nothing."""
+        if request not in self._requests or not request.session:
+            return True
+        if len(request.session.tokens) <= request.reach:
+            return False
+        request.blame = 0
+        return True
 
     def look(self) -> None:
         """Who can go on does so; who has waited too long comes to nothing."""
@@ -116,10 +123,12 @@ class Recovery:
                 if self._absence.is_long_ago:
                     self._set_aside(request)
                 continue
-            if request.blame and self._suspect:
+            if request.blame > KILLED and self._suspect:
                 continue
-            if request.blame:
+            if request.blame > KILLED:
                 self._suspect = request
+            elif request.blame:
+                self._trusted.append(request)
             log.info("request %d goes on", request.number, extra=request.marks())
             self._metrics.resumed["target"] += 1
             self._sessions.resume(request, target)
