@@ -31,6 +31,7 @@ MOMENT_S, PAUSE_S = (0.05, 0.7), (0.1, 2.0)
 CALM_S = 4.0
 BACK_S = 30.0  # by then what was killed has to be there again
 FIRST_S, LAST_S = 60.0, 60.0
+LAST_PAIR_S = 240.0  # eight answers at once take most of a minute where a row costs 50 ms
 LOOK_S = 0.02
 REST_S, REST_PAIR_S = 10.0, 120.0  # in which each client's last answer comes
 SETTLE_S = 5.0  # in which connections that have ended are given back
@@ -54,6 +55,7 @@ class Arm:
     wrong: list[str] = field(default_factory=list)
     complaints: list[str] = field(default_factory=list)
     gaps_s: list[float] = field(default_factory=list)  # the longest wait, by strike
+    back_s: list[float] = field(default_factory=list)  # until all was whole again
     usual_s: float = 0.0  # the longest in a second without one
 
     @property
@@ -136,8 +138,9 @@ class Struck:
             if not await self._once(service):
                 arm.complaints.append(f"the {arm.victim} is not back after strike {number}")
                 return
+            arm.back_s.append(time.monotonic() - arm.struck[-1])
             await self._go_on()
-        if not await crowd.each_has(1, time.monotonic(), LAST_S):
+        if not await crowd.each_has(1, time.monotonic(), LAST_PAIR_S if arm.pair else LAST_S):
             arm.complaints.append("not every client is answered afterwards")
         arm.gaps_s = [self.gaps.longest(at) for at in arm.struck]
         arm.usual_s = usual

@@ -79,8 +79,9 @@ from outrider.core.tracing import Trace
 from outrider.core.values import Fragment, Proposal, Verdict
 from outrider.errors import ProtocolError
 
-UNTOLD = 256  # committed tokens that a draft worker without leave may not know of yet …
-UNTOLD_SILENT = 7  # … or one that hardly ever has an idea: each message takes of the target's cores
+# committed tokens that a draft worker without leave may not know of yet, or one that hardly ever
+UNTOLD, UNTOLD_SILENT = 256, 7  # has an idea: each message takes of the target's cores
+UNHEARD = 2  # plain steps: a target tells of each as soon as it has begun the next one
 OFFENCES = 3  # malformed proposals, after which a request goes on without its draft
 
 
@@ -375,8 +376,9 @@ class Session:
 
     @property
     def reach(self) -> int:
-        """The target may have evaluated the text up to here."""
-        return max(len(self.tokens) + len(self.stock), self.dispatch.orders.leave)
+        """The target, of which nothing more is heard, may have evaluated the text up to here."""
+        drafted, leave = len(self.tokens) + len(self.stock), self.dispatch.orders.leave
+        return max(drafted, min(drafted + UNHEARD, leave))
 
     @property
     def block(self) -> int:
