@@ -98,7 +98,7 @@ class PipelineOptions:
     exact: bool = opt(False, "--exact", "arithmetic that does not depend on how many tokens are evaluated at once")
     suffix: bool = opt(False, "--draft-suffix", "beside the draft model, draft what followed where the text repeats itself")
     suffix_memory: int = opt(0, "--draft-suffix-memory", "tokens of earlier texts with the same API key in which a draft without a model looks, too; 0: in its own text alone", "N")
-    branches: int = opt(16, "--draft-branches", "corrections of the draft to foresee at once, where its passes cost little more for them; 0: none", "N")
+    branches: int = opt(16, "--draft-branches", "corrections of the draft to foresee at once, where its passes cost little more for them, and to verify beside a block, where the target's do; 0: none", "N")
     parallel: int = opt(4, "-np --parallel", "requests served at the same time (run: one)", "N")
     ready_timeout_s: float = opt(300.0, "--ready-timeout", "how long loading may take, in seconds", "S")
     offline: bool = opt(False, "--offline", "never fetch anything")

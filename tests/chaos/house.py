@@ -70,7 +70,7 @@ class Timed(ToyEngine):
                 agreement=world.agreement,
                 context=CONTEXT,
                 slots=world.slots,
-                spare=0 if target else world.branches,
+                spare=world.branches,
                 chunk=64,
                 costs=costs,
             )

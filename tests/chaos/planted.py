@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 CORE, WIRE = "shared/outrider/core", "shared/outrider/wire"
 PIPELINE, GATEWAY = "services/outrider_services/pipeline", "services/outrider_services/gateway"
-ORDERS = "tests/unit/test_orders.py"
+ORDERS, BESIDE = "tests/unit/test_orders.py", "tests/unit/test_beside.py"
 SESSION, TARGET = "tests/unit/test_session.py", "tests/unit/test_target_worker.py"
 COORDINATOR, ROSTER = "tests/unit/test_coordinator.py", "tests/unit/test_roster.py"
 WORLDS = "tests/sim/test_worlds.py::test_whatever_happens_every_answer_is_the_targets_own"
@@ -53,9 +53,30 @@ BUGS = (
     Bug(
         "the stock outlives a correction",
         f"{CORE}/stock.py",
-        "        void = len(self.drafted)\n        self.drafted = []\n",
-        "        void = len(self.drafted)\n",
+        "        self.drafted, self.sides = [], ()\n",
+        "        self.sides = ()\n",
         f"{SESSION}::test_a_correction_voids_all_that_was_drafted_behind_it",
+    ),
+    Bug(
+        "sides outlive their lineage",
+        f"{CORE}/stock.py",
+        "        self.drafted, self.sides = [], ()\n",
+        "        self.drafted = []\n",
+        f"{BESIDE}::test_a_side_that_was_right_ends_the_lineage_where_it_begins",
+    ),
+    Bug(
+        "a side is judged by another one's rows",
+        f"{PIPELINE}/verifying.py",
+        "        begins = share.rows + sum(lengths[: number - 1])\n",
+        "        begins = share.rows\n",
+        f"{BESIDE}::test_with_sides_of_every_kind_the_text_is_the_targets_own",
+    ),
+    Bug(
+        "a side that was right leaves the block's rest in the cache",
+        f"{PIPELINE}/verifying.py",
+        "            held = sequence.sides[verdict.side - 1].place\n",
+        "            return\n",
+        f"{BESIDE}::test_with_sides_of_every_kind_the_text_is_the_targets_own",
     ),
     Bug(
         "the draft keeps what it drafted for a text that has changed",
@@ -109,7 +130,7 @@ BUGS = (
     ),
     Bug(
         "each row is judged by the committed text alone",
-        f"{PIPELINE}/target_worker.py",
+        f"{PIPELINE}/verifying.py",
         "            history.extend(drafted[at : at + 1])",
         "            pass",
         WORLDS,

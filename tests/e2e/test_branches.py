@@ -9,6 +9,7 @@ import pytest
 
 from outrider.core.branches import RANKS
 from outrider.core.drafter import Opening
+from outrider.core.engine import Fork, Part
 from outrider.core.sampling import Sampling
 from outrider.engines.drafter import ModelDrafter
 from outrider.engines.llama import engine
@@ -100,3 +101,38 @@ def test_a_draft_without_room_for_branches_drafts_without(
         assert found.tokenize("Once upon a time", special=True)
     finally:
         found.close()
+
+
+def test_what_is_evaluated_beside_a_block_is_scored_as_its_text_is(test_model: Path) -> None:
+    model = LlamaEngine.load(test_model, SETTINGS)
+    try:
+        text = model.tokenize("Once upon a time, there was a little", special=True)
+        block = model.tokenize(" girl who lived", special=True)
+        one, other = (model.tokenize(said, special=True) for said in (" boy named", " dog"))
+        model.extend(0, text, 0)
+        model.extend(1, text[:3], 0)
+        forks = Fork(3, len(text) + 1, other), Fork(2, len(text), one)
+        parts = [Part(0, block, len(block), forks), Part(1, text[3:4], 1)]
+        first, second = (rows.copy() for rows in model.extend_all(parts))
+        assert len(first) == len(block) + len(other) + len(one)
+        texts = [[*text, *block[: n + 1]] for n in range(len(block))]
+        texts += [[*text, block[0], *other[: n + 1]] for n in range(len(other))]
+        texts += [[*text, *one[: n + 1]] for n in range(len(one))]
+        for known, row in zip([*texts, text[:4]], [*first, second[0]], strict=True):
+            model.rewind(1, 0)
+            (alone,) = model.extend(1, known, 1)
+            assert abs(alone - row).max() < 0.05
+        # not a bit of what comes behind depends on what was evaluated beside the block
+        for slot in (2, 3):
+            model.rewind(slot, 0)
+        model.rewind(0, len(text))
+        mine = model.extend(0, [*one, *block], 1)[0].copy()
+        for slot in (0, 1):
+            model.rewind(slot, 0)
+        model.extend(0, text, 0)
+        assert (model.extend(0, [*one, *block], 1)[0] == mine).all()
+        for bad in (Fork(1, len(text), one), Fork(2, 1, one)):
+            with pytest.raises(ValueError, match="cannot fork"):
+                model.extend_all([Part(0, block, 0, (bad,))])
+    finally:
+        model.close()

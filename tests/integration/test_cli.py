@@ -258,7 +258,8 @@ def statistics(text: str) -> dict[str, int]:
         rf"(?P<corrected>{number}) corrected, (?P<bonus>{number}) bonus, "
         rf"(?P<plain>{number}) plain\)",
         rf"Draft tokens created: (?P<created>{number})",
-        rf"Draft tokens verified: (?P<verified>{number})",
+        rf"Draft tokens verified: (?P<verified>{number})"
+        rf"( \({number} beside blocks, and right at {number} misses\))?",
         rf"Draft tokens accepted: (?P<accepted>{number})",
         rf"Draft tokens discarded: (?P<discarded>{number}) \(plus (?P<hits>{number}) hits\)"
         rf"(; {number} misses foreseen)?",

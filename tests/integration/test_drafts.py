@@ -20,6 +20,7 @@ KINDS = {
     "suffix": ("-md=suffix",),
     "model-and-suffix": ("--draft-suffix", "--draft-branches=0"),
     "model-and-branches": ("--toy-draft-row-ms=0",),
+    "model-and-corrections": ("--toy-draft-row-ms=0.5",),
     "all": ("--draft-suffix", "--toy-draft-row-ms=0"),
 }
 
@@ -30,7 +31,7 @@ async def test_every_mode_and_block_length_says_what_the_target_says_alone(
     serve: Serve, oracle: Oracle, kind: str
 ) -> None:
     served = serve("drafts", *KINDS[kind], "--toy-step-ms=2", "--toy-draft-ms=0.5")
-    verified = foreseen = 0
+    verified = foreseen = beside = 0
     async with served.connect() as client:
         for prompt in PROMPTS:
             for settings in SETTINGS:
@@ -42,5 +43,8 @@ async def test_every_mode_and_block_length_says_what_the_target_says_alone(
                         assert [token.id for token in answer.tokens] == right.token_ids, given
                         verified += answer.stats.verified_tokens
                         foreseen += answer.stats.foreseen_misses
+                        beside += answer.stats.beside_tokens
     assert verified > 20  # made-up text hardly repeats itself
     assert bool(foreseen) is (kind in ("model-and-branches", "all"))
+    # where the draft's rows are dear but the target's are not, corrections alone are verified
+    assert bool(beside) is (kind in ("model-and-branches", "model-and-corrections", "all"))

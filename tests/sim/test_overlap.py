@@ -57,7 +57,7 @@ def traced(sim: Simulation, lane: str) -> list[Interval]:
     """One lane as the request's own trace shows it, prefill left out."""
     prefilled = sim.session.stats.prefilled
     assert prefilled is not None
-    sim.spans += sim.session.trace.take()
+    sim.spans += sim.session.lessons.trace.take()
     trace = [(span.start, span.end) for span in sim.spans if span.lane == lane]
     return [one for one in trace if one[1] > prefilled + 1e-9]
 

@@ -32,6 +32,7 @@ from tests.sim.simulator import (
 from outrider.core.answer import Answer
 from outrider.core.events import Command, DraftLost, Task, Timer
 from outrider.core.events import Event as SessionEvent
+from outrider.core.lessons import Lessons
 from outrider.core.rules import FixedRule, Rule
 from outrider.core.sampling import Sampling, Scores
 from outrider.core.session import Phase, Session
@@ -357,10 +358,16 @@ class LosesTheStock(Session):
         return super().handle(event, now)
 
 
+class LearnsTwice(Lessons):
+    def judged(self, judged: Judged, reason: str) -> None:
+        super().judged(judged, reason)
+        self._now.stats.discarded[reason] += judged.discarded
+
+
 class CountsTwice(Session):
-    def _learn(self, judged: Judged, reason: str) -> None:
-        super()._learn(judged, reason)
-        self.stats.discarded[reason] += judged.discarded
+    def __init__(self, task: Task, *more: Any) -> None:
+        super().__init__(task, *more)
+        self.lessons = LearnsTwice(self)
 
 
 class WaitsForEver(Session):

@@ -14,6 +14,7 @@ from tests.chaos.worlds import GREEDY, Asked, Killed, Paused, World, drawn, unse
 from outrider.core.values import TokenId
 from outrider_services.pipeline.slots import Slots
 from outrider_services.pipeline.target_worker import TargetWorker
+from outrider_services.pipeline.verifying import Verifying
 
 COUNT, SEED = 150, 1
 # number and seed of worlds that have shown a fault
@@ -63,13 +64,13 @@ def test_no_time_passes_that_nobody_waits_for() -> None:
 
 
 def test_control_a_wrong_token_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = TargetWorker._choices
+    right = Verifying._choices
 
     def wrong(*arguments: Any) -> Iterator[TokenId]:
         for token in right(*arguments):
             yield 32 + (token & 1) if token > 97 else token
 
-    monkeypatch.setattr(TargetWorker, "_choices", staticmethod(wrong))
+    monkeypatch.setattr(Verifying, "_choices", staticmethod(wrong))
     assert "request 0: a wrong token" in run(World((ASKED,))).complaints
 
 

@@ -76,7 +76,7 @@ class ByHeart(Drafter):
             raise self.unknown
 
     def open(self, slot: int, opening: Opening) -> None:
-        sampling, vocabulary, skip, known, source, constraint, begins, _ = opening
+        sampling, vocabulary, skip, known, source, constraint, begins, *_ = opening
         assert sampling is SAMPLING
         if constraint and self.unknown:
             raise self.unknown

@@ -36,7 +36,7 @@ TOKEN = Token(17, SECRET, 40, "bonus", 1.25, -0.5)
         pytest.param(
             Verdict(1, (7, 8), 3, 40, (SECRET, SECRET), (1.0, 2.0), elapsed_s=0.0123456),
             "Verdict(accepted=1, tokens=[7, 8], round=3, base=40, elapsed_s=0.01235, waited_s=0, "
-            "forbidden=0, rows=0, requests=1, cached=0)",
+            "forbidden=0, rows=0, requests=1, cached=0, beside=0, side=0)",
             id="verdict",
         ),
         pytest.param(
@@ -63,7 +63,7 @@ def test_a_line_shows_what_an_event_led_to_in_order() -> None:
     told = journal.line(1, Start(draft=False), commands, "OVER, draft IDLE")
     assert told == (
         "request 1: Start(draft=False) -> "
-        "Verify(round=4, base=42, drafted=[9, 10], follows=False, until=50), "
+        "Verify(round=4, base=42, drafted=[9, 10], follows=False, until=50, sides=[]), "
         "CloseDraft(), Finish(reason=stop); "
         "OVER, draft IDLE"
     )

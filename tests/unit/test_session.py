@@ -1012,12 +1012,12 @@ def test_while_the_target_is_idle_no_verdict_counts() -> None:
 
 def test_the_trace_has_every_pass_and_drafted_token_if_asked_for() -> None:
     ride = verifying(3, task=replace(TASK, trace=True))
-    trace = ride.session.trace.take()
+    trace = ride.session.lessons.trace.take()
     assert [(span.lane, span.rows) for span in trace] == [
         *(("target", 1), ("draft", 1), ("draft", 1), ("target", 1))
     ]
     assert all(span.end - span.start == pytest.approx(STEP_S) for span in trace)
-    assert verifying(3).session.trace.take() == ()
+    assert verifying(3).session.lessons.trace.take() == ()
 
 
 def all_of(commands: Iterable[Command], kind: type[Command]) -> Sequence[Command]:

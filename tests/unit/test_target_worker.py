@@ -145,7 +145,7 @@ class Noted(ToyEngine):
         self.passes: list[list[tuple[int, int, int]]] = []
 
     def extend_all(self, parts: Sequence[Part]) -> list[Scores]:
-        self.passes.append([(slot, len(tokens), rows) for slot, tokens, rows in parts])
+        self.passes.append([(slot, len(tokens), rows) for slot, tokens, rows, _ in parts])
         return super().extend_all(parts)
 
 
@@ -412,8 +412,8 @@ async def test_sequence_breakers_are_those_of_its_own_vocabulary() -> None:
             worker = TargetWorker(ToyEngine(), owner, Measured((0.1,)))
             sequence = Verified(1, 0, [3, likeliest, 1, 2, 3], given, False, 0.0)
             rows = np.array([row])
-            known = worker._breakers.of(given)
-            chosen += worker._choices(sequence, (), rows, [], known)
+            known = worker._verifying._breakers.of(given)
+            chosen += worker._verifying._choices(sequence, (), (), rows, [], known)
     assert chosen[0] != chosen[1] == likeliest
 
 

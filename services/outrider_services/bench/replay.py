@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from outrider.core.branches import RANKS, Branch, Branches, Found, Ranks, chosen
-from outrider.core.decoding import verify
+from outrider.core.decoding import joined, leads_to, verify
 from outrider.core.estimates import CostModel
 from outrider.core.events import (
     Command,
@@ -36,7 +36,7 @@ from outrider.core.rules import PricedRule, Rule
 from outrider.core.session import Session
 from outrider.core.stats import Stats
 from outrider.core.stream import Begun, Stream
-from outrider.core.values import Block, Drafted, Proposal, TokenId, Verdict, Verify
+from outrider.core.values import Block, Drafted, Proposal, TokenId, Verify, ids_of
 
 WRONG = 10**6
 # number of the pass, the main line's text, what it is for besides, seconds
@@ -56,6 +56,7 @@ class World:
     prefill_s: float = 0.0  # the target's reading of one of them
     read_s: float = 0.0  # the draft's
     rollback_s: float = 0.0  # added to the pass behind a block of which some had to be taken back
+    sides: int = 0  # branches that the target can verify beside a block
     rows_s: tuple[float, ...] = ()  # the draft's pass over 1, 2 … rows, where it drafts branches
 
     @property
@@ -107,6 +108,7 @@ class Replay:
     block: Block | None = ()  # what it verifies; None: it is idle
     length: int = 0  # of its text
     owed_s: float = 0.0  # for what it has to take back
+    unread: int = 0  # tokens of a side, which it evaluates again
     busy: int | None = None  # number of the token that the draft computes; None: idle
     unsent: list[Drafted] = field(default_factory=list)
     unsent_at: tuple[int, int] = (0, 0)  # their lineage and first position
@@ -127,7 +129,8 @@ class Replay:
         """Play the answer; what its session has counted."""
         self.count = itertools.count()
         length, self.length = len(self.trace["match"]), self.world.prompt
-        task = Task(tuple(range(self.world.prompt)), length, (), frozenset(), 10**6, 10**9)
+        prompt, sides = tuple(range(self.world.prompt)), self.world.sides
+        task = Task(prompt, length, (), frozenset(), 10**6, 10**9, sides=sides)
         self.session = Session(task, self.rule, Stats(self.rule.mode))
         self.handle(Start(draft=True), 0.0)
         while not self.over:
@@ -170,26 +173,36 @@ class Replay:
         """The target begins what it can without waiting for a message."""
         self.block = self.orders.take(range(self.length))
         if self.block is not None:
-            pass_s, owed_s = self.world.verify_s[len(self.block)], self.owed_s
+            beside = sum(len(side.drafted) for side in self.orders.sides)
+            again, self.unread = self.unread, 0
+            pass_s = self.world.verify_s[len(self.block) + beside + again]
             # a pass that reads again is no measurement of its rows
-            self.at(now + pass_s + owed_s, "verified", 0.0 if owed_s else pass_s)
+            reads, took_s = bool(self.owed_s or again), pass_s + self.owed_s
+            self.at(now + took_s, "verified", 0.0 if reads else pass_s)
 
     def verified(self, pass_s: float, now: float) -> None:
         """The target has verified the block: what is right at a position is its number."""
         base, block = self.length, self.block or ()
-        tokens = verify(block, range(base, base + len(block) + 1)).tokens
+        beside = sum(len(side.drafted) for side in self.orders.sides)
+        found = verify(block, range(base, base + len(block) + 1))
+        if number := leads_to(found, base, block, self.orders.sides):
+            behind = ids_of(self.orders.sides[number - 1].drafted[1:])
+            begins = base + len(found.tokens)
+            behind_found = verify(behind, range(begins, begins + len(behind) + 1))
+            self.unread = 1 + behind_found.accepted
+            found = joined(found, behind_found, number)
+        tokens, is_whole = found.tokens, found.accepted == len(block) and not number
         self.length += len(tokens)
-        self.orders.judged(len(tokens) > len(block))
-        self.owed_s = 0.0 if len(tokens) > len(block) else self.world.rollback_s
-        verdict = Verdict(
-            accepted=len(tokens) - 1,
-            tokens=tokens,
+        self.orders.judged(is_whole)
+        self.owed_s = 0.0 if is_whole else self.world.rollback_s
+        verdict = found.changed(
             round=self.orders.round,
             base=base,
             pieces=(b"",) * len(tokens),
             margins=(0.0,) * len(tokens),
             elapsed_s=pass_s,
-            rows=len(block) + 1 if pass_s else 0,
+            beside=beside,
+            rows=len(block) + beside + 1 if pass_s else 0,
         )
         self.at(now + self.world.link_s, "handle", verdict)
         self.go_on(now)
@@ -257,6 +270,8 @@ class Replay:
                 self.unsent.append(found.drafted)
                 self.unsent_s += took_s
                 self.unsent_at = begun.lineage, len(begun.tokens) + 1 - len(self.unsent)
+        if sides := stream.news():
+            self.at(now + self.world.to_draft_s, "handle", sides)
         self.draft(now)
         self.tell(now)
 

@@ -101,7 +101,12 @@ def statistics(r: Report) -> str:
             f"{r.corrections} corrected, {r.bonuses} bonus, {r.plain_tokens} plain"
             + (f", {r.resumed_tokens} before a coordinator was lost)" if r.resumed_tokens else ")"),
             f"Draft tokens created: {r.drafted_tokens}",
-            f"Draft tokens verified: {r.verified_tokens}",
+            f"Draft tokens verified: {r.verified_tokens}"
+            + (
+                f" ({r.beside_tokens} beside blocks, and right at {r.beside_misses} misses)"
+                if r.beside_tokens
+                else ""
+            ),
             f"Draft tokens accepted: {r.accepted_tokens}"
             + (f" ({r.repeated_tokens} without a model)" if r.repeated_tokens else ""),
             f"Draft tokens discarded: {r.discarded_tokens} (plus {r.hits} hits)"
@@ -169,6 +174,7 @@ def chrome_trace(lanes: tuple[Span, ...]) -> dict[str, Any]:
                 "rows": span.rows,
                 "without a model": span.free,
                 "foreseen": span.foreseen,
+                "beside the block": span.beside,
             },
         }
         for span in lanes

@@ -70,7 +70,7 @@ def _llama(role: str, settings: Settings, progress: Callable[[float], None]) -> 
             repack="repack" not in without,
             flash_attention="flash" not in without,
             unified=None if role == "target" and not pipeline.exact else False,
-            branches=pipeline.branches if role == "draft" else 0,
+            branches=pipeline.branches,
         )
     except ValueError as exc:
         raise ConfigError(str(exc)) from None
@@ -85,7 +85,7 @@ def _toy(role: str, settings: Settings) -> Engine:
     draft_row_ms = toy.draft_ms if toy.draft_row_ms is None else toy.draft_row_ms
     row_ms = toy.row_ms if role == "target" else draft_row_ms
     curve_s = _curve(toy_rows(toy.rows), step_ms / 1000) if role == "target" else ()
-    spare = settings.pipeline.branches if role == "draft" else 0
+    spare = settings.pipeline.branches
     costs = ToyCosts(step_ms / 1000, row_ms / 1000, row_ms / 1000 / 10, curve_s)
     return ToyEngine(
         ToySettings(

@@ -51,8 +51,8 @@ class Branching(Generic[R]):
         self._held: set[int] = set()  # spare sequences that are not empty
 
     def begin(self, stream: Stream) -> None:
-        """It may have branches, if there is room for any."""
-        if self._slots:
+        """It may have branches, if there is room for any; else the target may, on its own."""
+        if self._slots or stream.most_sides:
             stream.branches = Branches(self._ranks)
 
     def has_work(self, riders: Iterable[R]) -> bool:

@@ -16,7 +16,7 @@ from typing import Any
 
 from outrider.core.events import Cancel
 from outrider.core.stats import Stats
-from outrider.core.values import Proposal, Role, Verdict
+from outrider.core.values import Proposal, Role, Sides, Verdict
 from outrider.errors import (
     BadRequest,
     InternalError,
@@ -164,6 +164,9 @@ class Coordinator:
                 self._metrics.done(done)
                 if request := self._served(member, number):
                     self._sessions.drafted(request, done)
+            case "draft", wire.Done(number, Sides() as told):
+                if request := self._served(member, number):
+                    self._sessions.drafted(request, told)
             case "target", wire.Passed(verdicts):
                 for _, one in verdicts:
                     self._metrics.done(one)

@@ -147,6 +147,7 @@ class DraftWorker(Worker[Drafter]):
                 constraint=order.constraint,
                 begins=order.begins,
                 cache=order.cache,
+                tells=order.sides > 0,
             ),
             taken=taken,
             skip=skip,
@@ -277,6 +278,9 @@ class DraftWorker(Worker[Drafter]):
                 self._branching.took(one, drafted)
             for ride in riders:
                 self._send_whole(ride, post)
+            for ride in {*riders, *(ride for _, ride in branches)} if found else ():
+                if ride.is_open and (sides := ride.stream.news()):
+                    post(self.send, wire.Done(ride.request, sides))
             if found and all(len(one.tokens) - one.read <= TOGETHER for one in all_begun):
                 self._branching.took_s(len(texts), time.perf_counter() - now)
 

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from outrider.core.constraints import Matcher
+from outrider.core.engine import Fork
 from outrider.core.orders import Orders
 from outrider.core.sampling import Sampling
-from outrider.core.values import TokenId
+from outrider.core.values import Beside, TokenId, ids_of
 from outrider_services.pipeline.slots import Taken
 
 MOST_FAILURES = 2  # after more of its passes have failed, a request shares none any more
@@ -33,6 +34,7 @@ class Sequence:
     forbidden: int = 0  # drafted tokens that it does not allow
     orders: Orders = field(default_factory=Orders)  # that wait for their turns
     drafted: tuple[TokenId, ...] | None = ()  # None: nothing to do
+    sides: Beside = ()  # of that block, none of which is begun outside of it
     elapsed_s: float = 0.0
     waited_s: float = 0.0
     faults: int = 0  # of passes, since its last verdict
@@ -51,13 +53,22 @@ class Share(NamedTuple):
     sequence: Sequence
     tokens: list[TokenId]
     rows: int
+    forks: tuple[Fork, ...] = ()  # one for each of the first sides of the sequence
+
+    @property
+    def all_rows(self) -> int:
+        """Those of its sides included."""
+        return self.rows + sum(len(fork.tokens) for fork in self.forks)
 
 
 class Passes:
-    """Divides the room of a pass, `chunk` tokens; `length` tells how many a slot holds."""
+    """Divides the room of a pass, `chunk` tokens; `length` tells how many a slot holds.
 
-    def __init__(self, chunk: int, length: Callable[[int], int]) -> None:
-        self._chunk, self._length = chunk, length
+    Sides are evaluated in `spare` slots, as far as those and the room go.
+    """
+
+    def __init__(self, chunk: int, length: Callable[[int], int], spare: Iterable[int] = ()) -> None:
+        self._chunk, self._length, self._spare = chunk, length, tuple(spare)
 
     def next(self, turns: Iterable[Sequence]) -> list[Share]:
         """The shares of those who are in turn, as far as a pass has room for their tokens.
@@ -72,13 +83,26 @@ class Passes:
         blocks = [one for one in in_turn if self._needed(one) <= self._chunk]
         readers = [one for one in in_turn if self._needed(one) > self._chunk]
         shares: list[Share] = []
-        room = self._chunk
+        room, free = self._chunk, list(self._spare)
         for sequence in (*blocks, *readers):
             spare = self._chunk // 4 if readers and shares and sequence not in readers else 0
             if share := self._share(sequence, room - spare):
-                shares.append(share)
                 room -= len(share.tokens)
+                forks = self._forks(share, room - spare, free)
+                room -= sum(len(fork.tokens) for fork in forks)
+                shares.append(share._replace(forks=forks))
         return shares
+
+    @staticmethod
+    def _forks(share: Share, room: int, free: list[int]) -> tuple[Fork, ...]:
+        """Those of its sides for which there are `free` slots, and `room` for so many tokens."""
+        forks: list[Fork] = []
+        for side in share.sequence.sides if share.rows else ():
+            room -= len(side.drafted)
+            if room < 0 or not free:
+                break
+            forks.append(Fork(free.pop(), side.place, ids_of(side.drafted)))
+        return tuple(forks)
 
     def _needed(self, sequence: Sequence) -> int:
         """How many tokens are to be evaluated, its block included."""

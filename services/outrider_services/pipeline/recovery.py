@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 # a request's blame for a target worker that died in its pass, and that with which it is set aside
 CRASHED, KILLED = 5, 2  # whoever kills a process may be the kernel, out of memory
-MOST_BLAME = 10
+TRUSTED, MOST_BLAME = 2 * KILLED, 10
 
 
 class Recovery:
@@ -29,7 +29,7 @@ class Recovery:
 
     Of these suspects one at a time goes on, until it is past all that this pass may have computed;
     the other requests need not wait for that. If the target dies again meanwhile, it was that one.
-    Whom a target was killed with once is no suspect yet: mostly it was somebody's doing.
+    With whom a target was killed once or twice is no suspect yet: mostly it was somebody's doing.
     """
 
     def __init__(
@@ -123,9 +123,9 @@ class Recovery:
                 if self._absence.is_long_ago:
                     self._set_aside(request)
                 continue
-            if request.blame > KILLED and self._suspect:
+            if request.blame > TRUSTED and self._suspect:
                 continue
-            if request.blame > KILLED:
+            if request.blame > TRUSTED:
                 self._suspect = request
             elif request.blame:
                 self._trusted.append(request)

@@ -14,7 +14,7 @@ from outrider.core.engine import Vocabulary
 from outrider.core.events import Task
 from outrider.core.rules import MOST_DRAFTED
 from outrider.core.session import Session
-from outrider.core.values import Role, TokenId
+from outrider.core.values import MOST_SIDES, Role, TokenId
 from outrider.errors import BadRequest, Overloaded, WorkerLost
 from outrider.wire import messages as wire
 from outrider_services.pipeline.member import Member
@@ -178,6 +178,7 @@ class Request:
             cache=submit.cache,
             top_logprobs=submit.top_logprobs,
             constraint=submit.constraint,
+            sides=min(target.sides, MOST_SIDES),
             received=submit.received,
         )
 

@@ -33,7 +33,7 @@ from outrider.core.gathering import Gathering
 from outrider.core.rules import FixedRule, PricedRule, Rule
 from outrider.core.session import OFFENCES, Phase, Session
 from outrider.core.stats import Report, Stats
-from outrider.core.values import Fragment, Proposal, Verdict, Verify
+from outrider.core.values import Fragment, Proposal, Sides, Verdict, Verify
 from outrider.errors import BadRequest, InternalError, OutriderError
 from outrider.wire import messages as wire
 from outrider_services.pipeline import journal
@@ -136,7 +136,7 @@ class Sessions:
             if request.draft is None:
                 self._give_draft(request)
 
-    def drafted(self, request: Request, proposal: Proposal) -> None:
+    def drafted(self, request: Request, proposal: Proposal | Sides) -> None:
         """Its draft has sent this; one that keeps breaking the rules does not ride any more."""
         session, draft = request.session, request.draft
         if session is None or draft is None:
@@ -268,13 +268,13 @@ class Sessions:
             case Fragment():
                 self._metrics.fragment(request, command)
                 progress = wire.Progress(
-                    call, command, self._report(request, session), session.trace.take()
+                    call, command, self._report(request, session), session.lessons.trace.take()
                 )
                 self._tell(request.client, progress)
             case Settle():
                 session.rule.settle()
             case Finish(reason):
-                report, spans = session.stats.report(), session.trace.take()
+                report, spans = session.stats.report(), session.lessons.trace.take()
                 self._end(request, wire.Finished(call, reason, report, spans))
             case Fault(error):
                 self._end(request, wire.failure(call, error))

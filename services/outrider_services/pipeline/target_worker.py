@@ -7,27 +7,22 @@ import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import ClassVar, TypeAlias
+from typing import ClassVar
 
-from outrider.core import decoding
-from outrider.core.constraints import Constraint, decide
+from outrider.core.constraints import Constraint
 from outrider.core.engine import Cancelled, Engine, EngineFault, Part
 from outrider.core.events import Prefill
-from outrider.core.logprobs import likelihoods
 from outrider.core.orders import MOST_WAITING
-from outrider.core.penalties import Breakers
-from outrider.core.sampling import Scores
 from outrider.core.stragglers import Stragglers
-from outrider.core.values import Role, TokenId, Verdict, Verify
-from outrider.engines.breakers import KnownBreakers
+from outrider.core.values import Role, Verdict, Verify
 from outrider.engines.calibration import calibrate, calibrate_crowd, calibrate_rollback
 from outrider.errors import OutriderError, ProtocolError
 from outrider.wire import messages as wire
 from outrider_services.pipeline.answers import Answers
 from outrider_services.pipeline.passes import Passes, Sequence, Share
 from outrider_services.pipeline.slots import Taken
+from outrider_services.pipeline.verifying import Outcome, Verifying
 from outrider_services.pipeline.worker import Connection, Measured, Status, Worker
 
 log = logging.getLogger(__name__)
@@ -36,17 +31,15 @@ CHUNK = 128  # most tokens of one prefill pass: a cancellation may have to wait 
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16)  # rows of the passes that are measured at load
 
 
-Outcome: TypeAlias = Verdict | Exception | None  # None: there is more to evaluate
-
-
 class TargetWorker(Worker[Engine]):
     role: ClassVar[Role] = "target"
 
     def __init__(self, model: Engine, owner: ThreadPoolExecutor, measured: Measured) -> None:
         super().__init__(model, owner, measured)
         self.chunk = min(CHUNK, model.info.chunk)
-        self._passes = Passes(self.chunk, model.length)
-        self._breakers = KnownBreakers(model)
+        slots, spare = model.info.slots, model.info.spare
+        self._passes = Passes(self.chunk, model.length, range(slots, slots + spare))
+        self._verifying = Verifying(model)
         self._sequences: dict[int, Sequence] = {}
         self._turns: deque[Sequence] = deque()  # those with something to compute; the first is next
         self._running: list[Sequence] = []
@@ -149,8 +142,7 @@ class TargetWorker(Worker[Engine]):
             or len(orders.waiting) >= MOST_WAITING
             or (order.base > len(sequence.tokens) and not order.follows)
             or len(order.drafted) > max(room, 0)
-            or order.until > info.context
-            or any(token >= info.vocabulary.size for token in order.drafted)
+            or not order.fits(info.context, info.vocabulary.size)
         ):
             reason = f"round {order.round} does not follow from round {orders.latest}"
             self.send(wire.failure(request, ProtocolError(reason)))
@@ -165,6 +157,7 @@ class TargetWorker(Worker[Engine]):
         text = sequence.tokens
         has_ended = len(text) > sequence.begins and text[-1] in self.model.info.vocabulary.ends
         sequence.drafted = None if has_ended else sequence.orders.take(text)
+        sequence.sides = sequence.orders.sides
         if sequence.drafted is not None:
             sequence.asked = self.computed_s
             self._queue(sequence)
@@ -204,7 +197,8 @@ class TargetWorker(Worker[Engine]):
         finally:
             self._running = []
         verdicts: list[tuple[int, Verdict]] = []
-        for (sequence, _, _), outcome in zip(shares, outcomes, strict=True):
+        for share, outcome in zip(shares, outcomes, strict=True):
+            sequence = share.sequence
             if not sequence.is_open:
                 continue
             if isinstance(outcome, Verdict):
@@ -271,6 +265,7 @@ class TargetWorker(Worker[Engine]):
         """It has its next turn after the others; after a second `failure` it has none."""
         if failure is not None and not isinstance(failure, Cancelled):
             sequence.failures += 1
+            sequence.sides = ()
             sequence.faults += 1  # its slot is empty: its text is evaluated again, but once
             if sequence.faults > 1:
                 self.send(wire.failure(sequence.request, failure))
@@ -282,8 +277,8 @@ class TargetWorker(Worker[Engine]):
     def _evaluate(self, shares: list[Share]) -> list[Outcome]:
         """On the owner thread: one pass. Where it fails for a sequence, its slot is empty."""
         began = time.perf_counter()
-        shares = [self._legal(share) for share in shares]
-        parts = [Part(sequence.slot, tokens, rows) for sequence, tokens, rows in shares]
+        shares = [self._verifying.legal(share) for share in shares]
+        parts = [Part(one.sequence.slot, one.tokens, one.rows, one.forks) for one in shares]
         try:
             scores = self.model.extend_all(parts)
         except Cancelled as exc:
@@ -291,84 +286,19 @@ class TargetWorker(Worker[Engine]):
         except (EngineFault, OutriderError, ValueError) as exc:
             for part in parts:
                 self.model.rewind(part.slot, 0)
+            self._verifying.free(shares)
             return [exc] * len(shares)
-        found = [self._judged(share, rows) for share, rows in zip(shares, scores, strict=True)]
+        found = [
+            self._verifying.judged(share, rows) for share, rows in zip(shares, scores, strict=True)
+        ]
+        self._verifying.free(shares)
         elapsed_s = time.perf_counter() - began
         self._stragglers.passed(elapsed_s)
         reads = any(len(share.tokens) > share.rows for share in shares)
-        rows = 0 if reads else sum(share.rows for share in shares)
+        rows = 0 if reads else sum(share.all_rows for share in shares)
         for at, (share, one) in enumerate(zip(shares, found, strict=True)):
             share.sequence.elapsed_s += elapsed_s
             if isinstance(one, Verdict):
                 spent_s, requests = share.sequence.elapsed_s, len(shares)
                 found[at] = one.changed(elapsed_s=spent_s, rows=rows, requests=requests)
         return found
-
-    @staticmethod
-    def _legal(share: Share) -> Share:
-        """Without the drafted tokens that the constraint forbids: they are not evaluated."""
-        sequence, tokens, rows = share
-        drafted, matcher = sequence.drafted, sequence.matcher
-        if not (drafted and rows and matcher):
-            return share
-        try:
-            legal = matcher.legal(sequence.tokens[sequence.begins :], drafted)
-        except OutriderError:
-            legal = 0  # the choice behind the text will fail for the same reason
-        cut = len(drafted) - legal
-        sequence.forbidden += cut
-        sequence.drafted = drafted[:legal]
-        return Share(sequence, tokens[: len(tokens) - cut], rows - cut)
-
-    def _judged(self, share: Share, rows: Scores) -> Outcome:
-        """The verdict on the block of a sequence, if it had one."""
-        sequence = share.sequence
-        if not share.rows:
-            return None
-        base, drafted = len(sequence.tokens), sequence.drafted or ()
-        margins: list[float] = []
-        try:
-            breakers = self._breakers.of(sequence.sampling)
-            choices = self._choices(sequence, drafted, rows, margins, breakers)
-            verdict = decoding.verify(drafted, choices, self.model.info.vocabulary.ends)
-            logprobs = tops = None
-            if sequence.logprobs:
-                most, piece = sequence.top_logprobs, self.model.piece
-                logprobs, tops = likelihoods(rows, verdict.tokens, most, piece)
-            if verdict.accepted < len(drafted):
-                self.model.rewind(sequence.slot, base + verdict.accepted)
-        except (EngineFault, OutriderError, ValueError) as exc:
-            self.model.rewind(sequence.slot, 0)
-            return exc
-        return verdict.changed(
-            round=sequence.orders.round,
-            base=base,
-            pieces=tuple(map(self.model.piece, verdict.tokens)),
-            margins=tuple(margins),
-            logprobs=logprobs,
-            top_logprobs=tops,
-            waited_s=sequence.waited_s,
-            cached=0 if sequence.orders.round else sequence.cached,
-            forbidden=sequence.forbidden,
-        )
-
-    @staticmethod
-    def _choices(
-        sequence: Sequence,
-        drafted: tuple[TokenId, ...],
-        rows: Scores,
-        margins: list[float],
-        breakers: Breakers,
-    ) -> Iterator[TokenId]:
-        """The target's choice at each row, given the prefix that this row was evaluated with.
-
-        The margin of each choice is appended to `margins`.
-        """
-        history = list(sequence.tokens)
-        for at, row in enumerate(rows):
-            token, margin = decide(
-                row, sequence.sampling, history, sequence.matcher, sequence.begins, breakers
-            )
-            margins.append(margin)
-            yield token
-            history.extend(drafted[at : at + 1])

@@ -292,6 +292,7 @@ class Worker(ABC, Generic[M]):
             memory=psutil.Process().memory_info().rss,
             build=self._build[:256],
             rollback_s=self._measured.rollback_s,
+            sides=info.spare if self.role == "target" else 0,
             follows_killed=self._follows_killed,
         )
 

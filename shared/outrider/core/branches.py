@@ -17,8 +17,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+from outrider.core.beside import likeliest
 from outrider.core.estimates import usual_acceptance
-from outrider.core.values import Drafted, TokenId
+from outrider.core.values import Beside, Drafted, Side, TokenId
 
 # how often the right token, where the draft was wrong, was its second choice, its third …: of 477
 # misses of the default pair
@@ -113,6 +114,16 @@ class Branches:
                 if value >= least and len(branch.found) < DEEPEST:
                     yield WORTH * value, branch
             before *= acceptance
+
+    def sides(self, committed: int, likely: Sequence[float], most: int) -> Beside:
+        """Of all branches, and those not begun, the `most` tokens that are likeliest of use."""
+        begun = {(one.place, one.correction): one.found for one in self.begun}
+        found: list[Side] = []
+        for place in range(committed, committed + len(likely)):
+            for rank, token in enumerate(self._others.get(place, ())):
+                behind = (one.drafted for one in begun.get((place, token), ()))
+                found.append(Side(place, (Drafted(token, self._ranks.share(rank)), *behind)))
+        return likeliest(likely, committed, tuple(found), most)
 
     def grow(self, branch: Branch, found: Found) -> None:
         """A token was drafted on it; nothing happens where no text leads there any more."""

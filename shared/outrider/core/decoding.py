@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterable, Sequence
 
-from outrider.core.values import TokenId, Verdict
+from outrider.core.values import Beside, Block, TokenId, Verdict
 
 
 def verify(
@@ -38,15 +38,32 @@ def verify(
     raise ValueError("the last row needs a choice too")
 
 
+def leads_to(verdict: Verdict, base: int, drafted: Block, sides: Beside) -> int:
+    """Which of the `sides` goes on where the `verdict` on `drafted` ends, from 1; 0: none."""
+    if verdict.accepted < len(drafted) and len(verdict.tokens) > verdict.accepted:
+        place, correction = base + verdict.accepted, verdict.tokens[-1]
+        for number, side in enumerate(sides, 1):
+            if side.place == place and side.drafted[0].token == correction:
+                return number
+    return 0
+
+
+def joined(verdict: Verdict, beside: Verdict, number: int) -> Verdict:
+    """A `verdict` with a correction, and that on what side `number` has behind the correction."""
+    accepted = len(verdict.tokens) + beside.accepted
+    return Verdict(accepted, (*verdict.tokens, *beside.tokens), side=number)
+
+
 def contradiction(
     verdict: Verdict, drafted: Sequence[TokenId], ends: Container[TokenId], vocabulary: int
 ) -> str | None:
     """What makes this `verdict` on `drafted` impossible; None if it is possible.
 
-    The target knows ids below `vocabulary`.
+    With a side, `drafted` are the tokens where the target has gone. It knows ids below
+    `vocabulary`.
     """
     tokens, accepted = verdict.tokens, verdict.accepted
-    block = len(drafted) - verdict.forbidden
+    block = len(drafted) - (0 if verdict.side else verdict.forbidden)
     ended = bool(tokens) and accepted == len(tokens) and tokens[-1] in ends
     if accepted > block or not (ended or len(tokens) == accepted + 1):
         return f"{accepted} accepted of {block}, but {len(tokens)} tokens"

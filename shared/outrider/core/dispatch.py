@@ -16,7 +16,7 @@ from outrider.core.orders import Orders
 from outrider.core.pace import LEAST_REACH, MOST_AHEAD, MOST_STEPS, TURN_STEPS, Pace, reach
 from outrider.core.rules import Rule
 from outrider.core.stock import Stock
-from outrider.core.values import Block, TokenId, Verdict, Verify, ids_of
+from outrider.core.values import Beside, Block, Side, TokenId, Verdict, Verify, ids_of
 
 BLOCK_PATIENCE_S = 2.0  # longest wait for a block that is sent as a whole
 
@@ -54,6 +54,7 @@ class Dispatch:
         self.round = -1  # of the latest order
         self.together: Iterable[Situation] = ()  # all that the target works for
         self.is_reading = False  # the target reads the whole text, and has chosen nothing yet
+        self.side: Side | None = None  # on which the last verdict ended
         self._wanted = 0  # position up to which the draft was wanted
         self._now = situation
 
@@ -94,7 +95,7 @@ class Dispatch:
             block_s = rule.block_s(len(self._now.tokens) - draft.read)
             return Next([], now + min(draft.patience_s + block_s, BLOCK_PATIENCE_S))
         order = self._made(0, block)
-        self.pace.asked(order.round, now, block + 1)
+        self.pace.asked(order.round, now, order.rows)
         return Next([order])
 
     def _behind(self, now: float) -> Next:
@@ -140,9 +141,21 @@ class Dispatch:
         self.round += 1
         is_last = begin + count >= len(self._now.stock)
         until = self._leave(base + count + 1, is_last)
-        order = Verify(self.round, base, drafted, bool(self.orders.waiting), until)
+        sides = self._beside(base, count) if not begin else ()
+        order = Verify(self.round, base, drafted, bool(self.orders.waiting), until, sides)
         self.orders.add(order)
         return order
+
+    def _beside(self, base: int, count: int) -> Beside:
+        """What to verify beside the first `count` tokens of the stock; those are not ahead."""
+        stock, end = self._now.stock, base + self._now.answer.room - 1
+        sides = tuple(
+            side.changed(drafted=side.drafted[: end - side.place])
+            for side in stock.sides
+            if base <= side.place < min(base + count, end)
+        )
+        confidences = [one.confidence for one in stock.drafted[:count]]
+        return self._now.rule.beside(confidences, base, sides) if sides else ()
 
     def lead(self, busy: bool) -> int:
         """How far ahead of the text the draft may run: farther if blocks are long on their way."""
@@ -200,10 +213,17 @@ class Dispatch:
     # ---- what comes of it -----------------------------------------------------------------------
 
     def answered(self, verdict: Verdict) -> Block | None:
-        """What the verdict is on; None: it is late, or no target that keeps the rules made it."""
+        """What the verdict is on; None: it is late, or no target that keeps the rules made it.
+
+        Of a block with sides, those tokens that lie where the target has gone: see `side`.
+        """
         if verdict.base != len(self._now.tokens):
             return None
-        return self.orders.answered(verdict.round, self._now.tokens)
+        drafted = self.orders.answered(verdict.round, self._now.tokens)
+        side = self.side = self.orders.side(verdict.side)
+        if drafted is None or not verdict.side:
+            return drafted
+        return (*drafted[: side.place - verdict.base], *ids_of(side.drafted)) if side else ()
 
     def committed(self, is_whole: bool, now: float) -> bool:
         """The verdict is part of the text now; return whether the target has gone on by itself.

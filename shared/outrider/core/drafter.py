@@ -43,6 +43,7 @@ class Opening(NamedTuple):
     constraint: Constraint | None = None  # to which the target holds what is behind …
     begins: int = 0  # … so many tokens
     cache: str | None = None  # as `events.Prefill`
+    tells: bool = False  # `Drafter.others` will be asked for, also if there are no spare slots
 
 
 class Drafter(Protocol):

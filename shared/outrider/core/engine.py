@@ -62,12 +62,26 @@ class ModelInfo:
     spare: int = 0
 
 
+class Fork(NamedTuple):
+    """What a pass evaluates beside a part: other tokens behind the part's first `length`."""
+
+    slot: int  # a spare one; afterwards it holds these `length` tokens and those of the fork
+    length: int  # at least as many as the part's sequence had before
+    tokens: Sequence[TokenId]  # each gets a row of logits, behind those of the part
+
+
 class Part(NamedTuple):
     """What one sequence gets of a pass; see `Engine.extend`."""
 
     slot: int
     tokens: Sequence[TokenId]
     rows: int
+    forks: Sequence[Fork] = ()
+
+
+def tokens_of(part: Part) -> int:
+    """How many tokens a pass evaluates for it."""
+    return len(part.tokens) + sum(len(fork.tokens) for fork in part.forks)
 
 
 class Engine(Protocol):
@@ -91,7 +105,8 @@ class Engine(Protocol):
     def extend_all(self, parts: Sequence[Part]) -> list[Scores]:
         """The same for several sequences in one pass; the results are in the order of `parts`.
 
-        Each part has a slot of its own, and all their tokens together are at most `info.chunk`.
+        Each part and fork has a slot of its own, and all their tokens together are at most
+        `info.chunk`. Forks are for engines with spare slots, without states of sequences.
         Where it raises `Cancelled` all have their former lengths, or longer ones where a part had
         come to be certain; an `EngineFault` empties all, and perhaps other sequences.
         """

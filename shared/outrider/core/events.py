@@ -20,6 +20,7 @@ from outrider.core.values import (
     Proposal,
     Reason,
     Received,
+    Sides,
     TokenId,
     TokenIds,
     TopCount,
@@ -49,6 +50,7 @@ class Task:
     held: Held = UNKNOWN  # what the draft knows of the prompt from an earlier request
     top_logprobs: int = 0  # as `Prefill`
     constraint: Constraint | None = None
+    sides: int = 0  # tokens that the target may verify beside a block
     received: tuple[Received, ...] = ()  # the beginning of the answer, which was generated before
 
     def reading(self, text: tuple[TokenId, ...], round: int) -> Prefill:
@@ -129,7 +131,7 @@ class Failure:
 
 Event: TypeAlias = (
     Start | DraftReady | DraftLost | TargetLost | TargetReady
-    | Proposal | Verdict | Timer | Cancel | Failure
+    | Proposal | Sides | Verdict | Timer | Cancel | Failure
 )  # fmt: skip
 
 
@@ -168,7 +170,8 @@ class OpenDraft(Order, frozen=True):
     cache: Word | None = None  # see `Prefill`
     constraint: Constraint | None = None
     begins: Count = 0  # the answer, to which the constraint applies, begins here
-    foresees: bool = False  # it may also draft what follows where it is wrong
+    foresees: bool = False  # it may also draft what follows where it is wrong …
+    sides: Count = 0  # … and tells so many tokens of those, for the target to verify
 
 
 class Commit(Order, frozen=True):

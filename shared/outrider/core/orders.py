@@ -20,8 +20,9 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 
-from outrider.core.values import Block, TokenId, Verify
+from outrider.core.values import Beside, Block, Side, TokenId, Verify
 
+NO_SIDES: Beside = ()
 MOST_WAITING = 16  # orders; a correct session keeps to less, but for those that can be dropped
 
 
@@ -31,6 +32,7 @@ class Orders:
     def __init__(self) -> None:
         self.waiting: deque[Verify] = deque()
         self.round = 0  # of the latest one that was begun, or dropped before a step without one
+        self.block, self.sides = 0, NO_SIDES  # what was left of that one, and its sides
         self.latest = -1  # round of the last that was added
         self.until = 0  # as that one says
         self.leave = 0  # the farthest `until` of any: the target may have heard of no later one
@@ -84,9 +86,9 @@ class Orders:
     def take(self, text: Sequence[TokenId]) -> Block | None:
         """In the target worker: the next block; empty: a plain step; None: nothing to do."""
         if (rest := self.rest(text)) is not None:
-            self.round = self.waiting.popleft().round
-            return rest
+            return self._begun(text, rest)
         self.round = max(self.round, self._dropped)
+        self.block, self.sides = 0, NO_SIDES
         return () if len(text) < self.until else None
 
     def answered(self, round: int, text: Sequence[TokenId]) -> Block | None:
@@ -96,10 +98,20 @@ class Orders:
         """
         rest, following = self.rest(text), self.waiting[0].round if self.waiting else None
         if rest is not None and following == round:
-            self.round = self.waiting.popleft().round
-            return rest
+            return self._begun(text, rest)
+        self.block, self.sides = 0, NO_SIDES
         is_own = len(text) < self.leave and (following is None or round < following)
         return () if is_own else None
+
+    def side(self, number: int) -> Side | None:
+        """That of the order that was begun last, counted from 1; None: there is none such."""
+        return self.sides[number - 1] if 1 <= number <= len(self.sides) else None
+
+    def _begun(self, text: Sequence[TokenId], rest: Block) -> Block:
+        order = self.waiting.popleft()
+        self.round, self.block = order.round, len(rest)
+        self.sides = tuple(side for side in order.sides if side.place >= len(text))
+        return rest
 
     def _compared(self, order: Verify, text: Sequence[TokenId]) -> Block | None:
         """What `text` leaves of the order; None: nothing, as it is done, or contradicted."""

@@ -13,11 +13,11 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from outrider.core import price, reading, stopping
+from outrider.core import beside, price, reading, stopping
 from outrider.core.estimates import LONGEST, Acceptance, Spread
 from outrider.core.experience import Experience
 from outrider.core.reading import UNKNOWN, Held, Reading
-from outrider.core.values import Mode
+from outrider.core.values import Beside, Mode
 
 PRIOR = 6.0  # drafted tokens that the spread on other texts counts for
 IDLE = 6  # plain steps after which a draft on shared cores is dismissed
@@ -84,6 +84,13 @@ class Rule(Protocol):
         `confidences` are those of the drafted tokens in stock; the answer has room for `limit` of
         them. The next token is expected in `next_s` seconds; None: none can come.
         """
+
+    def beside(self, confidences: Sequence[float], base: int, sides: Beside) -> Beside:
+        """Which of the `sides` to verify in the pass over a block with these `confidences`.
+
+        The first drafted token of the block is at position `base`.
+        """
+        return ()
 
     def offered(self, is_some: bool) -> None:
         """The draft has proposed something where nothing was in stock, or it had no idea."""
@@ -321,6 +328,13 @@ class PricedRule(Rule):
         if could and self._experience.probes(block):
             block = None
         return min(len(likely), limit) if block is None and next_s is None else block
+
+    def beside(self, confidences: Sequence[float], base: int, sides: Beside) -> Beside:
+        if self.mode != "pipelined" or self._costs.crowd > 1:
+            return ()  # of several requests each would choose as if all rows were its own
+        costs, acceptance = self._settled, price.rounded(self._average)
+        likely = self._experience.acceptance.of(confidences).tolist()
+        return beside.chosen(costs, price.solve(costs, acceptance)[0], likely, base, sides)
 
     def offered(self, is_some: bool) -> None:
         self._silence += SILENCED * ((not is_some) - self._silence)

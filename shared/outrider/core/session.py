@@ -72,11 +72,11 @@ from outrider.core.events import (
     Task,
     Timer,
 )
+from outrider.core.lessons import Lessons
 from outrider.core.rules import Rule
 from outrider.core.stats import Stats
-from outrider.core.stock import Judged, Stock
-from outrider.core.tracing import Trace
-from outrider.core.values import Fragment, Proposal, Verdict
+from outrider.core.stock import Stock
+from outrider.core.values import Drafted, Fragment, Proposal, Sides, Verdict
 from outrider.errors import ProtocolError
 
 # committed tokens that a draft worker without leave may not know of yet, or one that hardly ever
@@ -102,8 +102,7 @@ class Session:
         self.dispatch = Dispatch(self)
         self.commits = self.missed = 0  # verdicts so far, and how often one was not there
         self.deadline: float | None = None  # when `Timer` is wanted
-        self.trace = Trace(task.trace)
-        self._waited_s = 0.0  # time since the last commit that workers spent on other requests
+        self.lessons = Lessons(self)
 
     def handle(self, event: Event, now: float) -> list[Command]:
         """Take in `event`, which happened at `now` (seconds); return what to do, in order."""
@@ -114,6 +113,8 @@ class Session:
                 return self._on_verdict(event, now)
             case Proposal():
                 return self._on_proposal(event, now)
+            case Sides():
+                return self._on_sides(event, now)
             case Timer():
                 return self._on_timer(now)
             case Start(draft):
@@ -171,8 +172,9 @@ class Session:
         self._grant()
         opening = task.opening(self.stock.lineage, text, stream)
         leave = {"until": draft.until, "floors": draft.floors}
-        foresees = self.rule.mode == "pipelined"  # in turns the target would wait for that
-        return [opening.changed(skip=draft.skip, recall=reading.recall, foresees=foresees, **leave)]
+        if self.rule.mode == "pipelined":  # in turns the target would wait for that
+            opening = opening.changed(foresees=True, sides=task.sides)
+        return [opening.changed(skip=draft.skip, recall=reading.recall, **leave)]
 
     def _on_proposal(self, proposal: Proposal, now: float) -> list[Command]:
         draft, count = self.draft, len(proposal.drafted)
@@ -181,7 +183,7 @@ class Session:
         if proposal.lineage < self.stock.lineage:
             self.stats.created += count
             self.stats.discarded["stale"] += count
-            self.trace.add(proposal, 0, now, proposal.lineage)
+            self.lessons.trace.add(proposal, 0, now, proposal.lineage)
             return []
         follows = self.stock.may_be(proposal, self.tokens)
         if not (follows and draft.may_send(proposal, self.task.vocabulary)):
@@ -189,16 +191,25 @@ class Session:
         self.stats.created += count
         self.stats.foreseen += proposal.foreseen
         self.stats.computed(self.stats.draft, now, proposal.elapsed_s)
-        self.trace.add(proposal, 0, now, proposal.lineage)
-        self._learn_costs(proposal, now)
+        self.lessons.trace.add(proposal, 0, now, proposal.lineage)
+        self.lessons.proposed(proposal, now, waits=self.phase is Phase.WAITING)
         if not (self.stock.drafted or proposal.recalled):
             self.rule.offered(bool(proposal.drafted))
         if not proposal.drafted:
             self.rule.recalled(proposal.hindsight(self.tokens), proposal.elapsed_s)
         draft.state = DraftState.PAUSED if proposal.paused else DraftState.DRAFTING
         draft.read = proposal.position
-        self._learn(self.stock.take(proposal, self.tokens), "miss")
+        self.lessons.judged(self.stock.take(proposal, self.tokens), "miss")
         return self._advance(now)
+
+    def _on_sides(self, told: Sides, now: float) -> list[Command]:
+        """They go along with the next block; nobody waits for them."""
+        if not self.draft.rides:
+            return []
+        if not self.stock.may_lie(told, self.task.vocabulary):
+            return self._offend(now)
+        self.stock.lies(told)
+        return []
 
     def _on_verdict(self, verdict: Verdict, now: float) -> list[Command]:
         drafted = self.dispatch.answered(verdict)
@@ -207,19 +218,21 @@ class Session:
         if wrong := contradiction(verdict, drafted, self.task.ends, self.task.vocabulary):
             return self._end(Fault(ProtocolError(f"the target worker broke the protocol: {wrong}")))
         self.phase, self.deadline = Phase.WAITING, None
-        block = len(drafted) - verdict.forbidden  # those were not evaluated
-        self._measure(verdict, block, now)
-        fragment = self._commit(verdict, block)
+        side, block = self.dispatch.side, self.dispatch.orders.block - verdict.forbidden
+        way = self.stock.way(block, verdict.base, side)
+        self.lessons.verified(verdict, way, now, self.commits)
+        fragment = self._commit(verdict, way)
         if self.answer.ended:
-            self.stats.discarded["stop"] += len(self.stock) - len(drafted)
+            self.stats.discarded["stop"] += len(self.stock) - block - verdict.forbidden
             self.rule.ended(len(self.tokens) - len(self.task.prompt))
             return [fragment, *self._end(Finish(self.answer.ended))]
-        judged = self.stock.commit(block, verdict, self.tokens)
+        judged = self.stock.commit(block, verdict, self.tokens, side)
         if judged.differed:
             self.draft.begins_anew(now)
-        self._learn(judged, "correction" if verdict.accepted < block else "miss")
+        is_wrong = side is not None or verdict.accepted < block
+        self.lessons.judged(judged, "correction" if is_wrong else "miss")
         self.draft.told_at = now
-        if self.dispatch.committed(verdict.accepted == len(drafted), now):
+        if self.dispatch.committed(not is_wrong and not verdict.forbidden, now):
             self.phase = Phase.VERIFYING
         return self._go_on(fragment, now)
 
@@ -282,55 +295,12 @@ class Session:
         self.stock.drafted.clear()
         return [*close, last]
 
-    def _commit(self, verdict: Verdict, block: int) -> Fragment:
-        """Append the verdict's tokens, up to the end of the answer."""
-        text, done = self.answer.take(verdict.told(block))
+    def _commit(self, verdict: Verdict, way: tuple[Drafted, ...]) -> Fragment:
+        """Append the verdict's tokens, up to the end of the answer; `way` was drafted there."""
+        text, done = self.answer.take(verdict.told(len(way)))
         self.stats.committed(done, truncated=max(0, verdict.accepted - len(done)))
         number, self.commits = self.commits, self.commits + 1
-        return Fragment(number, text, tuple(done), tuple(self.stock.drafted[:block]))
-
-    # ---- what is learnt -------------------------------------------------------------------------
-
-    def _learn(self, judged: Judged, reason: str) -> None:
-        """Learn from the drafted tokens that the text has shown to be right or wrong."""
-        for one in judged.agreed:
-            self.rule.observe(True, one.confidence)
-        if judged.differed:
-            self.rule.observe(False, judged.differed.confidence)
-        self.stats.hits += judged.hits
-        self.stats.discarded[reason] += judged.discarded
-
-    def _learn_costs(self, proposal: Proposal, now: float) -> None:
-        """Learn what drafting costs. Waiting behind other requests is not part of it."""
-        draft, elapsed_s = self.draft, proposal.elapsed_s
-        if self.phase is Phase.WAITING:
-            self._waited_s += proposal.waited_s
-        each_s = draft.heard(proposal, now)
-        if each_s is None:
-            return
-        turn_s = max(0.0, now - draft.told_at - elapsed_s - proposal.waited_s)
-        begin_s = turn_s if proposal.position == len(self.tokens) else None
-        confidences = [one.confidence for one in proposal.drafted]
-        self.rule.drafted(each_s, confidences, begin_s, proposal.requests)
-
-    def _measure(self, verdict: Verdict, block: int, now: float) -> None:
-        """Record how long the round took, and how much of that the target computed."""
-        stats, last_commit = self.stats, self.stats.last_commit
-        stats.computed(stats.target, now, verdict.elapsed_s)
-        stats.cached += min(verdict.cached, len(self.task.prompt))
-        self.trace.add(verdict, block + 1, now, self.commits)
-        round_s = self.dispatch.pace.answered(verdict, block + 1, now)
-        if last_commit is not None and not self.dispatch.is_reading:
-            spent_s = max(0.0, now - last_commit - self._waited_s - verdict.waited_s)
-            rows, requests = verdict.rows, verdict.requests
-            if rows:  # else it also read text
-                self.rule.verified(rows, verdict.elapsed_s, round_s, requests)
-            self.rule.committed(len(verdict.tokens), spent_s)
-            if rows == requests:  # else it shows no plain step
-                stats.stepped(round_s + verdict.waited_s)
-        self._waited_s = 0.0
-        stats.count(block, verdict.accepted, now, verdict.forbidden)
-        stats.repeated += sum(one.free for one in self.stock.drafted[: verdict.accepted])
+        return Fragment(number, text, tuple(done), way)
 
     # ---- the draft, and the next pass -----------------------------------------------------------
 

@@ -7,10 +7,11 @@ the draft cuts its stream, once it hears of it. What it still sends of the old l
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from outrider.core.values import Drafted, Proposal, TokenId, Verdict, ids_of
+from outrider.core.values import Beside, Drafted, Proposal, Side, Sides, TokenId, Verdict, ids_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +30,7 @@ class Stock:
 
     def __init__(self) -> None:
         self.drafted: list[Drafted] = []
+        self.sides: Beside = ()  # what may follow where these are wrong
         self.lineage = 0
         self._next = 0  # the earliest position of the lineage's next token
 
@@ -68,12 +70,34 @@ class Stock:
             self._next = where + 1
         return Judged(agreed, hits=len(agreed))
 
-    def commit(self, block: int, verdict: Verdict, text: Sequence[TokenId]) -> Judged:
+    def may_lie(self, found: Sides, vocabulary: int) -> bool:
+        """Whether a draft worker that keeps the rules could have told these."""
+        drafted = [one for side in found.sides for one in side.drafted]
+        return found.lineage <= self.lineage and all(
+            one.token < vocabulary and math.isfinite(one.confidence) for one in drafted
+        )
+
+    def lies(self, found: Sides) -> None:
+        """Take sides in the place of those before, if they are of this lineage."""
+        if found.lineage == self.lineage:
+            self.sides = found.sides
+
+    def way(self, block: int, base: int, side: Side | None) -> tuple[Drafted, ...]:
+        """Of `block` verified tokens behind `base`, and a side, those where the target has gone."""
+        if side is None:
+            return tuple(self.drafted[:block])
+        return (*self.drafted[: side.place - base], *side.drafted)
+
+    def commit(
+        self, block: int, verdict: Verdict, text: Sequence[TokenId], side: Side | None = None
+    ) -> Judged:
         """Drop what the `verdict` on the first `block` tokens decides; all if the text differs.
 
-        `text` ends with the verdict's tokens.
+        `text` ends with the verdict's tokens; from its place on, they may be those of a `side`.
         """
         accepted, last = verdict.accepted, len(text) - 1
+        if side:
+            last, accepted = side.place, side.place - (len(text) - len(verdict.tokens))
         agreed, rest = self.drafted[:accepted], self.drafted[accepted:]
         if accepted < block:
             self.drafted = self.drafted[block:]
@@ -92,7 +116,7 @@ class Stock:
     def _break(self, where: int) -> int:
         """End the lineage, which differs from the text at `where`; return how many are void."""
         void = len(self.drafted)
-        self.drafted = []
+        self.drafted, self.sides = [], ()
         self.lineage += 1
         self._next = where + 1
         return void

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from outrider.core.branches import Branch, Branches, Found
 from outrider.core.estimates import usual_acceptance
 from outrider.core.events import Commit, OpenDraft
-from outrider.core.values import Drafted, TokenId
+from outrider.core.values import Drafted, Sides, TokenId
 
 AT_ONCE = 128  # unread tokens of the text: more are read even without leave to draft
 CUT_SHORT = 16  # a reading of at most so many tokens is given up halfway, to free the cores
@@ -44,6 +44,8 @@ class Stream:
     is_silent: bool = False  # it has no idea what may follow
     branches: Branches | None = None  # what it has drafted for the case that it is wrong
     adopted: Branch | None = None  # onto which a commit has led, until the drafter has followed
+    most_sides: int = 0  # it tells of so many tokens of branches …
+    told: Sides | None = None  # … and has told of these
     foreseen: tuple[Drafted, ...] = ()  # what that has brought behind the committed text
 
     @classmethod
@@ -56,6 +58,7 @@ class Stream:
             committed=order.base,
             ends=frozenset(order.ends),
             floors=order.floors,
+            most_sides=order.sides,
             likely=[1.0] * (len(order.tokens) - order.base),
             read=min(order.skip, len(order.tokens) - 1),
         )
@@ -156,6 +159,14 @@ class Stream:
             for value, branch in self.branches.candidates(self.committed, self.likely)
             if branch.tokens[-1] not in self.ends and branch.place + len(branch.tokens) < context
         ]
+
+    def news(self) -> Sides | None:
+        """What the target may verify beside what was drafted, if that has changed."""
+        if self.branches is None or not self.most_sides:
+            return None
+        sides = self.branches.sides(self.committed, self.likely, self.most_sides)
+        before, self.told = self.told, Sides(self.lineage, sides)
+        return self.told if self.told != before else None
 
     @property
     def reach(self) -> float:

@@ -43,6 +43,7 @@ def span_of(done: Proposal | Verdict, rows: int, start: float, end: float, numbe
             number=number,
             base=done.base,
             tokens=done.tokens,
+            beside=done.beside,
         )
     ids = ids_of(done.drafted)
     return Span(

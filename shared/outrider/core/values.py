@@ -7,6 +7,7 @@ process (`outrider.wire.codec`), so nothing is copied from one form into another
 | --- | --- | --- |
 | `Drafted` | a drafter | the stock of the session, and the client (`Fragment.drafted`) |
 | `Proposal` | the draft worker | the session: tokens drafted one behind the other |
+| `Sides` | the draft worker | the session: what it has drafted for the case that it is wrong |
 | `Verify` | the session | the target worker: the block to verify |
 | `Verdict` | `decoding.verify`, completed by the target worker | the session |
 | `Token`, `TopLogprob`, `Fragment` | the session | the client: what was committed |
@@ -24,6 +25,7 @@ from msgspec import Meta as Meta  # bounds; other modules import it from here
 BLOCK_LIMIT = 1 << 10  # most tokens of a block on the wire
 MOST_TOKENS = 1 << 18  # of a text on the wire
 MOST_TOP_LOGPROBS = 20
+MOST_SIDES, MOST_BESIDE = 16, 32  # sides of a block, and tokens of a side
 
 Id: TypeAlias = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 Count: TypeAlias = Annotated[int, Meta(ge=0, le=(1 << 31) - 1)]
@@ -107,6 +109,26 @@ class Proposal(Order, frozen=True):
         )
 
 
+class Side(Value, frozen=True):
+    """What may stand from `place` on instead of what was drafted there: a correction, and more.
+
+    The confidence of the first is how likely it is the right one if the drafted token is not.
+    """
+
+    place: Count
+    drafted: Annotated[tuple[Drafted, ...], Meta(min_length=1, max_length=MOST_BESIDE)]
+
+
+Beside: TypeAlias = Annotated[tuple[Side, ...], Meta(max_length=MOST_SIDES)]
+
+
+class Sides(Order, frozen=True):
+    """The sides of `lineage` that are likeliest to be of use; those told before are void."""
+
+    lineage: Count
+    sides: Beside
+
+
 class Verify(Order, frozen=True):
     """Evaluate the last token of the text and what it leaves of `drafted`, expected from `base` on.
 
@@ -118,6 +140,23 @@ class Verify(Order, frozen=True):
     drafted: Block
     follows: bool = False  # it is void if the order before it is, or was not accepted whole
     until: Count = 0  # without another order, go on with plain steps up to this position
+    sides: Beside = ()  # to evaluate in the same pass, for the case that the block is wrong there
+
+    def fits(self, context: int, vocabulary: int) -> bool:
+        """Whether a target with so many tokens and ids can do it, and its sides are the block's."""
+        end = self.base + len(self.drafted)
+        beside = [one.token for side in self.sides for one in side.drafted]
+        return (
+            self.until <= context
+            and all(token < vocabulary for token in (*self.drafted, *beside))
+            and all(self.base <= side.place < end for side in self.sides)
+            and all(side.place + len(side.drafted) < context for side in self.sides)
+        )
+
+    @property
+    def rows(self) -> int:
+        """Of its pass, if nothing is dropped."""
+        return 1 + len(self.drafted) + sum(len(side.drafted) for side in self.sides)
 
 
 class Received(Value, frozen=True):
@@ -168,6 +207,8 @@ class Verdict(Order, frozen=True):
     requests: Count = 1  # that shared the pass
     cached: Count = 0  # in round 0: tokens of the prompt that need not be read
     top_logprobs: Annotated[tuple[TopLogprobs, ...], Meta(max_length=BLOCK_LIMIT)] | None = None
+    beside: Count = 0  # tokens of sides that were evaluated, too
+    side: Count = 0  # the block was wrong, and this side of the order right, counted from 1
 
     def told(self, block: int) -> Iterator[Token]:
         """Its tokens as the client is told of them; `block` drafted ones were verified."""
@@ -234,6 +275,7 @@ class Span(Value, frozen=True):
     confidences: Floats = ()  # of drafted ones: how sure the draft was of each
     free: Count = 0  # and how many of them no model has drafted
     foreseen: bool = False  # they were drafted before, for the case that this comes before them
+    beside: Count = 0  # how many of the rows were of sides
 
 
 def ids_of(drafted: Sequence[Drafted]) -> tuple[TokenId, ...]:

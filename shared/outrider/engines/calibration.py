@@ -48,14 +48,14 @@ def calibrate(engine: Engine, rows: tuple[int, ...]) -> tuple[float, ...]:
     return tuple(map(float, np.interp(range(1, rows[-1] + 1), rows, measured)))
 
 
-def calibrate_crowd(engine: Engine) -> tuple[float, ...]:
+def calibrate_crowd(engine: Engine, spare: int = 0) -> tuple[float, ...]:
     """Seconds of a pass over one row each of 1, 2, 3 … sequences, as many as there are slots.
 
-    Spare ones count. Powers of two are measured, and the last; those between are interpolated. All
-    slots are used, and freed.
+    So many `spare` ones count, too. Powers of two are measured, and the last; those between are
+    interpolated. All these slots are used, and freed.
     """
     info = engine.info
-    most = min(info.slots + info.spare, info.chunk)
+    most = min(info.slots + spare, info.chunk)
     sizes = sorted({2**n for n in range(most.bit_length())} | {most})
     token: TokenId = min(5, info.vocabulary.size - 1)
     for slot in range(most):

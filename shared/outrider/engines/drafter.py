@@ -29,6 +29,7 @@ class Asked:
     breakers: Breakers
     matcher: Matcher | None
     begins: int  # the answer, which the matcher knows about, begins here
+    tells: bool  # what else it might choose is asked for
 
     def propose(self, row: Scores, text: Sequence[TokenId]) -> Drafted:
         """The token behind `text`, chosen from its logits as the target would choose."""
@@ -61,7 +62,7 @@ class ModelDrafter:
         )
         self.token_s = calibrate(engine, (1,))[0]
         self.read_s = min(calibrate_reading(engine, *READ), self.token_s)
-        self.crowd_s = calibrate_crowd(engine)
+        self.crowd_s = calibrate_crowd(engine, engine.info.spare)
         self._engine = engine
         self._chunk = min(AT_ONCE, info.chunk)  # a cancellation may have to wait for so many tokens
         self._breakers = KnownBreakers(engine)
@@ -90,6 +91,7 @@ class ModelDrafter:
             breakers=self._breakers.of(opening.sampling),
             matcher=self._constraints.matcher(constraint) if constraint else None,
             begins=opening.begins,
+            tells=opening.tells or self.info.spare > 0,
         )
 
     def cut(self, slot: int, length: int) -> None:
@@ -129,7 +131,7 @@ class ModelDrafter:
             return ()
         asked = self._asked[slot]
         drafted = asked.propose(scores[0], text)
-        if self.info.spare:
+        if asked.tells:
             self._others[slot] = asked.others(scores[0], text, drafted.token)
         return (drafted,)
 

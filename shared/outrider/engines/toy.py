@@ -20,7 +20,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from outrider.core.engine import Cancelled, Markers, ModelInfo, Part
+from outrider.core.engine import Cancelled, Markers, ModelInfo, Part, tokens_of
 from outrider.core.sampling import Scores
 from outrider.core.values import TokenId
 from outrider.engines.toy_text import (
@@ -175,15 +175,22 @@ class ToyEngine:
             self._scores.fill(np.nan)  # so that a view kept too long is noticed
             found: list[Scores] = []
             row = 0
-            for slot, tokens, rows in parts:
-                states = self._states[slot]
+            for slot, tokens, rows, forks in parts:
+                first, states = row, self._states[slot]
                 for token in tokens:
                     states.append(_advance(states[-1], token))
-                for state in states[len(states) - rows :]:
+                scored = states[len(states) - rows :]
+                for fork in forks:
+                    beside = self._states[fork.slot]
+                    beside[:] = states[: fork.length + 1]
+                    for token in fork.tokens:
+                        beside.append(_advance(beside[-1], token))
+                    scored += beside[fork.length + 1 :]
+                for state in scored:
                     self._score(state, self._scores[row])
                     row += 1
-                found.append(self._scores[row - rows : row])
-            tokens_in_all = sum(len(part.tokens) for part in parts)
+                found.append(self._scores[first:row])
+            tokens_in_all = sum(map(tokens_of, parts))
             self._wait(begin + self.settings.costs.of(tokens_in_all, row))
         finally:
             with self._lock:
@@ -209,18 +216,23 @@ class ToyEngine:
     def _checked(self, parts: Sequence[Part]) -> dict[int, int]:
         """How many states the slots of `parts` have. Raises ValueError if it cannot be one pass."""
         settings = self.settings
-        total = sum(len(part.tokens) for part in parts)
+        total = sum(map(tokens_of, parts))
         _require(1 <= total <= settings.chunk, f"{total} tokens, not 1 to {settings.chunk}")
         before = {part.slot: len(self._slot(part.slot)) for part in parts}
         _require(len(before) == len(parts), "two parts have the same slot")
-        for slot, tokens, rows in parts:
+        for slot, tokens, rows, forks in parts:
+            before |= {fork.slot: 1 for fork in forks}  # cut short, nothing is left of them
             count, held = len(tokens), before[slot] - 1
             _require(count > 0, "no tokens")
             _require(0 <= rows <= count, f"{rows} rows of {count} tokens")
             _require(
                 held + count <= settings.context, f"{held} + {count} tokens overflow the context"
             )
-            for token in tokens:
+            for fork in forks:
+                _require(self.settings.slots <= fork.slot, f"slot {fork.slot} is not a spare one")
+                self._slot(fork.slot)
+                _require(held <= fork.length <= held + count, f"no fork at {fork.length}")
+            for token in (*tokens, *(token for fork in forks for token in fork.tokens)):
                 _require(0 <= token < settings.vocabulary_size, f"no token {token}")
         return before
 

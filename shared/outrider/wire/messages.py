@@ -37,7 +37,7 @@ from outrider.core.values import (
 )
 from outrider.errors import BadRequest, InternalError, OutriderError
 
-PROTOCOL = 7
+PROTOCOL = 8
 FRAME_LIMIT = 1 << 20  # bytes; a prompt of 200,000 tokens fits
 
 Line: TypeAlias = Annotated[str, Meta(max_length=4096)]
@@ -112,6 +112,7 @@ class Hello(Tagged, frozen=True):
     memory: Id = 0
     build: Word = ""
     rollback_s: Seconds = 0.0
+    sides: Count = 0  # of a target: sequences for what it can verify beside a block
     follows_killed: bool = False  # the worker that it replaces was killed: no crash, no hang
 
 
@@ -161,7 +162,7 @@ class Done(Tagged, frozen=True):
     """The worker has done this for the request."""
 
     request: Id
-    done: values.Verdict | values.Proposal
+    done: values.Verdict | values.Proposal | values.Sides
 
 
 class Pass(Tagged, frozen=True):

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from outrider.core.engine import Cancelled, EngineFault, ModelInfo, Part
+from outrider.core.engine import Cancelled, EngineFault, ModelInfo, Part, tokens_of
 from outrider.core.sampling import Scores
 from outrider.core.values import TokenId
 from outrider.engines.calibration import CHEAP, calibrate
@@ -152,8 +152,8 @@ class LlamaEngine:
         return self.extend_all([Part(slot, tokens, rows)])[0]
 
     def extend_all(self, parts: Sequence[Part]) -> list[Scores]:
-        parts = [Part(part.slot, self._checked(*part), part.rows) for part in parts]
-        total = sum(len(part.tokens) for part in parts)
+        parts = [self._checked(part) for part in parts]
+        total = sum(map(tokens_of, parts))
         if total > self.info.chunk or len({part.slot for part in parts}) < len(parts):
             raise ValueError(f"{len(parts)} parts with {total} tokens do not make one pass")
         if self._states and (first := self._states.split(parts)):
@@ -167,7 +167,14 @@ class LlamaEngine:
         if self._states:
             may_stop = self._states.before(parts, self._lengths)
             self._heed(self._stop if may_stop else self._never)
+        forks = [(part.slot, fork) for part in parts for fork in part.forks]
+        for slot, fork in forks:
+            self._clear(fork.slot)
+            self._lib.llama_memory_seq_cp(self._memory, slot, fork.slot, -1, -1)
         code = self._lib.llama_decode(self._context, self._batch.fill(parts, self._lengths))
+        if code != DONE:
+            for _, fork in forks:
+                self._clear(fork.slot)
         if code == ABORTED and all(
             self._go_back(one.slot, self._lengths[one.slot]) for one in parts
         ):
@@ -176,13 +183,15 @@ class LlamaEngine:
             # where states were being changed in place, not even the others' are certain
             for slot in range(len(self._lengths)) if self._states else [one.slot for one in parts]:
                 self._clear(slot)
-            total = sum(len(part.tokens) for part in parts)
+            total = sum(map(tokens_of, parts))
             raise EngineFault(f"llama.cpp could not evaluate {total} tokens (code {code})")
-        for slot, tokens, _ in parts:
-            self._lengths[slot] += len(tokens)
+        for part in parts:
+            self._lengths[part.slot] += len(part.tokens)
+        for _, fork in forks:
+            self._lengths[fork.slot] = fork.length + len(fork.tokens)
         if self._states:
             self._states.after(parts)
-        rows = [part.rows for part in parts]
+        rows = [part.rows + tokens_of(part) - len(part.tokens) for part in parts]
         shape = (sum(rows), self.info.vocabulary.size)
         if not sum(rows):
             return [np.empty((0, shape[1]), np.float32)] * len(parts)
@@ -252,8 +261,28 @@ class LlamaEngine:
         self._lib.llama_model_free(self._model)
         self._context = self._model = None
 
-    def _checked(self, slot: int, tokens: Sequence[TokenId], rows: int) -> Any:
+    def _checked(self, part: Part) -> Part:
+        """The same with arrays of tokens. Raises ValueError where it is out of range."""
+        slot, tokens, rows, forks = part
         self._check_slot(slot)
+        ids, before = self._ids(tokens), self._lengths[slot]
+        if not 0 <= rows <= len(ids):
+            raise ValueError(f"{rows} rows of {len(ids)} tokens")
+        for fork in forks:
+            self._check_slot(fork.slot)
+            can_fork = self._is_unified and not self._states and fork.slot >= self.info.slots
+            if not (can_fork and before <= fork.length <= before + len(ids)):
+                raise ValueError(f"slot {fork.slot} cannot fork from {slot} at {fork.length}")
+        ends = [before + len(ids), *(fork.length + len(fork.tokens) for fork in forks)]
+        if max(ends) > self.info.context:
+            raise ValueError(
+                f"{max(ends)} tokens, {before} of them there before, exceed the context of "
+                f"{self.info.context}"
+            )
+        forked = [fork._replace(tokens=self._ids(fork.tokens)) for fork in forks]
+        return Part(slot, ids, rows, forked)
+
+    def _ids(self, tokens: Sequence[TokenId]) -> Any:
         ids: NDArray[Any] = np.asarray(tokens)
         if ids.ndim != 1 or not 1 <= len(ids) <= self.info.chunk:
             raise ValueError(f"an array of {ids.shape} tokens, not 1 to {self.info.chunk} of them")
@@ -261,13 +290,6 @@ class LlamaEngine:
             raise ValueError("a token is not an integer of at most 64 bits")
         if ids.min() < 0 or ids.max() >= self.info.vocabulary.size:
             raise ValueError(f"a token is not in the vocabulary of {self.info.vocabulary.size}")
-        if not 0 <= rows <= len(ids):
-            raise ValueError(f"{rows} rows of {len(ids)} tokens")
-        if self._lengths[slot] + len(ids) > self.info.context:
-            raise ValueError(
-                f"{len(ids)} tokens after {self._lengths[slot]} exceed the context "
-                f"of {self.info.context}"
-            )
         return ids
 
     def _check_slot(self, slot: int) -> None:

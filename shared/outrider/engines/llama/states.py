@@ -59,7 +59,7 @@ class States:
         """
         return [
             Part(slot, tokens[:-rows], 0)
-            for slot, tokens, rows in parts
+            for slot, tokens, rows, _ in parts
             if self._may_fail(rows) and len(tokens) - rows >= APART
         ]
 
@@ -70,7 +70,7 @@ class States:
         has several.
         """
         self._latest.clear()
-        for slot, _, rows in parts:
+        for slot, _, rows, _ in parts:
             length, last = lengths[slot], self._last(slot)
             if length > last and (self._may_fail(rows) or length - last >= self._apart):
                 self._take(slot, length)
