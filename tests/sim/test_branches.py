@@ -12,7 +12,7 @@ from tests.sim.replay import FLAT
 
 from outrider.core.branches import RANKS
 from outrider.core.estimates import usual_confidence
-from outrider_services.bench.replay import Replay, World
+from outrider_services.bench.replay import Replay, World, curve
 
 ACCEPTANCE, LENGTH, ANSWERS, BRANCHES = 0.8, 400, 12, 16
 
@@ -37,18 +37,24 @@ def trace(seed: int) -> dict[str, Any]:
 
 @cache
 def speed(
-    cost: float, branches: int, mode: Literal["sync", "pipelined"] = "pipelined", row: float = 0.0
+    cost: float,
+    branches: int,
+    mode: Literal["sync", "pipelined"] = "pipelined",
+    row: float = 0.0,
+    sides: int = 0,
+    passes_s: tuple[float, ...] = FLAT,
+    answers: int = ANSWERS,
 ) -> tuple[float, float]:
     """Over the target alone, and the share of misses that were foreseen.
 
     A drafted token costs `cost` target passes, each further row of the draft's pass a share `row`
-    of that.
+    of that. Beside a block, the target may verify so many tokens of `sides`.
     """
-    draft_s = cost * FLAT[0]
+    draft_s = cost * passes_s[0]
     rows_s = tuple(draft_s * (1 + row * more) for more in range(branches + 1))
-    world = World(FLAT, draft_s, rows_s=rows_s if branches else ())
+    world = World(passes_s, draft_s, sides=sides, rows_s=rows_s if branches or sides else ())
     speeds, foreseen = [], []
-    for seed in range(ANSWERS):
+    for seed in range(answers):
         answer = Replay(trace(seed), world.rule(mode), world)
         speeds.append(answer.speedup())
         misses = answer.trace["match"].count(0)
@@ -73,3 +79,26 @@ def test_with_free_branches_a_miss_costs_little(
 def test_where_each_row_costs_as_much_as_a_token_nothing_is_lost(cost: float) -> None:
     """Their rows are then drafted where the main line's next token is less likely of use."""
     assert speed(cost, BRANCHES, row=1.0)[0] >= 0.99 * speed(cost, 0)[0]
+
+
+# ---- a tree in one pass -------------------------------------------------------------------------
+
+NEARLY_FLAT = curve({1: 100, 16: 105, 64: 130})  # ms, as a dense model of 8B takes on a large GPU
+RISING = curve({1: 100, 8: 150, 16: 190, 32: 300})  # a processor with matrix instructions
+
+
+@pytest.mark.parametrize(("cost", "branches", "gain"), [(0.05, 16, 1.01), (0.2, 0, 1.06)])
+def test_where_rows_are_nearly_free_a_tree_brings_more(
+    cost: float, branches: int, gain: float
+) -> None:
+    """Most where the draft can do no more than name corrections: its own rows are dear."""
+    world: Any = {"passes_s": NEARLY_FLAT, "answers": 4}
+    chain = speed(cost, branches, **world)[0]
+    assert speed(cost, branches, sides=16, **world)[0] >= gain * chain
+
+
+@pytest.mark.parametrize("branches", [0, 16])
+def test_where_rows_cost_something_a_tree_loses_nothing(branches: int) -> None:
+    world: Any = {"passes_s": RISING, "answers": 4}
+    chain = speed(0.2, branches, **world)[0]
+    assert speed(0.2, branches, sides=16, **world)[0] >= 0.995 * chain

@@ -22,6 +22,7 @@ WORLDS = {
     "slow": World(FLAT, 0.020),
     "processor": World(PROCESSOR, 0.031),
     "branches": World(FLAT, 0.005, rows_s=(0.005,) * 17),
+    "tree": World(FLAT, 0.005, rows_s=(0.005,) * 17, sides=16),
 }
 
 

@@ -18,6 +18,10 @@ from typing import NamedTuple
 from outrider.core.estimates import Costs, usual_acceptance
 from outrider.core.values import Beside, Side
 
+# what a token there counts for, as the draft may have foreseen it, and it would come with the next
+# pass: with 1, simulated targets of which a row costs 4 % lost 0.5 %, and none gained more
+WORTH = 0.75
+
 
 class Row(NamedTuple):
     """One token more of a side, and how likely it leads to one more token of the text."""
@@ -44,7 +48,7 @@ def chosen(costs: Costs, rate: float, likely: Sequence[float], base: int, sides:
     passes_s = costs.passes(block + len(rows))[block:].tolist()
     worth, best, count = 0.0, 0.0, 0
     for at, row in enumerate(rows, 1):
-        worth += row.value
+        worth += WORTH * row.value
         if (gain := worth - rate * (passes_s[at] - passes_s[0])) > best:
             best, count = gain, at
     return _cut(sides, rows[:count])

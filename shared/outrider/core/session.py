@@ -9,6 +9,7 @@ Words
     lineage      an unbroken run of drafting: it ends where the draft's stream differs from the text
     leave        the first position that the draft may not fill; each commit tells it
     hit          a drafted token that was not verified, and that the target then chose itself
+    side         what may follow where the block is wrong; verified with it where rows cost little
 
 Two rounds, a hit and a miss (`stock.py` and `stream.py` have the rule that both sides follow)
     draft        drafts d1 d2 d3                   d4  d5                  (cut) e1
