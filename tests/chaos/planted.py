@@ -65,6 +65,13 @@ BUGS = (
         f"{BESIDE}::test_a_side_that_was_right_ends_the_lineage_where_it_begins",
     ),
     Bug(
+        "a block is accepted whole though a side was right",
+        f"{PIPELINE}/target_worker.py",
+        " and not verdict.side\n",
+        "\n",
+        f"{BESIDE}::test_an_order_that_follows_a_block_is_void_where_a_side_was_right",
+    ),
+    Bug(
         "a side is judged by another one's rows",
         f"{PIPELINE}/verifying.py",
         "        begins = share.rows + sum(lengths[: number - 1])\n",

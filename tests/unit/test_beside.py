@@ -76,8 +76,26 @@ def test_a_correction_leads_onto_its_side_and_no_other() -> None:
     assert decoding.leads_to(verdict, 10, (1, 2, 3), sides) == 2
     both = decoding.joined(verdict, decoding.verify((6,), (6, 9)), 2)
     assert (both.accepted, both.tokens, both.side) == (3, (1, 5, 6, 9), 2)
-    whole = both.changed(pieces=(b"",) * 4, margins=(0.0,) * 4)
-    assert decoding.contradiction(whole, (1, 5, 6), frozenset(), 100) is None
+    whole = both.changed(base=10, pieces=(b"",) * 4, margins=(0.0,) * 4)
+    assert decoding.contradiction(whole, (1, 5, 6), frozenset(), 100, sides[1]) is None
+
+
+@pytest.mark.parametrize(
+    ("verdict", "taken"),
+    [
+        (Verdict(0, (9,), side=3), None),
+        (Verdict(1, (1, 9), base=10, side=1), side(11, 5, 6)),
+        (Verdict(2, (1, 5, 9), base=10, side=1, forbidden=1), side(11, 5, 6)),
+    ],
+)
+def test_a_side_where_the_target_cannot_have_gone_breaks_the_rules(
+    verdict: Verdict, taken: Side | None
+) -> None:
+    told = verdict.changed(
+        pieces=(b"",) * len(verdict.tokens), margins=(0.0,) * len(verdict.tokens)
+    )
+    drafted = (1, 5, 6) if taken else ()
+    assert "a side" in (decoding.contradiction(told, drafted, frozenset(), 100, taken) or "")
 
 
 def test_a_bonus_leads_nowhere() -> None:
@@ -226,6 +244,25 @@ async def test_with_sides_of_every_kind_the_text_is_the_targets_own(sampling: Sa
             assert end - 8 <= target.engine.length(0) < end
             assert not any(target.engine.length(slot) for slot in range(4, 8))
     assert took > 20
+
+
+async def test_an_order_that_follows_a_block_is_void_where_a_side_was_right() -> None:
+    """Also if the side has brought just as many tokens as the block has, and the next one agrees:
+    the session has dropped it, and would take its verdict for one that breaks the rules."""
+    ours = alone(ToyEngine(), list(TEXT), Sampling(temperature=0))
+    truth = [next(ours) for _ in range(10)]
+    with ThreadPoolExecutor(1) as owner:
+        target = Target(owner, Sampling(temperature=0))
+        await target.verdict()
+        base = len(target.text)
+        first = Verify(1, base, (truth[1] ^ 1, 1, 2), sides=(side(base, *truth[1:4]),))
+        behind = Verify(2, base + 3, tuple(truth[4:8]), follows=True)
+        for order in (first, behind):
+            target.worker.handle(wire.Do(1, order))
+        verdict = await target.verdict()
+        assert (verdict.side, verdict.accepted) == (1, 3)
+        assert target.text[len(TEXT) :] == truth[:5]
+        assert not await target.worker.compute()
 
 
 async def test_sides_without_a_spare_slot_are_left_out() -> None:

@@ -214,7 +214,8 @@ class TargetWorker(Worker[Engine]):
 
     def _judge(self, sequence: Sequence, verdict: Verdict) -> None:
         """Take over what was chosen, and go on."""
-        is_whole = verdict.accepted == len(sequence.drafted or ()) and not sequence.forbidden
+        accepts_all = verdict.accepted == len(sequence.drafted or ()) and not verdict.side
+        is_whole = accepts_all and not sequence.forbidden
         sequence.tokens.extend(verdict.tokens)
         sequence.orders.judged(is_whole)
         sequence.drafted, sequence.elapsed_s, sequence.waited_s = None, 0.0, 0.0

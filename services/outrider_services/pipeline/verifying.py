@@ -39,8 +39,9 @@ class Verifying:
         cut = len(drafted) - legal
         sequence.forbidden += cut
         sequence.drafted = drafted[:legal]
-        # the sides of a shorter block: where it ends, the target's own choice is more likely
-        return Share(sequence, tokens[: len(tokens) - cut], rows - cut, () if cut else forks)
+        if cut:  # those may begin behind the end of what is left
+            sequence.sides = forks = ()
+        return Share(sequence, tokens[: len(tokens) - cut], rows - cut, forks)
 
     def judged(self, share: Share, rows: Scores) -> Outcome:
         """The verdict on the block of a sequence, if it had one."""

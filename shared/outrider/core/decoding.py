@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterable, Sequence
 
-from outrider.core.values import Beside, Block, TokenId, Verdict
+from outrider.core.values import Beside, Block, Side, TokenId, Verdict
 
 
 def verify(
@@ -55,15 +55,23 @@ def joined(verdict: Verdict, beside: Verdict, number: int) -> Verdict:
 
 
 def contradiction(
-    verdict: Verdict, drafted: Sequence[TokenId], ends: Container[TokenId], vocabulary: int
+    verdict: Verdict,
+    drafted: Sequence[TokenId],
+    ends: Container[TokenId],
+    vocabulary: int,
+    side: Side | None = None,
 ) -> str | None:
     """What makes this `verdict` on `drafted` impossible; None if it is possible.
 
-    With a side, `drafted` are the tokens where the target has gone. It knows ids below
+    With a `side`, `drafted` are the tokens where the target has gone. It knows ids below
     `vocabulary`.
     """
     tokens, accepted = verdict.tokens, verdict.accepted
-    block = len(drafted) - (0 if verdict.side else verdict.forbidden)
+    if verdict.side and (side is None or accepted <= side.place - verdict.base):
+        return "a side where it has not gone"
+    if side and verdict.forbidden:
+        return "a side of a block that it has cut"
+    block = len(drafted) - verdict.forbidden
     ended = bool(tokens) and accepted == len(tokens) and tokens[-1] in ends
     if accepted > block or not (ended or len(tokens) == accepted + 1):
         return f"{accepted} accepted of {block}, but {len(tokens)} tokens"

@@ -94,7 +94,7 @@ class Dispatch:
         if block is None:
             block_s = rule.block_s(len(self._now.tokens) - draft.read)
             return Next([], now + min(draft.patience_s + block_s, BLOCK_PATIENCE_S))
-        order = self._made(0, block)
+        order = self._made(0, block, is_first=True)
         self.pace.asked(order.round, now, order.rows)
         return Next([order])
 
@@ -134,14 +134,17 @@ class Dispatch:
             return None
         return max(0.0, draft.next_at - now) if len(stock) < self._now.answer.room - 1 else None
 
-    def _made(self, begin: int, count: int) -> Verify:
-        """The order for `count` tokens of the stock, from the one at `begin` on."""
+    def _made(self, begin: int, count: int, is_first: bool = False) -> Verify:
+        """The order for `count` tokens of the stock, from the one at `begin` on.
+
+        `is_first`: it is begun at once. Others have no sides, as their first token may be decided.
+        """
         base = len(self._now.tokens) + begin
         drafted = ids_of(self._now.stock.drafted[begin : begin + count])
         self.round += 1
         is_last = begin + count >= len(self._now.stock)
         until = self._leave(base + count + 1, is_last)
-        sides = self._beside(base, count) if not begin else ()
+        sides = self._beside(base, count) if is_first else ()
         order = Verify(self.round, base, drafted, bool(self.orders.waiting), until, sides)
         self.orders.add(order)
         return order

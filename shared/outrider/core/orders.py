@@ -103,6 +103,12 @@ class Orders:
         is_own = len(text) < self.leave and (following is None or round < following)
         return () if is_own else None
 
+    @property
+    def beside(self) -> int:
+        """In the session: the position up to which sides reach that the target may evaluate."""
+        sides = (side for order in self.waiting for side in order.sides)
+        return max((side.place + len(side.drafted) for side in sides), default=0)
+
     def side(self, number: int) -> Side | None:
         """That of the order that was begun last, counted from 1; None: there is none such."""
         return self.sides[number - 1] if 1 <= number <= len(self.sides) else None

@@ -216,10 +216,11 @@ class Session:
         drafted = self.dispatch.answered(verdict)
         if drafted is None:
             return self._missed(verdict)
-        if wrong := contradiction(verdict, drafted, self.task.ends, self.task.vocabulary):
+        ends, vocabulary, side = self.task.ends, self.task.vocabulary, self.dispatch.side
+        if wrong := contradiction(verdict, drafted, ends, vocabulary, side):
             return self._end(Fault(ProtocolError(f"the target worker broke the protocol: {wrong}")))
         self.phase, self.deadline = Phase.WAITING, None
-        side, block = self.dispatch.side, self.dispatch.orders.block - verdict.forbidden
+        block = self.dispatch.orders.block - verdict.forbidden
         way = self.stock.way(block, verdict.base, side)
         self.lessons.verified(verdict, way, now, self.commits)
         fragment = self._commit(verdict, way)
@@ -272,7 +273,7 @@ class Session:
             return self._on_draft_ready()
         if self.draft.rides and self.rule.dismisses and not self.block:
             self.stats.discarded["dismissed"] += len(self.stock)
-            self.stock.drafted.clear()
+            self.stock.drop()
             self.draft.state = DraftState.IDLE
             return [CloseDraft()]
         return []
@@ -293,7 +294,7 @@ class Session:
     def _end(self, last: Command) -> list[Command]:
         close = [CloseDraft()] if self.draft.rides else []
         self.phase, self.deadline = Phase.OVER, None
-        self.stock.drafted.clear()
+        self.stock.drop()
         return [*close, last]
 
     def _commit(self, verdict: Verdict, way: tuple[Drafted, ...]) -> Fragment:
@@ -349,7 +350,8 @@ class Session:
     def reach(self) -> int:
         """The target, of which nothing more is heard, may have evaluated the text up to here."""
         drafted, leave = len(self.tokens) + len(self.stock), self.dispatch.orders.leave
-        return max(drafted, min(drafted + UNHEARD, leave))
+        beside = self.dispatch.orders.beside
+        return max(drafted, beside, min(drafted + UNHEARD, leave))
 
     @property
     def block(self) -> int:

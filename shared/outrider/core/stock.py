@@ -113,10 +113,14 @@ class Stock:
         discarded = self._break(last) - verdict.forbidden
         return Judged(agreed, differed=rest[0], discarded=discarded)
 
+    def drop(self) -> None:
+        """Nothing of it is wanted any more."""
+        self.drafted, self.sides = [], ()
+
     def _break(self, where: int) -> int:
         """End the lineage, which differs from the text at `where`; return how many are void."""
         void = len(self.drafted)
-        self.drafted, self.sides = [], ()
+        self.drop()
         self.lineage += 1
         self._next = where + 1
         return void
