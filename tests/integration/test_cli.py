@@ -230,7 +230,10 @@ def test_verbose_tells_each_drafted_tokens_fate_on_stderr(served: Served, oracle
         assert tag is not None
         assert re.fullmatch(forms[tag[1]], line), line
     figures = statistics(done.stderr)
-    assert counts["DRAFT"] == figures["verified"]
+    if figures["beside"]:  # what a block has behind a miss is not shown, but what was right there
+        assert figures["accepted"] < counts["DRAFT"] <= figures["verified"]
+    else:
+        assert counts["DRAFT"] == figures["verified"]
     assert counts["ACCEPT"] == figures["accepted"]
     assert counts["REJECT"] == figures["corrected"] > 0
     assert counts["VERIFY"] == counts["ACCEPT"] + counts["REJECT"]
@@ -259,7 +262,7 @@ def statistics(text: str) -> dict[str, int]:
         rf"(?P<plain>{number}) plain\)",
         rf"Draft tokens created: (?P<created>{number})",
         rf"Draft tokens verified: (?P<verified>{number})"
-        rf"( \({number} beside blocks, and right at {number} misses\))?",
+        rf"( \((?P<beside>{number}) beside blocks, and right at {number} misses\))?",
         rf"Draft tokens accepted: (?P<accepted>{number})",
         rf"Draft tokens discarded: (?P<discarded>{number}) \(plus (?P<hits>{number}) hits\)"
         rf"(; {number} misses foreseen)?",
@@ -274,7 +277,7 @@ def statistics(text: str) -> dict[str, int]:
     )
     found = re.search("\n".join(lines) + "\n", text)
     assert found, text
-    return {name: int(value) for name, value in found.groupdict().items()}
+    return {name: int(value or 0) for name, value in found.groupdict().items()}
 
 
 @pytest.mark.parametrize("mode", ["plain", "sync", "pipelined"])

@@ -68,8 +68,7 @@ class Lessons:
         orders, last_commit = dispatch.orders, stats.last_commit
         stats.computed(stats.target, now, verdict.elapsed_s)
         stats.cached += min(verdict.cached, len(self._now.task.prompt))
-        block = orders.block - verdict.forbidden  # those were not evaluated
-        beside = verdict.beside
+        block, beside = orders.block - verdict.forbidden, verdict.beside
         self.trace.add(verdict, block + beside + 1, now, number)
         round_s = dispatch.pace.answered(verdict, block + beside + 1, now)
         if last_commit is not None and not dispatch.is_reading:
@@ -81,16 +80,18 @@ class Lessons:
             if rows == requests:  # else it shows no plain step
                 stats.stepped(round_s + verdict.waited_s)
         self._waited_s = 0.0
-        stats.count(block, verdict.accepted, now, verdict.forbidden, beside)
-        if verdict.side:
-            stats.sides += 1
-            self._beside(verdict, way)
+        stats.beside += beside
+        taken = self._taken(verdict, way) if verdict.side else 0
+        stats.count(block + taken, verdict.accepted, now, verdict.forbidden)
         stats.repeated += sum(one.free for one in way[: verdict.accepted])
 
-    def _beside(self, verdict: Verdict, way: Sequence[Drafted]) -> None:
-        """Behind the correction, a side is a draft like any other."""
-        side = self._now.dispatch.side
-        assert side is not None
+    def _taken(self, verdict: Verdict, way: Sequence[Drafted]) -> int:
+        """How many tokens the side has that was right. Behind its first, it is a draft like any."""
+        side, stats = self._now.dispatch.side, self._now.stats
+        assert side is not None  # it is no contradiction
         begins = side.place - verdict.base + 1
         for at, one in enumerate(way[begins : len(verdict.tokens)], begins):
             self._now.rule.observe(at < verdict.accepted, one.confidence)
+        stats.sides += 1
+        stats.created += len(side.drafted)
+        return len(side.drafted)

@@ -61,8 +61,8 @@ class Report(Value, frozen=True):
     repeated_tokens: int = 0  # accepted, and drafted without a model: they followed there before
     resumed_tokens: int = 0  # of the answer, that an earlier coordinator generated; not in rates
     foreseen_misses: int = 0  # times that the draft was wrong, and had drafted for that case
-    beside_tokens: int = 0  # verified beside blocks, for the case that those are wrong: a tree …
-    beside_misses: int = 0  # … and times that they were, and one of those was right
+    beside_tokens: int = 0  # evaluated beside blocks, for the case that those are wrong: a tree …
+    beside_misses: int = 0  # … and times that they were, and what was beside them was right
 
 
 @dataclass(slots=True)
@@ -99,8 +99,8 @@ class Stats:
     cached: int = 0  # tokens of the prompt that the target had read before
     resumed: int = 0  # tokens of the answer that were there when it began
     foreseen: int = 0  # misses of the draft behind which it had drafted already
-    beside: int = 0  # verified tokens of sides: those of the same blocks, had these been wrong …
-    sides: int = 0  # … and how often one of them was right
+    beside: int = 0  # tokens of sides that were evaluated: verified are those of sides that …
+    sides: int = 0  # … so often were right
 
     @property
     def generated(self) -> int:
@@ -112,22 +112,17 @@ class Stats:
         self.steps += 1
         self.step_s += (elapsed_s - self.step_s) / (1 + self.steps)
 
-    def count(
-        self, block: int, accepted: int, now: float, forbidden: int = 0, beside: int = 0
-    ) -> None:
+    def count(self, block: int, accepted: int, now: float, forbidden: int = 0) -> None:
         """A target pass has verified `block` drafted tokens and accepted `accepted` of them.
 
-        So many behind them were `forbidden` by the request's constraint, and not verified; so many
-        `beside` them were, and are among the accepted ones if one of their sides was right.
+        So many behind them were `forbidden` by the request's constraint, and not verified.
         """
         self.prefilled = now if self.prefilled is None else self.prefilled
         self.last_commit = now
         if block:
             self.rounds += 1
             self.lengths[accepted] += 1
-        self.verified += block + beside
-        self.created += beside
-        self.beside += beside
+        self.verified += block
         self.accepted += accepted
         self.discarded["grammar"] += forbidden
 
