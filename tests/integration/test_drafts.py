@@ -20,7 +20,7 @@ KINDS = {
     "suffix": ("-md=suffix",),
     "model-and-suffix": ("--draft-suffix", "--draft-branches=0"),
     "model-and-branches": ("--toy-draft-row-ms=0",),
-    "model-and-corrections": ("--toy-draft-row-ms=0.5",),
+    "model-and-corrections": ("--toy-draft-row-ms=0.8",),
     "all": ("--draft-suffix", "--toy-draft-row-ms=0"),
 }
 
@@ -30,7 +30,7 @@ KINDS = {
 async def test_every_mode_and_block_length_says_what_the_target_says_alone(
     serve: Serve, oracle: Oracle, kind: str
 ) -> None:
-    served = serve("drafts", *KINDS[kind], "--toy-step-ms=2", "--toy-draft-ms=0.5")
+    served = serve("drafts", *KINDS[kind], "--toy-step-ms=4", "--toy-draft-ms=0.8")
     verified = foreseen = beside = 0
     async with served.connect() as client:
         for prompt in PROMPTS:
