@@ -207,7 +207,7 @@ from outrider.engines.toy import ToyEngine
 real = ToyEngine.extend_all
 
 def dies_of_a_token(self, parts):
-    if self.settings.role == "target" and any(7 in tokens for _, tokens, _ in parts):
+    if self.settings.role == "target" and any(7 in part.tokens for part in parts):
         os.abort()
     return real(self, parts)
 
