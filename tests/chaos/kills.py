@@ -332,6 +332,8 @@ def _times(plan: Plan, arm: Arm, result: Result) -> None:
     half, last = share(extra, 0.5), share(extra, 0.99)
     passed = last <= most if plan.share >= 1 else None
     measured = f"p50 {half * 1000:.0f} ms, p99 {last * 1000:.0f} ms"
+    if arm.victim == "target" and arm.back_s:  # loading and measuring are a part of it
+        measured += f"; back after p50 {share(arm.back_s, 0.5) * 1000:.0f} ms"
     result.add(quantity, f"p99 ≤ {most * 1000:.0f} ms", measured, passed)
 
 

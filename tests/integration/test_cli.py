@@ -262,7 +262,7 @@ def statistics(text: str) -> dict[str, int]:
         rf"(?P<plain>{number}) plain\)",
         rf"Draft tokens created: (?P<created>{number})",
         rf"Draft tokens verified: (?P<verified>{number})"
-        rf"( \((?P<beside>{number}) beside blocks, and right at {number} misses\))?",
+        rf"( \(plus (?P<beside>{number}) beside blocks, right at {number} misses\))?",
         rf"Draft tokens accepted: (?P<accepted>{number})",
         rf"Draft tokens discarded: (?P<discarded>{number}) \(plus (?P<hits>{number}) hits\)"
         rf"(; {number} misses foreseen)?",

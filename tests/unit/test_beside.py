@@ -10,6 +10,7 @@ import pytest
 from tests.oracle import alone
 
 from outrider.core import beside, decoding
+from outrider.core.branches import Branches, Found, Ranks
 from outrider.core.engine import Fork, Part
 from outrider.core.estimates import Costs, usual_acceptance, usual_confidence
 from outrider.core.events import Commit, OpenDraft, Prefill
@@ -123,7 +124,7 @@ def test_a_side_that_was_right_ends_the_lineage_where_it_begins() -> None:
     stock.open(text)
     stock.take(Proposal(1, 10, tuple(Drafted(one, 0.9) for one in (1, 2, 3, 4)), 0.0), text)
     taken = side(11, 5, 6)
-    stock.lies(Sides(1, (taken,)))
+    stock.take_sides(Sides(1, (taken,)))
     assert stock.way(3, 10, taken) == (Drafted(1, 0.9), *taken.drafted)
     text += [1, 5, 6, 7]
     judged = stock.commit(3, Verdict(3, (1, 5, 6, 7), side=1), text, taken)
@@ -135,19 +136,17 @@ def test_a_side_that_was_right_ends_the_lineage_where_it_begins() -> None:
 def test_sides_of_a_lineage_that_is_over_are_of_no_use() -> None:
     stock = Stock()
     stock.open((1, 2))
-    stock.lies(Sides(1, (side(2, 5),)))
-    stock.lies(Sides(0, (side(2, 6),)))
+    stock.take_sides(Sides(1, (side(2, 5),)))
+    stock.take_sides(Sides(0, (side(2, 6),)))
     assert stock.sides == (side(2, 5),)
-    assert stock.may_lie(Sides(1, (side(2, 5),)), 6)
-    assert not stock.may_lie(Sides(1, (side(2, 6),)), 6)
-    assert not stock.may_lie(Sides(2, ()), 6)
+    assert stock.may_tell(Sides(1, (side(2, 5),)), 6)
+    assert not stock.may_tell(Sides(1, (side(2, 6),)), 6)
+    assert not stock.may_tell(Sides(2, ()), 6)
 
 
 def test_the_draft_follows_onto_the_branch_behind_what_the_side_has_brought() -> None:
     order = OpenDraft(1, 3, (1, 2, 3), Sampling(), 100, (), 20, foresees=True, sides=5)
     made = Stream.opened(order, 100)
-    from outrider.core.branches import Branches, Found, Ranks
-
     made.branches = Branches(Ranks())
     begun = Begun(made.lineage, made.read, tuple(made.tokens), True)
     assert made.took(begun, 3, [Drafted(10, 0.4)], (11, 12))

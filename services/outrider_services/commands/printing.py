@@ -103,7 +103,7 @@ def statistics(r: Report) -> str:
             f"Draft tokens created: {r.drafted_tokens}",
             f"Draft tokens verified: {r.verified_tokens}"
             + (
-                f" ({r.beside_tokens} beside blocks, and right at {r.beside_misses} misses)"
+                f" (plus {r.beside_tokens} beside blocks, right at {r.beside_misses} misses)"
                 if r.beside_tokens
                 else ""
             ),

@@ -131,6 +131,7 @@ class Verifying:
             history.extend(drafted[at : at + 1])
 
     def free(self, shares: list[Share]) -> None:
+        """Empty the spare slots of a pass: they hold cells that texts need."""
         for share in shares:
             for fork in share.forks:
                 self._model.rewind(fork.slot, 0)

@@ -207,9 +207,9 @@ class Session:
         """They go along with the next block; nobody waits for them."""
         if not self.draft.rides:
             return []
-        if not self.stock.may_lie(told, self.task.vocabulary):
+        if not self.stock.may_tell(told, self.task.vocabulary):
             return self._offend(now)
-        self.stock.lies(told)
+        self.stock.take_sides(told)
         return []
 
     def _on_verdict(self, verdict: Verdict, now: float) -> list[Command]:

@@ -70,14 +70,14 @@ class Stock:
             self._next = where + 1
         return Judged(agreed, hits=len(agreed))
 
-    def may_lie(self, found: Sides, vocabulary: int) -> bool:
+    def may_tell(self, found: Sides, vocabulary: int) -> bool:
         """Whether a draft worker that keeps the rules could have told these."""
         drafted = [one for side in found.sides for one in side.drafted]
         return found.lineage <= self.lineage and all(
             one.token < vocabulary and math.isfinite(one.confidence) for one in drafted
         )
 
-    def lies(self, found: Sides) -> None:
+    def take_sides(self, found: Sides) -> None:
         """Take sides in the place of those before, if they are of this lineage."""
         if found.lineage == self.lineage:
             self.sides = found.sides
