@@ -258,8 +258,11 @@ async def test_kinds_of_tokens_agree_with_the_statistics(
     assert live[-1] == 100
     blocks = [fragment for fragment in stream.fragments if fragment.drafted]
     assert len(blocks) == stats.verify_rounds
-    assert sum(len(block.drafted) for block in blocks) == stats.verified_tokens
-    assert all(len(block.drafted) <= n_draft for block in blocks)
+    # where a side was right, a fragment tells of the side instead of what the block had there
+    unseen = stats.verified_tokens - sum(len(block.drafted) for block in blocks)
+    assert 0 <= unseen <= n_draft * stats.beside_misses
+    longer = sum(len(block.drafted) > n_draft for block in blocks)
+    assert longer <= stats.beside_misses
     for fragment in stream.fragments:
         accepted = [token.id for token in fragment.tokens if token.kind == "drafted"]
         assert [one.token for one in fragment.drafted][: len(accepted)] == accepted
