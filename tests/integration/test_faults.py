@@ -175,12 +175,15 @@ async def test_a_draft_that_stays_stopped_costs_little_time(
 
 async def test_a_target_that_is_killed_is_a_pause(pipeline: Pipelines, oracle: Oracle) -> None:
     async with pipeline(**SLOW) as up, up.connect() as client:
+        measured = (await client.health())["costs"]["target"]
         stream = await begin(client, 400)
         killed = up.pids()["target"]
         os.kill(killed, signal.SIGKILL)
         await stream.result()
         assert ids(stream) == oracle(PROMPT, 400).token_ids
         assert up.pids()["target"] != killed
+        # to the last bit: nobody who waited for it waited for measurements, too
+        assert (await client.health())["costs"]["target"] == measured
         after = await complete(client, 40)
         assert ids(after) == oracle(PROMPT, 40).token_ids
         assert after.stats.accepted_tokens > 0

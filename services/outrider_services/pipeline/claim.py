@@ -10,6 +10,7 @@ from pathlib import Path
 # in the environment of what a launcher starts
 TOKEN = "OUTRIDER_TOKEN"  # proves who started it
 KILLED = "OUTRIDER_KILLED"  # "1": what it replaces was killed, and did not crash or hang
+MEASURED = "OUTRIDER_MEASURED"  # what passes cost there, in JSON: see `worker.Measured`
 
 
 class Claim:

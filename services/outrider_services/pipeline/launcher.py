@@ -35,7 +35,7 @@ from outrider.wire.addresses import socket_path
 from outrider_services import logs
 from outrider_services.options import OPTIONS, to_flags
 from outrider_services.pipeline.arguments import gateway_arguments, worker_arguments
-from outrider_services.pipeline.claim import KILLED, TOKEN, Claim
+from outrider_services.pipeline.claim import KILLED, MEASURED, TOKEN, Claim
 from outrider_services.pipeline.places import share_cores
 from outrider_services.table import Settings
 
@@ -58,6 +58,7 @@ class Child:
     ready: asyncio.Event = field(default_factory=asyncio.Event)
     error: OutriderError | None = None
     was_killed: bool = False
+    measured: str = ""  # what it told of its costs: one that is started again need not measure
     starts: deque[float] = field(default_factory=deque)
 
 
@@ -225,7 +226,8 @@ class Launcher:
         """Variables for what no command line may tell."""
         keys = self.settings.server.api_key if child.role == "gateway" else ()
         found = {OPTIONS["server.api_key"].variable: json.dumps(keys)} if keys else {}
-        return {**found, TOKEN: self._token, KILLED: str(int(child.was_killed))}
+        past = {KILLED: str(int(child.was_killed)), MEASURED: child.measured}
+        return {**found, TOKEN: self._token, **past}
 
     async def _start(self, child: Child) -> None:
         child.ready.clear()
@@ -324,6 +326,8 @@ class Launcher:
         elif state == "listening":
             if detail not in self.addresses:  # else it has started again
                 self.addresses.append(detail)
+        elif state == "measured":
+            child.measured = str(detail)
         elif state == "hung":
             self._kill(detail)
         else:

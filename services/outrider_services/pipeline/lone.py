@@ -24,7 +24,7 @@ from outrider.errors import (
 )
 from outrider_services import logs
 from outrider_services.options import to_flags
-from outrider_services.pipeline.claim import KILLED
+from outrider_services.pipeline.claim import KILLED, MEASURED
 from outrider_services.pipeline.launcher import (
     BACKOFF_S,
     RESTARTS,
@@ -51,7 +51,7 @@ class LoneWorker:
         self._arguments = ["worker", role, f"--connect={address}", *flags]
         self._role, self._report, self._log = role, report, log
         self._error: OutriderError | None = None
-        self._was_killed = False
+        self._was_killed, self._measured = False, ""
         self._ends: deque[float] = deque(maxlen=RESTARTS[0] + 1)  # when it died of itself
 
     async def run(self, on_ready: Callable[[], None]) -> None:
@@ -82,8 +82,8 @@ class LoneWorker:
         self._error = None
         reading, writing = os.pipe()  # it ends when nobody holds the writing end any more
         try:
-            killed = {KILLED: str(int(self._was_killed))}
-            process = await begun(self._arguments, (reading,), killed)
+            past = {KILLED: str(int(self._was_killed)), MEASURED: self._measured}
+            process = await begun(self._arguments, (reading,), past)
             try:
                 await asyncio.gather(
                     self._read(process.stdout, on_ready), self._forward(process.stderr)
@@ -115,6 +115,9 @@ class LoneWorker:
     ) -> None:
         if state == "error":
             self._error = from_code(detail, rest[0] if rest else "")
+            return
+        if state == "measured":
+            self._measured = str(detail)
             return
         self._report(self._role, state, float(detail))
         if state == "ready":

@@ -28,11 +28,11 @@ from outrider.wire.router import Router
 from outrider.wire.trial import check_closed
 from outrider_services import options
 from outrider_services.models.loading import build_of, load_engine
-from outrider_services.pipeline.claim import KILLED, TOKEN
+from outrider_services.pipeline.claim import KILLED, MEASURED, TOKEN
 from outrider_services.pipeline.coordinator import Coordinator, Defaults
 from outrider_services.pipeline.draft_worker import DraftWorker
 from outrider_services.pipeline.target_worker import TargetWorker
-from outrider_services.pipeline.worker import Connection, serve
+from outrider_services.pipeline.worker import Connection, Measured, serve
 from outrider_services.table import Settings
 
 log = logging.getLogger(__name__)
@@ -65,10 +65,11 @@ def worker(role: Role, settings: Settings, address: str, parent_fd: int | None) 
     simulated = settings.pipeline.backend == "toy"
     delay_s = settings.toy.link_ms / 1000 if simulated else 0.0
     token, killed = os.environ.pop(TOKEN, ""), os.environ.pop(KILLED, "") == "1"
+    measured = Measured.told(os.environ.pop(MEASURED, ""))
     links, build = settings.links, build_of(settings)
     pipeline, memory = settings.pipeline, settings.pipeline.suffix_memory
     own = credentials(address, role, links.keys or None, insecure=address in links.insecure)
-    connection = Connection(address, 10.0, delay_s, token, killed, own, build)
+    connection = Connection(address, 10.0, delay_s, token, killed, own, build, measured)
 
     def load(progress: Callable[[float], None]) -> Engine:
         return load_engine(role, settings, progress)

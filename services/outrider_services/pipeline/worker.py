@@ -7,6 +7,7 @@ and heartbeats go on while the model works.
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import secrets
 import time
@@ -44,6 +45,14 @@ class Measured(NamedTuple):
     crowd_s: Curve = ()
     rollback_s: float = 0.0
 
+    @classmethod
+    def told(cls, text: str) -> Measured | None:
+        """What an earlier worker of this place told, in JSON; None if it did not."""
+        if not text:
+            return None
+        curve_s, crowd_s, rollback_s = json.loads(text)
+        return cls(tuple(curve_s), tuple(crowd_s), rollback_s)
+
 
 Status = Callable[[str, float | str], None]
 T = TypeVar("T")
@@ -74,6 +83,7 @@ class Connection:
     follows_killed: bool = False  # see `wire.Hello`
     credentials: Credentials | None = None  # where the link needs keys
     build: str = ""  # what the worker computes with, for people to read
+    measured: Measured | None = None  # by the worker that was here before, with the same model
 
 
 class Worker(ABC, Generic[M]):
@@ -313,7 +323,10 @@ async def serve(
 
         model: M = await loop.run_in_executor(owner, load, report)
         try:
-            measured = await loop.run_in_executor(owner, make.measure, model)
+            measured = connection.measured
+            if measured is None:  # a worker that was lost is waited for: the next one saves this
+                measured = await loop.run_in_executor(owner, make.measure, model)
+                status("measured", json.dumps(measured))
             await make(model, owner, measured).run(connection, status)
         finally:
             await loop.run_in_executor(owner, model.close)
