@@ -248,18 +248,31 @@ async def test_who_is_killed_from_outside_is_no_strong_suspicion(up: Pipeline) -
     assert up.outcomes() == {1: ["request_poisoned"]}
 
 
-async def test_with_whom_it_was_killed_twice_go_on_together(up: Pipeline) -> None:
+async def test_with_whom_it_was_killed_thrice_go_on_together(up: Pipeline) -> None:
     """Eight long texts, read one after the other, had kept the last of them for 27 s."""
     one, other = await up.begin(1), await up.begin(2)
-    await dies(up, TARGET, NEXT, 7, follows_killed=True)
-    assert list(texts(up)) == [one, other]
-    await says(up, NEXT, one, 20)  # past the place
-    await dies(up, NEXT, b"third", 8, follows_killed=True)
-    assert list(texts(up, b"third")) == [one, other]  # one was killed with once again
-    await dies(up, b"third", b"fourth", 9, follows_killed=True)
-    assert list(texts(up, b"fourth")) == [one, other]  # for the other it is the third time
-    await dies(up, b"fourth", b"fifth", 10, follows_killed=True)
-    assert list(texts(up, b"fifth")) == [one]  # by now, both may be what kills it
+    peer = TARGET
+    for number in range(10, 13):
+        successor = b"target %d" % number
+        await dies(up, peer, successor, number, follows_killed=True)
+        assert list(texts(up, successor)) == [one, other]
+        peer = successor
+    await dies(up, peer, b"last", 13, follows_killed=True)
+    assert list(texts(up, b"last")) == [one]  # by now, both may be what kills it
+    assert up.outcomes() == {}
+
+
+async def test_who_gets_past_the_place_begins_anew_with_those_who_were_killed(up: Pipeline) -> None:
+    one, other = await up.begin(1), await up.begin(2)
+    peer = TARGET
+    for number in range(10, 15):
+        successor = b"target %d" % number
+        await dies(up, peer, successor, number, follows_killed=True)
+        assert list(texts(up, successor)) == [one, other]
+        if number % 2:  # past the place
+            await says(up, successor, one, 20 + number)
+            await says(up, successor, other, 20 + number)
+        peer = successor
     assert up.outcomes() == {}
 
 

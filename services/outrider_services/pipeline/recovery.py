@@ -20,8 +20,8 @@ from outrider_services.pipeline.sessions import Sessions
 log = logging.getLogger(__name__)
 
 # a request's blame for a target worker that died in its pass, and that with which it is set aside
-CRASHED, KILLED = 5, 2  # whoever kills a process may be the kernel, out of memory
-TRUSTED, MOST_BLAME = 2 * KILLED, 10
+CRASHED, KILLED = 10, 3  # whoever kills a process may be the kernel, out of memory
+TRUSTED, MOST_BLAME = 3 * KILLED, 15
 
 
 class Recovery:
@@ -29,7 +29,8 @@ class Recovery:
 
     Of these suspects one at a time goes on, until it is past all that this pass may have computed;
     the other requests need not wait for that. If the target dies again meanwhile, it was that one.
-    With whom a target was killed once or twice is no suspect yet: mostly it was somebody's doing.
+    With whom targets were killed up to three times in a row is no suspect yet: mostly it was
+    somebody's doing.
     """
 
     def __init__(
