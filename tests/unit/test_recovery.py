@@ -276,6 +276,20 @@ async def test_who_gets_past_the_place_begins_anew_with_those_who_were_killed(up
     assert up.outcomes() == {}
 
 
+async def test_a_kill_is_forgotten_with_the_next_token(up: Pipeline) -> None:
+    """Whatever else its pass may have reached: twenty kills in four minutes had set four aside."""
+    one = await up.begin(1)
+    await up.drafted(one, 3, *range(20, 28))
+    peer = TARGET
+    for number in range(8):
+        successor = b"target %d" % number
+        await dies(up, peer, successor, number, follows_killed=True)
+        assert list(texts(up, successor)) == [one]
+        await says(up, successor, one, 20 + number)
+        peer = successor
+    assert up.outcomes() == {}
+
+
 async def test_a_suspect_that_gets_past_the_place_is_none_any_more(up: Pipeline) -> None:
     one, other = await up.begin(1), await up.begin(2)
     await up.drafted(one, 3, 20, 21)

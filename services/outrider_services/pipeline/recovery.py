@@ -70,6 +70,8 @@ class Recovery:
         if target.hello.follows_killed and self._exposed:
             for request in self._exposed.popitem()[1]:
                 request.blame = max(0, request.blame - CRASHED + KILLED)
+                if request.session and request.blame <= TRUSTED:
+                    request.reach = len(request.session.tokens)  # whatever comes of it clears it
         for request in self._kept():
             if request.blame >= MOST_BLAME:
                 self._set_aside(request)
