@@ -273,9 +273,7 @@ def _add(group: Any, option: Option) -> None:
     if option.repeats:
         more["action"] = "append"
     elif option.kind is bool:
-        more.update(
-            nargs="?", const=True, metavar=None if option.metavar is None else option.metavar
-        )
+        more.update(nargs="?", const=True, metavar=option.metavar or "BOOL")
     elif get_origin(option.kind) is Literal:
         more["metavar"] = "{" + ",".join(get_args(option.kind)) + "}"
     group.add_argument(

@@ -10,6 +10,8 @@ from __future__ import annotations
 import asyncio
 import statistics
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any, cast
@@ -52,6 +54,8 @@ class Feeder:
 
     def _cancel(self, inbox: Inbox) -> None: ...
     def _abandon(self, inbox: Inbox) -> None: ...
+    def _release(self, inbox: Inbox) -> None: ...
+    def _adopt(self, inbox: Inbox) -> None: ...
 
 
 async def measure(*, provenance: bool) -> list[float]:
@@ -61,11 +65,13 @@ async def measure(*, provenance: bool) -> list[float]:
     async def begin(_: object) -> Stream:
         return stream
 
-    async def client() -> None: ...
+    @asynccontextmanager
+    async def answering(ask: object, key: str) -> AsyncIterator[Stream]:
+        yield stream
 
     ask = SimpleNamespace(begin=begin, predict_ms=None, reads_only=False)
     request = SimpleNamespace(scope={"state": {"id": "a", "key": ""}})
-    upstream = SimpleNamespace(client=client, running=Upstream("none").running)
+    upstream = SimpleNamespace(answering=answering, running=Upstream("none").running)
     events = Gateway(cast(Upstream, upstream), ServerOptions())._events(
         cast(Any, request),
         cast(Ask, ask),

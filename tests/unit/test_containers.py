@@ -148,7 +148,8 @@ def test_an_image_is_built_from_arguments_that_it_has(path: Path) -> None:
 
 def test_the_packages_for_vulkan_are_those_that_the_set_up_names() -> None:
     (named,) = re.findall(
-        r"`sudo apt install (libvulkan.*?)`", (ROOT / "scripts/gpus.py").read_text()
+        r"`sudo apt install (libvulkan.*?)`",
+        (ROOT / "services/outrider_services/building/gpus.py").read_text(),
     )
     assert service(CONTAINERS / "vulkan.yml")["build"]["args"]["BUILD_PACKAGES"] == named
 

@@ -1,26 +1,13 @@
-"""What `scripts/setup --gpu` looks for, and what it says where something is missing."""
+"""What `outrider setup --gpu` looks for, and what it says where something is missing."""
 
 from __future__ import annotations
 
-import importlib
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
-
-
-@pytest.fixture(scope="module")
-def gpus() -> Iterator[Any]:
-    sys.path.insert(0, str(SCRIPTS))
-    without_bytecode, sys.dont_write_bytecode = sys.dont_write_bytecode, True
-    yield importlib.import_module("gpus")
-    sys.dont_write_bytecode = without_bytecode
-    sys.path.remove(str(SCRIPTS))
-    sys.modules.pop("gpus", None)
+from outrider_services.building import gpus
 
 
 def tool(path: Path, script: str = "exit 0") -> None:
@@ -45,9 +32,7 @@ def sdk(tmp_path: Path, version: int) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(("version", "is_new"), [(239, False), (272, True), (309, True)])
-def test_vulkans_headers_are_put_together(
-    gpus: Any, tmp_path: Path, version: int, is_new: bool
-) -> None:
+def test_vulkans_headers_are_put_together(tmp_path: Path, version: int, is_new: bool) -> None:
     gpu = gpus.find("vulkan", sdk(tmp_path / "sdk", version))
     assert gpu.cmake_args == ("-DGGML_VULKAN=ON",)
     assert f"headers {version}" in gpu.found  # another version, another wheel
@@ -78,11 +63,11 @@ def test_vulkans_headers_are_put_together(
     ],
 )
 def test_what_vulkan_lacks_is_one_sentence_with_the_command(
-    gpus: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str, told: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str, told: str
 ) -> None:
     environ = sdk(tmp_path, 300)
     (tmp_path / missing).unlink()
-    only(gpus, monkeypatch, tmp_path)
+    only(monkeypatch, tmp_path)
     with pytest.raises(gpus.Lacking) as raised:
         gpus.find("vulkan", environ)
     assert str(raised.value) == (
@@ -91,7 +76,7 @@ def test_what_vulkan_lacks_is_one_sentence_with_the_command(
     )
 
 
-def only(gpus: Any, monkeypatch: pytest.MonkeyPatch, root: Path) -> None:
+def only(monkeypatch: pytest.MonkeyPatch, root: Path) -> None:
     """Have nothing found but below `root`, whatever is installed here."""
     holder, libraries = gpus.holder, gpus.libraries
 
@@ -103,12 +88,12 @@ def only(gpus: Any, monkeypatch: pytest.MonkeyPatch, root: Path) -> None:
 
 
 @pytest.fixture(autouse=True)
-def nothing_installed(gpus: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def nothing_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpus, "CUDA_HOME", "/nowhere")
     monkeypatch.setattr(gpus, "ROCM_HOME", "/nowhere")
 
 
-def test_cuda_needs_its_compiler(gpus: Any, tmp_path: Path) -> None:
+def test_cuda_needs_its_compiler(tmp_path: Path) -> None:
     with pytest.raises(gpus.Lacking, match=r"needs the compiler nvcc; `sudo apt install nvidia-"):
         gpus.find("cuda", {"PATH": "/nowhere", "CUDACXX": str(tmp_path / "nvcc")})
     tool(tmp_path / "bin" / "nvcc", "echo Cuda tools; echo V12.8.93")
@@ -130,7 +115,7 @@ def test_cuda_needs_its_compiler(gpus: Any, tmp_path: Path) -> None:
     ],
 )
 def test_rocm_has_to_be_new_and_whole(
-    gpus: Any, tmp_path: Path, version: str, libraries: tuple[str, ...], told: str
+    tmp_path: Path, version: str, libraries: tuple[str, ...], told: str
 ) -> None:
     script = f"case $1 in --version) echo {version};; -R) echo {tmp_path};; *) echo /llvm;; esac"
     tool(tmp_path / "bin" / "hipconfig", script)
@@ -147,12 +132,12 @@ def test_rocm_has_to_be_new_and_whole(
     assert gpu.cmake_args == ("-DGGML_HIP=ON",)
 
 
-def test_rocm_that_is_not_there_is_told(gpus: Any) -> None:
+def test_rocm_that_is_not_there_is_told() -> None:
     with pytest.raises(gpus.Lacking, match="needs the program hipconfig; AMD's packages"):
         gpus.find("rocm", {"PATH": "/nowhere"})
 
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="Metal is there")
-def test_metal_is_for_macos(gpus: Any) -> None:
+def test_metal_is_for_macos() -> None:
     with pytest.raises(gpus.Lacking, match="needs macOS; on Linux, take cuda, rocm or vulkan"):
         gpus.find("metal", {"PATH": "/usr/bin"})

@@ -19,6 +19,7 @@ from outrider_services import logs, outlet, sources
 from outrider_services.commands import (
     bench,
     children,
+    completion,
     descriptors,
     devices,
     doctor,
@@ -27,6 +28,7 @@ from outrider_services.commands import (
     pipelines,
     run,
     serve,
+    setup,
     show,
     top,
     tune,
@@ -97,6 +99,22 @@ VERBS = (
         tune.tune,
         ("target", "draft", "pipeline", "log"),
         tune.flags,
+    ),
+    Verb(
+        "setup",
+        "build llama.cpp for this processor, and for a kind of GPU if named",
+        setup.setup,
+        (),
+        setup.flags,
+        connects=False,
+    ),
+    Verb(
+        "completion",
+        "print what lets a shell complete commands and flags",
+        completion.completion,
+        (),
+        completion.flags,
+        connects=False,
     ),
     Verb("ls", "list the models in the caches", models.ls, connects=False),
     Verb(

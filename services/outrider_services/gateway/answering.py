@@ -88,11 +88,10 @@ class Gateway:
     @asynccontextmanager
     async def _answering(self, request: Request, ask: Ask) -> AsyncIterator[Answer]:
         """Ask the pipeline; whatever happens, nothing is generated for it afterwards."""
-        state = request.scope["state"]
-        stream = await ask.begin(await self.upstream.client(), state["key"])
-        async with stream:
-            with self.upstream.running(state["id"], state["key"], stream):
-                yield Answer(state["id"], ask, stream)
+        name, key = request.scope["state"]["id"], request.scope["state"]["key"]
+        async with self.upstream.answering(ask, key) as stream:
+            with self.upstream.running(name, key, stream):
+                yield Answer(name, ask, stream)
 
 
 def listed(ignored: Sequence[str]) -> dict[str, str]:

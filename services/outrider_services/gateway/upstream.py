@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
 from outrider.client import AsyncClient, Stream, connect
 from outrider.errors import BadRequest, UnknownRequest, WorkerLost
+from outrider_services.gateway.asking import Ask
 
 REACH_S = 1.0  # most that connecting to the coordinator may take
 HEALTH_S = 2.0  # most that its answer may take
@@ -66,6 +67,12 @@ class Upstream:
         found = targets((await self.ready())["workers"])
         slots = sum(one["slots"] for one in found.values())
         return {**next(iter(found.values())), "slots": slots}
+
+    @asynccontextmanager
+    async def answering(self, ask: Ask, key: str) -> AsyncIterator[Stream]:
+        """Ask for an answer; whatever happens, nothing is generated for it afterwards."""
+        async with await ask.begin(await self.client(), key) as stream:
+            yield stream
 
     @contextmanager
     def running(self, name: str, key: str, stream: Stream) -> Iterator[None]:

@@ -104,7 +104,7 @@ def compiler() -> str:
         return ""
     return (
         "llama.cpp was built by gcc here; built by clang with libomp, it verified 8 rows in half "
-        "to 3/4 of the time on processors with AVX2: `scripts/setup --again` chooses anew."
+        "to 3/4 of the time on processors with AVX2: `outrider setup --again` chooses anew."
     )
 
 

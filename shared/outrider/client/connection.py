@@ -70,6 +70,25 @@ class Connection:
         with suppress(RuntimeError):  # the loop is closed, and the connection with it
             self._loop.call_soon_threadsafe(self._drop, inbox)
 
+    def _release(self, inbox: Inbox) -> None:
+        """Another connection goes on with this call, wherever it stands."""
+        if inbox in self._inboxes:
+            self._inboxes.forget(inbox)
+            if self._link and inbox.is_on_its_way:
+                with suppress(ConnectionFailed):  # then nobody is left to cancel it
+                    self._send(wire.Cancel(inbox.call))
+
+    def _adopt(self, inbox: Inbox) -> None:
+        """Ask here for what has not come of a call that another connection has released."""
+        question = self._inboxes.adopt(inbox, next(self._calls))
+        if question is None:
+            self._inboxes.forget(inbox)
+            inbox.put_nowait(ConnectionFailed("it was asked of too many pipelines in vain"))
+        elif self._is_sent(question):
+            inbox.is_on_its_way = True
+        else:
+            self._await_return()
+
     def _drop(self, inbox: Inbox) -> None:
         if inbox in self._inboxes:
             self._inboxes.forget(inbox)

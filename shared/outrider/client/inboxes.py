@@ -121,6 +121,13 @@ class Inboxes:
             else:
                 self._fail(inbox, why)
 
+    def adopt(self, inbox: Inbox, call: int) -> Repeatable | None:
+        """Take over one of another connection's; what to ask for it here, as `Inbox.again`."""
+        inbox.is_on_its_way = False
+        question = inbox.again(call)
+        self._by_call[call] = inbox
+        return question
+
     def _fail(self, inbox: Inbox, why: str) -> None:
         self.forget(inbox)
         with suppress(RuntimeError):  # who waited for it in a loop that is closed does no more

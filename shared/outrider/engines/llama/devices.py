@@ -17,7 +17,7 @@ KINDS = ("cpu", "gpu", "igpu", "accel", "meta")  # enum ggml_backend_dev_type
 PROCESSOR = ("none", "cpu")  # how one may name it
 SOFTWARE = ("llvmpipe", "SwiftShader")  # what Vulkan offers, and the processor computes
 NO_GPU = (
-    "llama.cpp sees no device here but the processor (`scripts/setup --gpu` builds it for GPUs; "
+    "llama.cpp sees no device here but the processor (`outrider setup --gpu` builds it for GPUs; "
     "one of Vulkan's that is made of software must be named in GGML_VK_VISIBLE_DEVICES)"
 )
 

@@ -379,7 +379,7 @@ def _library() -> tuple[Any, Any]:
         import llama_cpp.llama_cpp as lib
     except ImportError as exc:
         raise ModelUnusable(
-            f"a model needs llama-cpp-python: pip install 'outrider[llama]' ({exc})"
+            f"a model needs llama-cpp-python: `outrider setup` builds it ({exc})"
         ) from exc
     except RuntimeError as exc:  # as where a GPU's driver is missing that it was built for
         raise ModelUnusable(f"the library of llama.cpp cannot be loaded here: {exc}") from exc

@@ -21,7 +21,7 @@ def kernels() -> Path | None:
 
 
 def built_by() -> str:
-    """The compiler, as scripts/setup has noted it beside the library; "" if it has not."""
+    """The compiler, as `outrider setup` has noted it beside the library; "" if it has not."""
     path = kernels()
     with suppress(OSError):
         return (path.parent / "built-by.txt").read_text("utf-8").strip() if path else ""

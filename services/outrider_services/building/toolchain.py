@@ -37,7 +37,7 @@ int main() { return omp_get_max_threads() < 1; }
 """
 HINT = (
     "clang with libomp would build a library that verifies 8 rows in {} of the time: "
-    "`sudo apt install clang-19 libomp-19-dev`, then `scripts/setup --again`"
+    "`sudo apt install clang-19 libomp-19-dev`, then `outrider setup --again`"
 )
 
 
