@@ -154,17 +154,19 @@ class Held(Lease):
         self._response.cancel()
 
 
-async def forward(scope: Any, receive: Any, send: Any) -> None:
-    """The application in ASGI: that of the gateway in whose process this is."""
-    if scope["type"] == "lifespan":
-        for kind in ("startup", "shutdown"):
-            await receive()
-            await send({"type": f"lifespan.{kind}.complete"})
-        return
-    await serve.get_replica_context().servable_object.app(scope, receive, send)
+class Forward:
+    """The application in ASGI that Serve takes: that of the gateway in whose process it is."""
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "lifespan":
+            for kind in ("startup", "shutdown"):
+                await receive()
+                await send({"type": f"lifespan.{kind}.complete"})
+            return
+        await serve.get_replica_context().servable_object.http(scope, receive, send)
 
 
-@serve.ingress(forward)
+@serve.ingress(Forward())
 class Ingress:
     """The deployment's class that takes HTTP: outrider's gateway, in front of all replicas."""
 
@@ -172,7 +174,7 @@ class Ingress:
         self._lease = replicas.options(method_name="lease", stream=True)
         is_open = bool(settings.links.insecure)
         upstream = Replicas(self._find, keys=settings.links.keys or None, insecure=is_open)
-        self.app = application(Gateway(upstream, settings.server), Rules.of(settings.server))
+        self.http = application(Gateway(upstream, settings.server), Rules.of(settings.server))
 
     async def _find(self, begins: Sequence[str], lost: Sequence[str]) -> Lease:
         response = self._lease.remote(list(begins), list(lost))
