@@ -22,7 +22,8 @@ pytestmark = [pytest.mark.model, pytest.mark.timeout(900)]
 
 VISIBLE = "GGML_VK_VISIBLE_DEVICES"
 PROMPTS = ("The future of AI is", "def merge(left, right):")
-COUNT = 24
+# tokens; a draft on a device made of software needs more than a second to its first block
+COUNTS = {"draft-on-vulkan": 240, "target-on-vulkan": 24}
 PLACEMENTS = {"draft-on-vulkan": ("--device-draft=Vulkan0",), "target-on-vulkan": ("-dev=Vulkan0",)}
 FIXED = ("--n-draft=4", "--spec-draft-n-min=4")  # blocks are verified whether they pay or not
 READY_S = 600  # made of software, a device first translates some dozen programs for itself
@@ -72,16 +73,17 @@ def test_each_worker_computes_where_it_was_placed(
 def test_the_text_is_the_targets_wherever_they_are(
     pair: tuple[str, Client], prompt: str, request: pytest.FixtureRequest
 ) -> None:
-    _, client = pair
+    placement, client = pair
+    count = COUNTS[placement]
 
     def ask(mode: Mode) -> Completion:
         answer: Completion = client.create_completion(
-            prompt, max_tokens=COUNT, mode=mode, temperature=0.0
+            prompt, max_tokens=count, mode=mode, temperature=0.0
         )
         return answer
 
     plain = ask("plain")
-    assert len(plain.tokens) == COUNT
+    assert len(plain.tokens) == count
     modes: tuple[Mode, ...] = ("sync", "pipelined")
     for mode in modes:
         answer = ask(mode)

@@ -34,9 +34,11 @@ class Shape:
 
     replicas: str = "1"  # or a range, as "1-4": see `scaling`
     gateways: str = "1"  # that take HTTP
+    routing: str = "prefix"  # to who has read most of a text; "default": as Serve does it
     strategy: str = "PACK"  # of the two bundles: on one node if it has room; SPREAD: on two
     target: str = '{"CPU": 1}'  # what the bundle of coordinator and target takes, in JSON
     draft: str = '{"CPU": 1}'
+    gateway: str = '{"CPU": 1}'  # what each gateway takes
     waiting: str = "4"  # requests that may wait at a replica, for a cache that they know
     tokens_per_s: str = "0"  # that each request is to get where there is a range; 0: whatever comes
     upscale_s: str = "10"  # for so long it must be too little …
@@ -52,22 +54,6 @@ def app(args: Mapping[str, Any]) -> serve.Application:
     """Raises ConfigError for an argument that is wrong."""
     shape, settings = read(args)
     places = settings.pipeline.parallel
-    least, most = shape.least_most
-    scaling: dict[str, Any] = {"num_replicas": least}
-    if most > least:
-        kwargs = {"places": places, "tokens_per_s": float(shape.tokens_per_s)}
-        policy = AutoscalingPolicy(
-            policy_function="outrider_services.cluster.scaling:Policy", policy_kwargs=kwargs
-        )
-        scaling = {
-            "autoscaling_config": AutoscalingConfig(
-                min_replicas=least,
-                max_replicas=most,
-                upscale_delay_s=float(shape.upscale_s),
-                downscale_delay_s=float(shape.downscale_s),
-                policy=policy,
-            )
-        }
     bundles = [bundle(shape.target), bundle(shape.draft)]
     replica = serve.deployment(
         Replica,
@@ -79,19 +65,45 @@ def app(args: Mapping[str, Any]) -> serve.Application:
         graceful_shutdown_timeout_s=settings.coordinator.drain_s,
         health_check_period_s=5,
         health_check_timeout_s=30,
-        request_router_config=RequestRouterConfig(
-            request_router_class="outrider_services.cluster.routing:PrefixRouter"
-        ),
-        **scaling,
+        **routed(shape),
+        **scaled(shape, places),
     ).bind(settings)
     gateway = serve.deployment(
         Ingress,
         name="gateway",
         num_replicas=int(shape.gateways),
+        ray_actor_options=of_actor(bundle(shape.gateway)),
         max_ongoing_requests=GATEWAY_REQUESTS,
         graceful_shutdown_timeout_s=settings.coordinator.drain_s,
     )
     return gateway.bind(replica, settings)
+
+
+def routed(shape: Shape) -> dict[str, Any]:
+    """How Serve is to choose a replica."""
+    if shape.routing != "prefix":
+        return {}
+    router = "outrider_services.cluster.routing:PrefixRouter"
+    return {"request_router_config": RequestRouterConfig(request_router_class=router)}
+
+
+def scaled(shape: Shape, places: int) -> dict[str, Any]:
+    """How many replicas Serve is to keep, each of which has so many `places`."""
+    least, most = shape.least_most
+    if most == least:
+        return {"num_replicas": least}
+    policy = AutoscalingPolicy(
+        policy_function="outrider_services.cluster.scaling:Policy",
+        policy_kwargs={"places": places, "tokens_per_s": float(shape.tokens_per_s)},
+    )
+    config = AutoscalingConfig(
+        min_replicas=least,
+        max_replicas=most,
+        upscale_delay_s=float(shape.upscale_s),
+        downscale_delay_s=float(shape.downscale_s),
+        policy=policy,
+    )
+    return {"autoscaling_config": config}
 
 
 def read(args: Mapping[str, Any]) -> tuple[Shape, Settings]:
@@ -115,11 +127,13 @@ def read(args: Mapping[str, Any]) -> tuple[Shape, Settings]:
         least, most = shape.least_most
         numbers = int(shape.gateways), int(shape.waiting), least, most - least + 1
         ranges = float(shape.tokens_per_s), float(shape.upscale_s), float(shape.downscale_s)
-        bundle(shape.target), bundle(shape.draft)
+        bundle(shape.target), bundle(shape.draft), bundle(shape.gateway)
     except ValueError as exc:
         raise ConfigError(f"an argument of the application is wrong: {exc}") from None
     if min(numbers[0], *numbers[2:]) < 1 or min(numbers[1], *ranges) < 0:
         raise ConfigError("replicas and gateways must be 1 or more, and the times 0 or more")
+    if shape.routing not in ("prefix", "default"):
+        raise ConfigError(f"routing must be prefix or default, not {shape.routing!r:.50}")
     return shape, sources.settings(values, str(config) if config else None)
 
 

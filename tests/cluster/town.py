@@ -1,0 +1,145 @@
+"""A Ray cluster of several nodes on this machine, with our application on it, and who asks it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import socket
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import httpx2 as httpx
+import ray
+from ray import serve
+from ray.cluster_utils import Cluster
+from ray.serve.schema import ApplicationStatus
+from tests.attack.service import with_paths
+
+from outrider_services.cluster.application import app
+
+READY_S, ANSWER_S = 120.0, 120.0
+# a bundle that is on the nodes of pairs alone; gateways are on the first node, which stays
+ON_PAIR, ON_DRAFT = '{"CPU": 0.1, "pair": 1}', '{"CPU": 0.1, "draft": 1}'
+ON_HEAD = '{"CPU": 0.1, "head": 0.1}'
+TOY: Mapping[str, str] = {
+    "pipeline.backend": "toy",
+    "links.insecure": "tcp://0.0.0.0:0",  # the nodes are all on this machine
+    "target": ON_PAIR,
+    "draft": '{"CPU": 0.1}',
+    "gateway": ON_HEAD,
+}
+
+
+@dataclass(slots=True)
+class Asked:
+    """What came of a request: its text, and when each piece of it came."""
+
+    text: str = ""
+    error: str = ""
+    began: float = field(default_factory=time.monotonic)
+    came: list[float] = field(default_factory=list)
+    tokens: int = 0
+    cached: int = 0
+    prompt: int = 0
+
+    @property
+    def longest_s(self) -> float:
+        """The longest wait for a piece."""
+        return max((b - a for a, b in pairwise([self.began, *self.came])), default=0.0)
+
+
+class Town:
+    """The cluster; `async with`."""
+
+    def __init__(self) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.url = f"http://127.0.0.1:{free.getsockname()[1]}"
+        self._http = httpx.AsyncClient(
+            base_url=self.url, timeout=ANSWER_S, limits=httpx.Limits(max_connections=None)
+        )
+
+    async def __aenter__(self) -> Town:
+        os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+        head = {"num_cpus": 2, "include_dashboard": False, "resources": {"head": 1}}
+        self.cluster = Cluster(initialize_head=True, head_node_args=head)
+        paths = {"PYTHONPATH": with_paths(os.environ)["PYTHONPATH"]}
+        ray.init(address=self.cluster.address, log_to_driver=False, runtime_env={"env_vars": paths})
+        port = int(self.url.rpartition(":")[2])
+        serve.start(http_options={"host": "127.0.0.1", "port": port, "location": "HeadOnly"})
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._http.aclose()
+        serve.shutdown()
+        ray.shutdown()
+        self.cluster.shutdown()
+
+    def node(self, **resources: float) -> Any:
+        """One more node."""
+        return self.cluster.add_node(num_cpus=4, resources=resources)
+
+    async def deploy(self, **arguments: str) -> None:
+        """Our application with these arguments, in the place of whatever runs."""
+        made = app({**TOY, **arguments})
+        await asyncio.to_thread(serve.run, made, route_prefix="/", blocking=False)
+        least = int(arguments.get("replicas", "1").partition("-")[0])
+        await self.until(lambda: self.replicas() >= least, READY_S)
+
+    def replicas(self) -> int:
+        """Pipelines that run."""
+        found = serve.status().applications["default"]
+        if found.status not in (ApplicationStatus.RUNNING, ApplicationStatus.DEPLOYING):
+            return 0
+        return int(found.deployments["pipeline"].replica_states.get("RUNNING", 0))
+
+    async def until(self, holds: Callable[[], bool], within_s: float) -> float:
+        """Seconds until it holds. Raises TimeoutError."""
+        began = time.monotonic()
+        while not await asyncio.to_thread(holds):
+            if time.monotonic() - began > within_s:
+                raise TimeoutError(f"it does not hold after {within_s:.0f} s")
+            await asyncio.sleep(0.1)
+        return time.monotonic() - began
+
+    async def health(self) -> dict[str, Any]:
+        found: dict[str, Any] = (await self._http.get("/health")).json()
+        return found
+
+    async def ask(self, messages: list[dict[str, str]], tokens: int, **more: Any) -> Asked:
+        """A conversation's next turn, streamed."""
+        body = {"messages": messages, "max_tokens": tokens, "temperature": 0, "stream": True,
+                "stream_options": {"include_usage": True}, "ignore_eos": True, **more}  # fmt: skip
+        asked = Asked()
+        try:
+            async with self._http.stream("POST", "/v1/chat/completions", json=body) as answer:
+                if answer.status_code != 200:
+                    asked.error = (await answer.aread()).decode()[:300]
+                    return asked
+                async for line in answer.aiter_lines():
+                    if line.startswith("data: {"):
+                        self._take(asked, json.loads(line.removeprefix("data: ")))
+        except httpx.HTTPError as exc:
+            asked.error = f"{type(exc).__name__}: {exc}"
+        if not asked.error and asked.tokens != tokens:
+            asked.error = f"{asked.tokens} of {tokens} tokens"
+        return asked
+
+    def _take(self, asked: Asked, event: dict[str, Any]) -> None:
+        if "error" in event:
+            asked.error = str(event["error"])[:300]
+        for choice in event.get("choices", ()):
+            if piece := choice.get("delta", {}).get("content"):
+                asked.text += piece
+                asked.came.append(time.monotonic())
+        if usage := event.get("usage"):
+            asked.tokens, asked.prompt = usage["completion_tokens"], usage["prompt_tokens"]
+            asked.cached = usage["prompt_tokens_details"]["cached_tokens"]
+
+
+def said(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
