@@ -23,11 +23,13 @@ pytestmark = [pytest.mark.model, pytest.mark.timeout(900)]
 VISIBLE = "GGML_VK_VISIBLE_DEVICES"
 PROMPTS = ("The future of AI is", "def merge(left, right):")
 # tokens; a draft on a device made of software needs more than a second to its first block
-COUNTS = {"draft-on-vulkan": 240, "target-on-vulkan": 24}
+COUNTS = {"draft-on-vulkan": 200, "target-on-vulkan": 24}
 PLACEMENTS = {"draft-on-vulkan": ("--device-draft=Vulkan0",), "target-on-vulkan": ("-dev=Vulkan0",)}
 FIXED = ("--n-draft=4", "--spec-draft-n-min=4")  # blocks are verified whether they pay or not
 READY_S = 600  # made of software, a device first translates some dozen programs for itself
-FLAGS = ("--ctx=256", "--parallel=1", "--draft-quant=off", f"--ready-timeout={READY_S}", *FIXED)
+# Mesa's device made of software crashes where a pass has several sequences (seen with 22.3)
+ALONE = ("--parallel=1", "--draft-branches=0")
+FLAGS = ("--ctx=256", *ALONE, "--draft-quant=off", f"--ready-timeout={READY_S}", *FIXED)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -78,7 +80,7 @@ def test_the_text_is_the_targets_wherever_they_are(
 
     def ask(mode: Mode) -> Completion:
         answer: Completion = client.create_completion(
-            prompt, max_tokens=count, mode=mode, temperature=0.0
+            prompt, max_tokens=count, mode=mode, temperature=0.0, ignore_eos=True
         )
         return answer
 

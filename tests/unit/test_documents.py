@@ -11,6 +11,7 @@ import outrider
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = ["README.md", ".github/CONTRIBUTING.md", ".github/SECURITY.md", "deploy/CHANGELOG.md",
+         "deploy/VERSIONS.md",
          "deploy/performance/README.md"]  # fmt: skip
 LINK = re.compile(r"\]\((?!https?:)([^)#]+)\)")
 PATH = re.compile(r"(?<![\w/.])((?:shared|services|tests|deploy|scripts|\.github)/[\w./-]*\w)")
