@@ -11,8 +11,11 @@ import statistics
 import sys
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
 
+from ray import serve
 from tests.chaos.campaign import Row
+from tests.cluster.clock import Ticking
 from tests.cluster.town import ON_DRAFT, Asked, Town, said
 
 from outrider_services.terminal import show, tell
@@ -25,8 +28,7 @@ SLOW = {"toy.step_ms": "20", "toy.draft_ms": "2", "toy.row_ms": "0.05"}
 async def kill(town: Town) -> list[Row]:
     """A node with one of two pairs dies under 32 streams."""
     first, second = town.node(pair=1), town.node(pair=1)
-    settings = {**SLOW, "replicas": "2", "pipeline.parallel": "32"}
-    await town.deploy(**settings)
+    await town.deploy({**SLOW, "replicas": "2", "pipeline.parallel": "32"})
     prompts = [said(f"Tell me of ship number {n}.") for n in range(STREAMS)]
     calm = await asyncio.gather(*(town.ask(one, LONG) for one in prompts))
     asking = asyncio.gather(*(town.ask(one, LONG) for one in prompts))
@@ -61,8 +63,7 @@ def waited(asked: Asked, at: float) -> float:
 async def scale(town: Town) -> list[Row]:
     """From one replica to four and back, under load."""
     node = town.node(pair=4)
-    settings = {**SLOW, "replicas": "1-4", "upscale_s": "1", "downscale_s": "4"}
-    await town.deploy(**settings)
+    await town.deploy({**SLOW, "replicas": "1-4", "upscale_s": "1", "downscale_s": "4"})
     errors: list[str] = []
     wanted, count = 24, 0
     ends = False
@@ -97,7 +98,7 @@ async def scale(town: Town) -> list[Row]:
 async def draft(town: Town) -> list[Row]:
     """The node of the draft's bundle dies, and another one comes."""
     pair, lost = town.node(pair=1), town.node(draft=1)
-    await town.deploy(**SLOW, strategy="SPREAD", draft=ON_DRAFT)
+    await town.deploy({**SLOW, "strategy": "SPREAD", "draft": ON_DRAFT})
     await town.until(lambda: asyncio.run(drafts(town.url)), 60.0)
     prompts = [said(f"Tell me of island number {n}.") for n in range(4)]
     calm = await asyncio.gather(*(town.ask(one, LONG) for one in prompts))
@@ -135,7 +136,8 @@ async def linear(town: Town) -> list[Row]:
     node = town.node(pair=4)
     speeds: dict[int, float] = {}
     for pairs in (1, 2, 4):
-        await town.deploy(**{"toy.step_ms": "100", "toy.draft_ms": "10"}, replicas=str(pairs))
+        calm = {"toy.step_ms": "100", "toy.draft_ms": "10"}
+        await town.deploy({**calm, "replicas": str(pairs)})
         prompts = [said(f"Pair {pairs}, stream {n}.") for n in range(2 * pairs)]
         await asyncio.gather(*(town.ask(one, SHORT) for one in prompts))
         began = time.monotonic()
@@ -153,7 +155,8 @@ async def prefix(town: Town) -> list[Row]:
     shares = {}
     for routing in ("prefix", "default"):
         quick = {"toy.step_ms": "10", "toy.draft_ms": "1"}
-        await town.deploy(**quick, replicas="4", routing=routing, **{"pipeline.parallel": "8"})
+        many = {"replicas": "4", "pipeline.parallel": "8"}
+        await town.deploy({**quick, **many, "routing": routing})
         first = [said(f"Conversation {n} of {routing}: " + "word " * 60) for n in range(20)]
         answers = await asyncio.gather(*(town.ask(one, SHORT) for one in first))
         seconds = [
@@ -171,12 +174,48 @@ async def prefix(town: Town) -> list[Row]:
     return [Row("second turns that hit", wanted, told, shares["prefix"] >= 0.9)]
 
 
+async def share(town: Town) -> list[Row]:
+    """What Ray takes of each fragment: the way from a gateway's replica to the client."""
+    ticking: Any = Ticking
+    at = {"name": "clock", "route_prefix": "/clock", "blocking": False}
+    await asyncio.to_thread(serve.run, ticking.bind(), **at)
+    await town.until(lambda: town.is_up("clock"), 60.0)
+    took = [1000 * late_s for late_s in await town.lateness("/clock")]
+    await asyncio.to_thread(serve.delete, "clock")
+    median = statistics.median(took)
+    told = f"p50 {median:.2f} ms, p99 {quantile(took, 0.99):.2f} ms"
+    return [Row("Ray's share of a fragment", "median ≤ 3 ms", told, median <= 3.0)]
+
+
+def quantile(values: Sequence[float], part: float) -> float:
+    return sorted(values)[min(len(values) - 1, int(part * len(values)))]
+
+
+async def pair(town: Town) -> list[Row]:
+    """The default pair of models, through Ray and alone."""
+    node = town.node(pair=1)
+    await town.deploy({"pipeline.backend": "llama"}, within_s=300.0)
+    prompt, count = "def merge(left, right):", 48
+    through = await town.complete(prompt, count)
+    command = [sys.executable, "-m", "outrider_services", "run", "--temp=0", f"-n{count}"]
+    alone = await asyncio.create_subprocess_exec(
+        *command, "--no-stats", prompt, stdout=asyncio.subprocess.PIPE
+    )
+    text = (await alone.communicate())[0].decode()
+    town.cluster.remove_node(node, True)
+    is_same = through.strip() == text.strip()
+    told = f"{count} tokens, {'the same text' if is_same else f'{through!r} and {text!r}'}"
+    return [Row("the default pair through Ray", "the same text as alone", told, is_same)]
+
+
 PARTS: dict[str, Callable[[Town], Awaitable[list[Row]]]] = {
     "kill": kill,
     "scale": scale,
     "draft": draft,
     "linear": linear,
     "prefix": prefix,
+    "share": share,
+    "pair": pair,
 }
 
 

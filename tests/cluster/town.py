@@ -83,12 +83,15 @@ class Town:
         """One more node."""
         return self.cluster.add_node(num_cpus=4, resources=resources)
 
-    async def deploy(self, **arguments: str) -> None:
+    async def deploy(self, arguments: Mapping[str, str], within_s: float = READY_S) -> None:
         """Our application with these arguments, in the place of whatever runs."""
         made = app({**TOY, **arguments})
         await asyncio.to_thread(serve.run, made, route_prefix="/", blocking=False)
         least = int(arguments.get("replicas", "1").partition("-")[0])
-        await self.until(lambda: self.replicas() >= least, READY_S)
+        await self.until(lambda: self.replicas() >= least, within_s)
+
+    def is_up(self, name: str) -> bool:
+        return bool(serve.status().applications[name].status == ApplicationStatus.RUNNING)
 
     def replicas(self) -> int:
         """Pipelines that run."""
@@ -128,6 +131,20 @@ class Town:
         if not asked.error and asked.tokens != tokens:
             asked.error = f"{asked.tokens} of {tokens} tokens"
         return asked
+
+    async def complete(self, prompt: str, tokens: int) -> str:
+        """The whole text behind a prompt."""
+        body = {"prompt": prompt, "max_tokens": tokens, "temperature": 0}
+        answer = await self._http.post("/v1/completions", json=body)
+        return str(answer.json()["choices"][0]["text"])
+
+    async def lateness(self, path: str) -> list[float]:
+        """Seconds by which each line comes after the time that it tells."""
+        late = []
+        async with self._http.stream("GET", path) as answer:
+            async for line in answer.aiter_lines():
+                late.append(time.monotonic() - float(line))
+        return late
 
     def _take(self, asked: Asked, event: dict[str, Any]) -> None:
         if "error" in event:
