@@ -75,21 +75,23 @@ def test_each_worker_computes_where_it_was_placed(
 def test_the_text_is_the_targets_wherever_they_are(
     pair: tuple[str, Client], prompt: str, request: pytest.FixtureRequest
 ) -> None:
-    placement, client = pair
-    count = COUNTS[placement]
+    _, client = pair
+    costs = client.health()["costs"]
+    # a device made of software may read more slowly than the target writes: its draft never rides
+    keeps_up = costs["draft"]["2"] < costs["target"]["1"]
 
     def ask(mode: Mode) -> Completion:
         answer: Completion = client.create_completion(
-            prompt, max_tokens=count, mode=mode, temperature=0.0, ignore_eos=True
+            prompt, max_tokens=COUNT, mode=mode, temperature=0.0, ignore_eos=True
         )
         return answer
 
     plain = ask("plain")
-    assert len(plain.tokens) == count
+    assert len(plain.tokens) == COUNT
     modes: tuple[Mode, ...] = ("sync", "pipelined")
     for mode in modes:
         answer = ask(mode)
-        assert answer.stats.accepted_tokens > 0
+        assert answer.stats.accepted_tokens > 0 or not keeps_up
         difference = first_difference(sample(mode, answer), sample("plain", plain))
         request.node.user_properties.append((mode, str(difference or "the same tokens")))
         assert difference is None or difference.is_near, str(difference)
