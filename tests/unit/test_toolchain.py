@@ -126,6 +126,8 @@ def test_ziglang_comes_with_an_openmp(tmp_path: Path) -> None:
     library = folder / "numba" / "libomp.so"
     assert found.runtime == (library, "libomp.so")
     assert sorted(found.cmake_args) == [
+        f"-DCMAKE_AR={folder}/zig-ar",
+        f"-DCMAKE_RANLIB={folder}/zig-ranlib",
         "-DOpenMP_CXX_FLAGS=-fopenmp",
         "-DOpenMP_CXX_LIB_NAMES=omp",
         "-DOpenMP_C_FLAGS=-fopenmp",

@@ -182,17 +182,18 @@ def equipped(compiler: Compiler, folder: Path, fetch: Callable[[Path, str], None
         return replace(compiler, runtime=(library, "libgomp.so.1"))
     fetch(folder, ZIGLANG)
     (folder / "omp.h").write_text(OPENMP_HEADER)
-    cc, cxx = (wrapped(folder, name) for name in ("cc", "c++"))
+    cc, cxx = (wrapped(folder, name, f"-I{folder}") for name in ("cc", "c++"))
+    archivers = [f"-DCMAKE_{name.upper()}={wrapped(folder, name)}" for name in ("ar", "ranlib")]
     openmp = [f"-DOpenMP_{of}_{what}" for of in ("C", "CXX")
               for what in ("FLAGS=-fopenmp", "LIB_NAMES=omp")]  # fmt: skip
-    args = (*openmp, f"-DOpenMP_omp_LIBRARY={library}")
+    args = (*archivers, *openmp, f"-DOpenMP_omp_LIBRARY={library}")
     return replace(ZIG, cc=cc, cxx=cxx, cmake_args=args, runtime=(library, library.name))
 
 
-def wrapped(folder: Path, name: str) -> str:
-    """`zig cc` or `zig c++` as a program by itself, which is what CMake wants of a compiler."""
+def wrapped(folder: Path, name: str, *flags: str) -> str:
+    """`zig cc`, `zig ar` and so on as programs by themselves, which is what CMake wants of them."""
     cache = shlex.quote(str(folder / "cache"))
-    call = shlex.join([str(folder / "ziglang" / "zig"), name, f"-I{folder}"])
+    call = shlex.join([str(folder / "ziglang" / "zig"), name, *flags])
     wrapper = folder / f"zig-{name}"
     wrapper.write_text(
         f"#!/bin/sh\nexport ZIG_GLOBAL_CACHE_DIR={cache} ZIG_LOCAL_CACHE_DIR={cache}\n"
