@@ -18,6 +18,8 @@ from tests.chaos.campaign import Row
 from tests.cluster.clock import Ticking
 from tests.cluster.town import ON_DRAFT, Asked, Town, said
 
+from outrider_services.bench.planning import Devices, measured, plans
+from outrider_services.table import Settings
 from outrider_services.terminal import show, tell
 
 STREAMS = 32
@@ -187,6 +189,28 @@ async def share(town: Town) -> list[Row]:
     return [Row("Ray's share of a fragment", "median ≤ 3 ms", told, median <= 3.0)]
 
 
+async def plan(town: Town) -> list[Row]:
+    """What `outrider plan` expects of two pairs, and what they do."""
+    devices, users = Devices(0.1, (1.0, 1.02, 1.04, 1.06), 0.01, 0.8), (2, 8, 16)
+    loads = await measured(Settings(), devices, max(users) // 2, LONG // 2)
+    node = town.node(pair=2)
+    toy = devices.simulated(Settings(), 1).toy
+    costs = {"toy.step_ms": toy.step_ms, "toy.rows": toy.rows, "toy.draft_ms": toy.draft_ms}
+    many = {"replicas": "2", "pipeline.parallel": "64", "toy.row_ms": "0"}
+    await town.deploy({**many, **{key: str(value) for key, value in costs.items()}})
+    ratios = {}
+    for number in users:
+        prompts = [said(f"User {n} of {number} asks.") for n in range(number)]
+        answers = await asyncio.gather(*(town.ask(one, LONG // 2) for one in prompts))
+        rates = [one.tokens / (one.came[-1] - one.came[0]) for one in answers]
+        expected = next(one for one in plans(loads, number) if one.pairs == 2)
+        ratios[number] = statistics.median(rates) / expected.tokens_per_s
+    town.cluster.remove_node(node, True)
+    told = ", ".join(f"{n} users: {ratio:.2f} of what is expected" for n, ratio in ratios.items())
+    passed = all(0.85 <= ratio <= 1.15 for ratio in ratios.values())
+    return [Row("plan against the cluster", "within 15 %", told, passed)]
+
+
 def quantile(values: Sequence[float], part: float) -> float:
     return sorted(values)[min(len(values) - 1, int(part * len(values)))]
 
@@ -215,6 +239,7 @@ PARTS: dict[str, Callable[[Town], Awaitable[list[Row]]]] = {
     "linear": linear,
     "prefix": prefix,
     "share": share,
+    "plan": plan,
     "pair": pair,
 }
 

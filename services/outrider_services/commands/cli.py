@@ -26,6 +26,7 @@ from outrider_services.commands import (
     keys,
     models,
     pipelines,
+    plan,
     run,
     serve,
     setup,
@@ -83,6 +84,13 @@ VERBS = (
         PAIR,
         doctor.flags,
         doctor.DECIDED,
+    ),
+    Verb(
+        "plan",
+        "tell how many pairs so many users need, by simulated devices",
+        plan.plan,
+        (),
+        plan.flags,
     ),
     Verb("worker", "run one worker here, for a coordinator elsewhere", children.worker),
     Verb(

@@ -7,12 +7,13 @@
 
 _shtab_outrider_worker_subparsers=(draft target)
 _shtab_outrider_keys_subparsers=(new show trust)
-_shtab_outrider_subparsers=(run serve bench doctor worker pull tune setup completion ls devices ps top stop keys show gateway)
+_shtab_outrider_subparsers=(run serve bench doctor plan worker pull tune setup completion ls devices ps top stop keys show gateway)
 
 _shtab_outrider_run_option_strings=(-h --help -m --model -model -hf --hf-repo -t --threads -threads -c --ctx-size -ctx --ctx --target-cores -Cr --without-kernels -dev --device -ngl --n-gpu-layers --gpu-layers -ts --tensor-split -mg --main-gpu --target-place -md --model-draft -draft-model --draft-model --spec-draft-model --draft -hfd --hf-repo-draft --spec-draft-hf --draft-quant --spec-draft-n-max -n-draft --n-draft --spec-draft-n-min --spec-draft-p-min -td --threads-draft --draft-cores -Crd -devd --device-draft --spec-draft-device -ngld --n-gpu-layers-draft --gpu-layers-draft --spec-draft-ngl --draft-place --mode --backend --exact --draft-suffix --draft-suffix-memory --draft-branches -np --parallel --ready-timeout --offline --toy-agreement --toy-step-ms --toy-row-ms --toy-rows --toy-draft-ms --toy-draft-row-ms --toy-link-ms --toy-variant -lv --log-level --log-format -n --predict --n-predict -n-predict --temp --temperature -temperature --top-k --top-p --min-p --typical --typical-p --top-n-sigma --top-nsigma --dynatemp-range --dynatemp-exp --xtc-probability --xtc-threshold --repeat-penalty --repeat-last-n --presence-penalty --frequency-penalty --dry-multiplier --dry-base --dry-allowed-length --dry-penalty-last-n --dry-sequence-breaker --samplers --logit-bias -s --seed -seed --stop -r --reverse-prompt --ignore-eos -j --json-schema --grammar --keys --insecure --color-tokens --history --config --debug -p --prompt -prompt -f --file --grammar-file --chat -v --verbose -verbose -o --output --connect --baseline --no-stats --trace --pull)
 _shtab_outrider_serve_option_strings=(-h --help -m --model -model -hf --hf-repo -t --threads -threads -c --ctx-size -ctx --ctx --target-cores -Cr --without-kernels -dev --device -ngl --n-gpu-layers --gpu-layers -ts --tensor-split -mg --main-gpu --target-place -md --model-draft -draft-model --draft-model --spec-draft-model --draft -hfd --hf-repo-draft --spec-draft-hf --draft-quant --spec-draft-n-max -n-draft --n-draft --spec-draft-n-min --spec-draft-p-min -td --threads-draft --draft-cores -Crd -devd --device-draft --spec-draft-device -ngld --n-gpu-layers-draft --gpu-layers-draft --spec-draft-ngl --draft-place --mode --backend --exact --draft-suffix --draft-suffix-memory --draft-branches -np --parallel --ready-timeout --offline --toy-agreement --toy-step-ms --toy-row-ms --toy-rows --toy-draft-ms --toy-draft-row-ms --toy-link-ms --toy-variant -lv --log-level --log-format --listen --resume-timeout --drain --coordinator-host --target-host --draft-host --keys --insecure --host --port --no-gateway -a --alias --api-key-file --allow-host --allow-origin --timeout --metrics-compat --sse-ping-interval --allow-grammar -f --config --debug --name --pull --here)
 _shtab_outrider_bench_option_strings=(-h --help -m --model -model -hf --hf-repo -t --threads -threads -c --ctx-size -ctx --ctx --target-cores -Cr --without-kernels -dev --device -ngl --n-gpu-layers --gpu-layers -ts --tensor-split -mg --main-gpu -md --model-draft -draft-model --draft-model --spec-draft-model --draft -hfd --hf-repo-draft --spec-draft-hf --draft-quant --spec-draft-n-max -n-draft --n-draft --spec-draft-n-min --spec-draft-p-min -td --threads-draft --draft-cores -Crd -devd --device-draft --spec-draft-device -ngld --n-gpu-layers-draft --gpu-layers-draft --spec-draft-ngl --backend --exact --draft-suffix --draft-suffix-memory --draft-branches -np --parallel --ready-timeout --offline --toy-agreement --toy-step-ms --toy-row-ms --toy-rows --toy-draft-ms --toy-draft-row-ms --toy-link-ms --toy-variant -lv --log-level --log-format --config --debug -n --n-predict -r --repetitions --warmup --category --per-category --prompts --suite --restarts --arms --placement --peers --peer-n-max --pull -o --output --plot --lanes --require-speedup --record --simulate --acceptance --cost)
 _shtab_outrider_doctor_option_strings=(-h --help -m --model -model -hf --hf-repo -t --threads -threads -c --ctx-size -ctx --ctx --target-cores -Cr --without-kernels -dev --device -ngl --n-gpu-layers --gpu-layers -ts --tensor-split -mg --main-gpu -md --model-draft -draft-model --draft-model --spec-draft-model --draft -hfd --hf-repo-draft --spec-draft-hf --draft-quant --spec-draft-n-max -n-draft --n-draft --spec-draft-n-min --spec-draft-p-min -td --threads-draft --draft-cores -Crd -devd --device-draft --spec-draft-device -ngld --n-gpu-layers-draft --gpu-layers-draft --spec-draft-ngl --backend --exact --draft-suffix --draft-suffix-memory --draft-branches -np --parallel --ready-timeout --offline --toy-agreement --toy-step-ms --toy-row-ms --toy-rows --toy-draft-ms --toy-draft-row-ms --toy-link-ms --toy-variant -lv --log-level --log-format --config --debug --connect --limit -n --n-predict --category --per-category --prompts --placement --pull -o --output)
+_shtab_outrider_plan_option_strings=(-h --help --config --debug --users --devices --tokens-per-s -n --n-predict -o --output)
 _shtab_outrider_worker_draft_option_strings=(-h --help -m --model -model -hf --hf-repo -t --threads -threads -c --ctx-size -ctx --ctx --target-cores -Cr --without-kernels -dev --device -ngl --n-gpu-layers --gpu-layers -ts --tensor-split -mg --main-gpu --target-place --mode --backend --exact --draft-suffix --draft-suffix-memory --draft-branches -np --parallel --ready-timeout --offline --toy-agreement --toy-step-ms --toy-row-ms --toy-rows --toy-draft-ms --toy-draft-row-ms --toy-link-ms --toy-variant --keys --insecure -lv --log-level --log-format --config --debug --connect)
 _shtab_outrider_worker_target_option_strings=(-h --help -m --model -model -hf --hf-repo -t --threads -threads -c --ctx-size -ctx --ctx --target-cores -Cr --without-kernels -dev --device -ngl --n-gpu-layers --gpu-layers -ts --tensor-split -mg --main-gpu --target-place --mode --backend --exact --draft-suffix --draft-suffix-memory --draft-branches -np --parallel --ready-timeout --offline --toy-agreement --toy-step-ms --toy-row-ms --toy-rows --toy-draft-ms --toy-draft-row-ms --toy-link-ms --toy-variant --keys --insecure -lv --log-level --log-format --config --debug --connect)
 _shtab_outrider_worker_option_strings=(-h --help --config --debug)
@@ -43,12 +44,14 @@ _shtab_outrider_bench___output_choices=(md json csv)
 _shtab_outrider_doctor___placement_choices=(shared split given)
 _shtab_outrider_doctor__o_choices=(text json)
 _shtab_outrider_doctor___output_choices=(text json)
+_shtab_outrider_plan__o_choices=(text json)
+_shtab_outrider_plan___output_choices=(text json)
 _shtab_outrider_worker_pos_0_choices=(draft target)
 _shtab_outrider_setup___gpu_choices=(cpu cuda vulkan metal rocm)
 _shtab_outrider_completion_pos_0_choices=(bash fish zsh)
 _shtab_outrider_keys_new_pos_0_choices=(coordinator client admin draft target)
 _shtab_outrider_keys_pos_0_choices=(new show trust)
-_shtab_outrider_pos_0_choices=(run serve bench doctor worker pull tune setup completion ls devices ps top stop keys show gateway)
+_shtab_outrider_pos_0_choices=(run serve bench doctor plan worker pull tune setup completion ls devices ps top stop keys show gateway)
 
 _shtab_outrider_run__h_nargs=0
 _shtab_outrider_run___help_nargs=0
@@ -90,6 +93,9 @@ _shtab_outrider_doctor___draft_suffix_nargs='?'
 _shtab_outrider_doctor___offline_nargs='?'
 _shtab_outrider_doctor___debug_nargs=0
 _shtab_outrider_doctor___pull_nargs=0
+_shtab_outrider_plan__h_nargs=0
+_shtab_outrider_plan___help_nargs=0
+_shtab_outrider_plan___debug_nargs=0
 _shtab_outrider_worker_draft__h_nargs=0
 _shtab_outrider_worker_draft___help_nargs=0
 _shtab_outrider_worker_draft___exact_nargs='?'
