@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -99,3 +100,36 @@ def test_a_service_without_a_draft_has_no_pair_to_examine(cli: Cli, serve: Serve
     done = cli("doctor", "--connect=alone")
     assert "there is no draft worker to examine" in done.stderr
     assert done.returncode != 0
+
+
+# ---- outrider plan ------------------------------------------------------------------------------
+
+FIGURES = """
+acceptance = 0.8
+[target]
+step_ms = 20
+[draft]
+token_ms = 2
+"""
+
+
+def test_a_plan_says_how_many_pairs_give_users_what_they_want(cli: Cli) -> None:
+    (cli.directory / "devices.toml").write_text(FIGURES)
+    devices = ("--users=2", "--devices=devices.toml", "-n", "24")
+    done = cli("plan", *devices, "--tokens-per-s=1")
+    assert done.returncode == 0, done.stderr
+    assert re.match(r"1 pair, .*, for 2 users: \d+\.\d tokens/s each, the first", done.stdout)
+    told = json.loads(cli("plan", *devices, "-o=json").stdout)
+    alone, shared = told["plans"]["1"], told["plans"]["2"]
+    assert [one["pairs"] for one in alone] == [one["pairs"] for one in shared] == [1, 2]
+    assert alone[1]["tokens_per_s"] > alone[0]["tokens_per_s"] / 2
+    impossible = cli("plan", *devices, "--tokens-per-s=100000")
+    assert impossible.stdout.startswith("No number of pairs gives 2 users 100000 tokens/s each.")
+
+
+def test_a_plan_from_nothing_is_refused(cli: Cli) -> None:
+    (cli.directory / "devices.toml").write_text("")
+    done = cli("plan", "--users=2", "--devices=devices.toml")
+    assert done.returncode != 0
+    assert "devices.toml does not tell what devices cost" in done.stderr
+    assert "--users must be from 1" in cli("plan", "--users=0", "--devices=devices.toml").stderr

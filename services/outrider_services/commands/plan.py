@@ -92,10 +92,11 @@ def write(found: dict[int, list[Load]], users: int, tokens_per_s: float) -> None
         drafts = "each with a draft of its own"
         shared = fewest(of[SHARED], tokens_per_s)
         if shared and shared.pairs <= best.pairs:
-            drafts = f"with a draft for every {SHARED} targets"
+            best, drafts = shared, f"with a draft for every {SHARED} targets"
+        count = "1 pair" if best.pairs == 1 else f"{best.pairs} pairs"
         show(
-            f"{best.pairs} pairs, {drafts}, give {users} users {best.tokens_per_s:.1f} tokens/s "
-            f"each, the first after {best.first_s:.2f} s."
+            f"{count}, {drafts}, for {users} users: {best.tokens_per_s:.1f} tokens/s each, the "
+            f"first after {best.first_s:.2f} s."
         )
     else:
         show(f"No number of pairs gives {users} users {tokens_per_s:g} tokens/s each.")
