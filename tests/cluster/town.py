@@ -8,11 +8,13 @@ import os
 import socket
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
 import httpx2 as httpx
+import psutil
 import ray
 from ray import serve
 from ray.cluster_utils import Cluster
@@ -82,6 +84,15 @@ class Town:
     def node(self, **resources: float) -> Any:
         """One more node."""
         return self.cluster.add_node(num_cpus=4, resources=resources)
+
+    def kill(self, node: Any) -> None:
+        """Its machine goes: the raylet, its actors and whatever those have started, all at once."""
+        (raylet,) = node.all_processes["raylet"]
+        process = psutil.Process(raylet.process.pid)
+        for one in (process, *process.children(recursive=True)):
+            with suppress(psutil.Error):
+                one.kill()
+        self.cluster.remove_node(node, False)
 
     async def deploy(self, arguments: Mapping[str, str], within_s: float = READY_S) -> None:
         """Our application with these arguments, in the place of whatever runs."""

@@ -38,7 +38,7 @@ def test_prompts_are_cut_into_pieces() -> None:
 
 
 def test_who_knows_most_of_a_text_is_preferred() -> None:
-    known = Affinity()
+    known = Affinity(1)
     known.routed(["1"], "b")
     known.routed(["1", "2"], "c")
     assert known.ranked(["1", "2", "3"], IDLE) == [["c"], ["a", "b"]]
@@ -47,20 +47,27 @@ def test_who_knows_most_of_a_text_is_preferred() -> None:
 
 
 def test_others_are_ranked_by_how_busy_they_are() -> None:
-    assert Affinity().ranked([], {"a": 2, "b": 0, "c": 2}) == [["b"], ["a", "c"]]
-    assert Affinity().ranked(["1"], {}) == []
+    assert Affinity(1).ranked([], {"a": 2, "b": 0, "c": 2}) == [["b"], ["a", "c"]]
+    assert Affinity(1).ranked(["1"], {}) == []
 
 
 def test_nobody_waits_long_for_what_another_would_have_to_read() -> None:
-    known = Affinity()
+    known = Affinity(1)
     known.routed(["1"], "a")
-    assert known.ranked(["1"], {"a": PATIENCE, "b": 0})[0] == ["a"]
-    assert known.ranked(["1"], {"a": PATIENCE + 1, "b": 0})[0] == ["b"]
+    assert known.ranked(["1"], {"a": PATIENCE - 1, "b": 0})[0] == ["a"]
+    assert known.ranked(["1"], {"a": PATIENCE, "b": 0})[0] == ["b"]
+
+
+def test_who_has_a_free_sequence_is_busy_for_nobody() -> None:
+    known = Affinity(8)
+    known.routed(["1"], "a")
+    assert known.ranked(["1"], {"a": 7, "b": 0})[0] == ["a"]
+    assert known.ranked(["1"], {"a": 8, "b": 0})[0] == ["b"]
 
 
 def test_what_is_remembered_is_bounded(monkeypatch: Any) -> None:
     monkeypatch.setattr(affinity, "MOST_KNOWN", 2)
-    known = Affinity()
+    known = Affinity(1)
     for number in range(3):
         known.routed([str(number)], "a")
     assert known.ranked(["0"], IDLE) == [["a", "b", "c"]]

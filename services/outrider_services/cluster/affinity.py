@@ -17,7 +17,8 @@ from outrider_services.gateway.asking import Ask, Gap
 PIECE = 512  # characters, or token ids, of a plain prompt from one beginning to the next
 MOST_BEGINNINGS = 64  # of one request: the longest ones
 MOST_KNOWN = 65536  # beginnings that are remembered, the latest used
-PATIENCE = 4  # requests more than the idlest replica has, for which one is still preferred
+# requests more than the idlest replica has, for which one without a free sequence is preferred
+PATIENCE = 2
 
 
 def beginnings(ask: Ask, key: str) -> tuple[str, ...]:
@@ -39,14 +40,16 @@ def beginnings(ask: Ask, key: str) -> tuple[str, ...]:
 class Affinity:
     """What is remembered of where requests went."""
 
-    def __init__(self) -> None:
+    def __init__(self, places: int) -> None:
+        """`places`: sequences of each replica."""
+        self._places = places
         self._known: OrderedDict[str, str] = OrderedDict()  # a beginning: the replica that read it
 
     def ranked(self, begins: Sequence[str], loads: Mapping[str, int]) -> list[list[str]]:
         """The replicas by preference, given how many requests each of them has.
 
-        First the one that knows most of the text, unless it is much busier than the idlest; then
-        the others, the idlest first.
+        First the one that knows most of the text, unless all of its sequences are taken and it is
+        busier than the idlest; then the others, the idlest first.
         """
         if not loads:
             return []
@@ -57,7 +60,7 @@ class Affinity:
         for one in reversed(begins):
             name = self._known.get(one, "")
             if name in loads:
-                if loads[name] <= least + PATIENCE:
+                if loads[name] < max(self._places, least + PATIENCE):
                     rest = ([other for other in rank if other != name] for rank in found)
                     return [[name], *filter(None, rest)]
                 break

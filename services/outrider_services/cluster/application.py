@@ -65,7 +65,7 @@ def app(args: Mapping[str, Any]) -> serve.Application:
         graceful_shutdown_timeout_s=settings.coordinator.drain_s,
         health_check_period_s=5,
         health_check_timeout_s=30,
-        **routed(shape),
+        **routed(shape, places),
         **scaled(shape, places),
     ).bind(settings)
     gateway = serve.deployment(
@@ -79,12 +79,15 @@ def app(args: Mapping[str, Any]) -> serve.Application:
     return gateway.bind(replica, settings)
 
 
-def routed(shape: Shape) -> dict[str, Any]:
-    """How Serve is to choose a replica."""
+def routed(shape: Shape, places: int) -> dict[str, Any]:
+    """How Serve is to choose a replica, each of which has so many `places`."""
     if shape.routing != "prefix":
         return {}
-    router = "outrider_services.cluster.routing:PrefixRouter"
-    return {"request_router_config": RequestRouterConfig(request_router_class=router)}
+    config = RequestRouterConfig(
+        request_router_class="outrider_services.cluster.routing:PrefixRouter",
+        request_router_kwargs={"places": places},
+    )
+    return {"request_router_config": config}
 
 
 def scaled(shape: Shape, places: int) -> dict[str, Any]:

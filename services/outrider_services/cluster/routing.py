@@ -17,8 +17,9 @@ from outrider_services.cluster.affinity import Affinity
 class PrefixRouter(RequestRouter):
     """Serve's `request_router_class` for the deployment of `replica.Replica`."""
 
-    def initialize_state(self, **_: Any) -> None:
-        self._affinity = Affinity()
+    def initialize_state(self, places: int) -> None:
+        """`places`: sequences of each replica, as the application says."""
+        self._affinity = Affinity(places)
 
     async def choose_replicas(
         self,
