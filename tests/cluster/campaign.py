@@ -226,7 +226,7 @@ async def pair(town: Town) -> list[Row]:
     await town.deploy({"pipeline.backend": "llama"}, within_s=300.0)
     prompt, count = "def merge(left, right):", 48
     through = await town.complete(prompt, count)
-    command = [sys.executable, "-m", "outrider_services", "run", "--temp=0", f"-n{count}"]
+    command = [sys.executable, "-m", "outrider_services", "run", "--temp=0", "-n", str(count)]
     alone = await asyncio.create_subprocess_exec(
         *command, "--no-stats", prompt, stdout=asyncio.subprocess.PIPE
     )

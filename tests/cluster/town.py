@@ -6,11 +6,13 @@ import asyncio
 import json
 import os
 import socket
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import httpx2 as httpx
@@ -21,15 +23,17 @@ from ray.cluster_utils import Cluster
 from ray.serve.schema import ApplicationStatus
 from tests.attack.service import with_paths
 
+from outrider.wire.keys import Holder, Keyring
 from outrider_services.cluster.application import app
 
 READY_S, ANSWER_S = 120.0, 120.0
+HOLDERS: tuple[Holder, ...] = ("coordinator", "draft", "client")
 # a bundle that is on the nodes of pairs alone; gateways are on the first node, which stays
 ON_PAIR, ON_DRAFT = '{"CPU": 0.1, "pair": 1}', '{"CPU": 0.1, "draft": 1}'
 ON_HEAD = '{"CPU": 0.1, "head": 0.1}'
 TOY: Mapping[str, str] = {
     "pipeline.backend": "toy",
-    "links.insecure": "tcp://0.0.0.0:0",  # the nodes are all on this machine
+    "coordinator.drain_s": "2",
     "target": ON_PAIR,
     "draft": '{"CPU": 0.1}',
     "gateway": ON_HEAD,
@@ -58,6 +62,8 @@ class Town:
     """The cluster; `async with`."""
 
     def __init__(self) -> None:
+        self._scratch = tempfile.TemporaryDirectory()
+        self._keys = Path(self._scratch.name) / "keys"
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.url = f"http://127.0.0.1:{free.getsockname()[1]}"
@@ -66,6 +72,10 @@ class Town:
         )
 
     async def __aenter__(self) -> Town:
+        new = Keyring(self._keys)
+        for holder in HOLDERS:
+            new.make(holder)
+        new.trust(new.own(holder) for holder in HOLDERS)
         os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
         head = {"num_cpus": 2, "include_dashboard": False, "resources": {"head": 1}}
         self.cluster = Cluster(initialize_head=True, head_node_args=head)
@@ -80,6 +90,7 @@ class Town:
         serve.shutdown()
         ray.shutdown()
         self.cluster.shutdown()
+        self._scratch.cleanup()
 
     def node(self, **resources: float) -> Any:
         """One more node."""
@@ -96,7 +107,7 @@ class Town:
 
     async def deploy(self, arguments: Mapping[str, str], within_s: float = READY_S) -> None:
         """Our application with these arguments, in the place of whatever runs."""
-        made = app({**TOY, **arguments})
+        made = app({**TOY, "links.keys": str(self._keys), **arguments})
         await asyncio.to_thread(serve.run, made, route_prefix="/", blocking=False)
         least = int(arguments.get("replicas", "1").partition("-")[0])
         await self.until(lambda: self.replicas() >= least, within_s)

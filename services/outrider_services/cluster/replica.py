@@ -103,8 +103,8 @@ class Replica:
         async with self._starting:
             if self._launcher is None:
                 settings = placed(self._settings, ray.util.get_node_ip_address())
-                settings = await asyncio.to_thread(with_files, settings, fetch=True)
                 draft = has_draft(settings)
+                settings = await asyncio.to_thread(with_files, settings, fetch=True)
                 launcher = Launcher(settings, f"ray-{self._name}", _report, _log, draft=draft)
                 self._launcher = await launcher.__aenter__()
                 self._draft = self._with_draft(settings, launcher.addresses[0])
@@ -137,7 +137,10 @@ class Replica:
 
 
 def has_draft(settings: Settings) -> bool:
-    return settings.pipeline.backend == "toy" or settings.draft.model is not None
+    """Whether a replica needs a bundle for it; where no model is named, it is the default pair."""
+    target, draft = settings.target, settings.draft
+    is_default = not (target.model or target.hf)
+    return settings.pipeline.backend == "toy" or is_default or bool(draft.model or draft.hf)
 
 
 def placed(settings: Settings, host: str) -> Settings:
