@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 
 import pytest
 from tests.attack.service import ROOT, with_paths
@@ -18,12 +19,17 @@ pytestmark = [
 
 
 def run(*parts: str) -> str:
-    """Ray leaves threads and sockets behind in its process: it has one of its own."""
+    """In a process of its own, for Ray leaves threads and sockets behind.
+
+    So do whole nodes that are killed: their sockets are where nobody else looks.
+    """
     only = [f"--only={part}" for part in parts]
     command = [sys.executable, "-m", "tests.cluster.campaign", *only]
-    done = subprocess.run(
-        command, env=with_paths(os.environ), cwd=ROOT, capture_output=True, text=True, timeout=280
-    )
+    with tempfile.TemporaryDirectory(prefix="or-") as runtime:
+        env = {**with_paths(os.environ), "XDG_RUNTIME_DIR": runtime}
+        done = subprocess.run(
+            command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=280
+        )
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     return done.stdout
 
