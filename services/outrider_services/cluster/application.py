@@ -17,7 +17,7 @@ from ray.serve.handle import DeploymentHandle
 
 from outrider.errors import ConfigError
 from outrider_services import sources
-from outrider_services.cluster.replica import Replica, has_draft
+from outrider_services.cluster.replica import Replica, has_draft, of_actor
 from outrider_services.cluster.upstream import Lease, Replicas
 from outrider_services.gateway.access import Rules
 from outrider_services.gateway.answering import Gateway
@@ -146,16 +146,6 @@ def bundle(text: str) -> dict[str, float]:
     if not isinstance(found, dict) or not found:
         raise ValueError(f"{text!r:.100} is no table of resources")
     return {str(name): float(amount) for name, amount in found.items()}
-
-
-def of_actor(resources: Mapping[str, float]) -> dict[str, Any]:
-    """The same as options of the actor that takes the whole bundle."""
-    others = {name: n for name, n in resources.items() if name not in ("CPU", "GPU")}
-    return {
-        "num_cpus": resources.get("CPU", 0),
-        "num_gpus": resources.get("GPU", 0),
-        "resources": others,
-    }
 
 
 # ---- HTTP ---------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import asyncio
 import ipaddress
 import logging
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
@@ -115,12 +115,8 @@ class Replica:
         group = get_current_placement_group()
         if group is None or not has_draft(settings):
             return None
-        bundle = group.bundle_specs[DRAFT_BUNDLE]
-        others = {name: n for name, n in bundle.items() if name not in ("CPU", "GPU", "memory")}
         actor = ray.remote(DraftPlace).options(
-            num_cpus=bundle.get("CPU", 0),
-            num_gpus=bundle.get("GPU", 0),
-            resources=others,
+            **of_actor(group.bundle_specs[DRAFT_BUNDLE]),
             scheduling_strategy=PlacementGroupSchedulingStrategy(
                 placement_group=group, placement_group_bundle_index=DRAFT_BUNDLE
             ),
@@ -134,6 +130,16 @@ class Replica:
         """Serve calls it once no lease is left, or their time is over."""
         if self._launcher is not None:
             await self._launcher.stop()
+
+
+def of_actor(bundle: Mapping[str, float]) -> dict[str, Any]:
+    """What a bundle takes, as options of the actor that takes the whole of it."""
+    others = {name: n for name, n in bundle.items() if name not in ("CPU", "GPU", "memory")}
+    return {
+        "num_cpus": bundle.get("CPU", 0),
+        "num_gpus": bundle.get("GPU", 0),
+        "resources": others,
+    }
 
 
 def has_draft(settings: Settings) -> bool:

@@ -106,7 +106,11 @@ class Replicas(Upstream):
         """A place on a replica that can be reached. Raises WorkerLost."""
         deadline = time.monotonic() + RESUME_S
         while True:
-            lease = await self._find(begins, lost[-MOST_AVOIDED:])
+            try:
+                async with asyncio.timeout(RESUME_S):
+                    lease = await self._find(begins, lost[-MOST_AVOIDED:])
+            except TimeoutError:
+                raise WorkerLost("no replica had a place in time", "target") from None
             try:
                 return Held(lease, await self._client_of(lease.address))
             except BaseException as exc:
