@@ -467,15 +467,18 @@ def test_help_names_the_variable_of_every_option(cli: Cli, verb: str) -> None:
 def test_help_names_every_verb_but_the_launchers_own(cli: Cli) -> None:
     done = cli("--help")
     assert done.returncode == 0
-    names = re.findall(r"^    (\w+) ", done.stdout, re.MULTILINE)
+    names = re.findall(r"^    (\w+)\b", done.stdout, re.MULTILINE)
     assert names == [
         "run",
         "serve",
         "bench",
         "doctor",
+        "plan",
         "worker",
         "pull",
         "tune",
+        "setup",
+        "completion",
         "ls",
         "devices",
         "ps",

@@ -80,10 +80,14 @@ def worker(role: Role, settings: Settings, address: str, parent_fd: int | None) 
         drafter = ModelDrafter(load(progress))
         return BothDrafters(drafter, memory) if pipeline.suffix else drafter
 
+    def status(state: str, *details: float | str) -> None:
+        if state != "measured" or parent_fd is not None:  # a launcher's, for who follows us
+            say(state, *details)
+
     if role == "target":
-        serving = serve(TargetWorker, load, connection, say)
+        serving = serve(TargetWorker, load, connection, status)
     else:
-        serving = serve(DraftWorker, load_drafter, connection, say)
+        serving = serve(DraftWorker, load_drafter, connection, status)
     run(serving, parent_fd, lambda: None)
 
 
