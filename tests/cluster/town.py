@@ -57,6 +57,11 @@ class Asked:
         """The longest wait for a piece."""
         return max((b - a for a, b in pairwise([self.began, *self.came])), default=0.0)
 
+    @property
+    def speed(self) -> float:
+        """Tokens a second, from the question to the last piece."""
+        return self.tokens / (self.came[-1] - self.began) if self.came else 0.0
+
 
 class Town:
     """The cluster; `async with`."""
