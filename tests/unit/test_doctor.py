@@ -197,11 +197,11 @@ def predicted(*texts: Text, n_max: int = 64, **changes: Any) -> Forecast:
 
 
 def test_a_draft_that_never_errs_gives_whole_blocks() -> None:
-    """In turns 16 tokens in a pass and 15 drafts; at once as many as are drafted meanwhile."""
+    """In turns 32 tokens in a pass and 31 drafts; at once as many as are drafted meanwhile."""
     one = predicted(text([1] * 400))
     assert one.plain == pytest.approx(1.0)
-    assert one.sync == pytest.approx(16 * STEP_S / (STEP_S + 15 * DRAFT_S), rel=0.1)
-    assert one.pipelined == pytest.approx(16, rel=0.15)
+    assert one.sync == pytest.approx(32 * STEP_S / (STEP_S + 31 * DRAFT_S), rel=0.1)
+    assert one.pipelined == pytest.approx(STEP_S / DRAFT_S, rel=0.15)
 
 
 @pytest.mark.parametrize("share", [0.6, 0.8, 0.9])

@@ -21,6 +21,7 @@ from outrider.core.values import Beside, Side
 # what a token there counts for, as the draft may have foreseen it, and it would come with the next
 # pass: with 1, simulated targets of which a row costs 4 % lost 0.5 %, and none gained more
 WORTH = 0.75
+WIDEST = 16  # rows of the longest pass that is measured beforehand
 
 
 class Row(NamedTuple):
@@ -39,9 +40,9 @@ def chosen(costs: Costs, rate: float, likely: Sequence[float], base: int, sides:
     """Those of the `sides`, perhaps cut short, that are worth their rows in a pass over a block.
 
     `likely` are the acceptances of the block's tokens, the first at position `base`; a second is
-    worth `rate` tokens. No pass is made longer than was measured.
+    worth `rate` tokens. They make no pass longer than `WIDEST` rows.
     """
-    block, most = len(likely), len(costs.verify_s) - len(likely) - 1
+    block, most = len(likely), min(WIDEST, len(costs.verify_s)) - len(likely) - 1
     if most < 1:
         return ()
     rows = sorted(_rows(likely, base, sides), reverse=True)[:most]

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 Values = NDArray[np.float64]
 
-LONGEST = 15  # the longest block, in drafted tokens, that prices are worked out for
+LONGEST = 31  # the longest block, in drafted tokens, that prices are worked out for
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +80,9 @@ class CostModel:
         is_dear = rollback_s > self.NEGLIGIBLE * verify_s[0]
         self._rollback_s = rollback_s if is_dear else 0.0
         self._read_s = draft_s / 3 if read_s is None else read_s
-        self._verify = [math.log(max(seconds, 1e-6)) for seconds in verify_s]
+        longest = max(LONGEST, len(verify_s) - 1)  # those beyond are learnt as they are made
+        rows_s = Costs(tuple(verify_s), 0.0, 0.0).passes(longest).tolist()
+        self._verify = [math.log(max(seconds, 1e-6)) for seconds in rows_s]
         self._crowd = [math.log(max(seconds, 1e-6)) for seconds in crowd_s]
         self._draft = math.log(max(draft_s, 1e-6))
         self._link = math.log(link_s)

@@ -26,12 +26,13 @@ from numpy.typing import NDArray
 
 from outrider.core.estimates import LONGEST, Costs, Values
 
-DEEPEST = 24  # a stock of more drafted tokens counts as one of so many: more add nothing
-FARTHEST = 16  # drafted tokens in stock that a decision looks at one by one
+DEEPEST = 40  # a stock of more drafted tokens counts as one of so many: more add nothing
+NEAR, FARTHEST = 16, 32  # drafted tokens in stock that a decision looks at one by one
+PROVEN = 0.88  # acceptance of a text from which a decision looks so far
 WAIT_GAIN = 0.005  # tokens; waiting for a smaller gain only adds decisions
 AT_ONCE = 0.1  # tokens; a step without asking risks another one, so it has to gain so much
 GRID = 0.02  # acceptances are rounded to multiples of this, so that few processes are solved
-LEAST, MOST = 0.3, 0.96  # acceptances outside this range are moved to its ends
+LEAST, MOST = 0.3, 0.98  # acceptances outside this range are moved to its ends
 
 
 def rounded(acceptance: float) -> float:
@@ -107,7 +108,7 @@ def plan(
     `limit` may be verified. The next token comes in `next_s` seconds; None: none can come.
     """
     appraisal = appraise(costs, average, likely, limit)
-    if next_s is not None and len(likely) < min(limit, FARTHEST):
+    if next_s is not None and len(likely) < min(limit, _sight(average)):
         rate, _ = solve(costs, rounded(average))
         if appraisal.with_one_more - rate * next_s > appraisal.now + WAIT_GAIN:
             return None
@@ -142,7 +143,7 @@ def appraise(costs: Costs, average: float, likely: Values, limit: int) -> Apprai
     It is called between a verdict and the target's next pass, so it must be fast: hence the tables.
     """
     acceptance = rounded(average)
-    known, rows = min(len(likely), FARTHEST), min(LONGEST, limit) + 1
+    known, rows = min(len(likely), _sight(acceptance)), min(LONGEST, limit) + 1
     prospect = _prospect(costs, acceptance)
     if not known:
         return Appraisal(0, prospect.alone, float(prospect.unknown[0, min(1, limit)]))
@@ -168,6 +169,11 @@ def appraise(costs: Costs, average: float, likely: Values, limit: int) -> Apprai
         block = int(total[:, 0].argmax())
     now, later = worth[0, :2].tolist()
     return Appraisal(block, now, later)
+
+
+def _sight(average: float) -> int:
+    """How many tokens of the stock are looked at: few reach what is far, and it takes time."""
+    return FARTHEST if average >= PROVEN else NEAR
 
 
 @dataclass(frozen=True, slots=True)
