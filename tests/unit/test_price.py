@@ -151,15 +151,17 @@ def test_what_taking_back_costs_counts_for_all_who_wait_and_not_where_it_is_noth
     assert CostModel([0.1, 0.11], 0.01, rollback_s=2e-6).costs.rollback_s == 0.0
 
 
-def test_a_decision_takes_less_than_a_millisecond() -> None:
+@pytest.mark.parametrize("average", [0.8, 0.98])  # it looks at few tokens, or at many
+def test_a_decision_takes_about_a_millisecond(average: float) -> None:
     likely = np.full(price.FARTHEST, 0.9)
-    price.plan(FLAT, 0.8, likely, 100, 0.01)
+    price.plan(FLAT, average, likely, 100, 0.01)
     seconds = []
     for _ in range(30):
         began = time.perf_counter()
-        price.plan(FLAT, 0.8, likely, 100, 0.01)
+        price.plan(FLAT, average, likely, 100, 0.01)
         seconds.append(time.perf_counter() - began)
-    assert np.median(seconds) < 2e-3  # 0.5 ms where it was measured; a busy machine is no failure
+    # 1.0 and 2.2 ms on a slow machine; a busy one is no failure
+    assert np.median(seconds) < (2e-3 if average < price.PROVEN else 5e-3)
 
 
 def test_acceptance_follows_what_it_sees_and_rises_with_confidence() -> None:
@@ -195,6 +197,35 @@ def test_passes_measured_on_a_busy_machine_never_let_a_pass_take_no_time() -> No
     for rows, requests in ((2, 1), (3, 2), (2, 2), (1, 1)) * 20:
         model.verified(rows, 0.02, 0.0205, requests)
     assert all(0 < seconds < 0.1 for seconds in model.shared_by(2).verify_s)
+
+
+def test_passes_longer_than_any_measured_cost_no_less_by_the_row() -> None:
+    """What passes took at load is jagged: 12 and 16 rows took the same, and 24 do not."""
+    jagged = [0.18, 0.33, 0.37, 0.37, *np.linspace(0.4, 0.76, 8), *[0.77] * 4]
+    passes = CostModel(jagged, 0.01).costs.passes(LONGEST)
+    assert passes[LONGEST] == pytest.approx(0.77 + 16 * (0.77 - 0.18) / 15, rel=0.01)
+
+
+def test_a_pass_over_many_rows_tells_of_nearly_as_many_and_hardly_of_few() -> None:
+    model = CostModel([0.1] * 16, 0.01)
+    for _ in range(20):
+        model.verified(28, 0.4, 0.4)
+    found = model.costs.passes(LONGEST)
+    assert found[[27, 29]] == pytest.approx(0.4, rel=0.05)
+    model.verified(1, 0.1, 0.1)  # the next plain step shows that these cost what they did
+    for _ in range(20):
+        model.verified(1, 0.1, 0.1)
+        model.verified(28, 0.4, 0.4)
+    assert model.costs.passes(0)[0] == pytest.approx(0.1, rel=0.1)
+
+
+def test_what_is_far_in_a_stock_counts_once_a_text_is_proven() -> None:
+    costs = Costs(tuple(0.1 + 0.02 * rows for rows in range(32)), 0.02, 0.0)
+    sure = np.full(price.FARTHEST, 0.995)
+    far, near = (price.plan(costs, average, sure, 100, None) for average in (0.98, 0.7))
+    assert far
+    assert near
+    assert far > price.NEAR + 3 >= near
 
 
 def test_costs_that_hardly_change_are_the_same_costs() -> None:

@@ -128,13 +128,14 @@ class Ride:
         position: int | None = None,
         lineage: int | None = None,
         confidence: float = 0.9,
+        free: bool = False,
         **changes: Any,
     ) -> list[Command]:
         session = self.session
         proposal = Proposal(
             lineage=session.stock.lineage if lineage is None else lineage,
             position=len(session.tokens) + len(session.stock) if position is None else position,
-            drafted=tuple(Drafted(token, confidence) for token in tokens),
+            drafted=tuple(Drafted(token, confidence, free=free) for token in tokens),
             elapsed_s=STEP_S,
         )
         return self.happens(proposal.changed(**changes))
@@ -1050,6 +1051,7 @@ class Noted(FixedRule):
         self.round_trips: list[float] = []
         self.spent: list[float] = []
         self.turns: list[float | None] = []
+        self.each: list[float | None] = []
 
     def verified(self, rows: int, elapsed_s: float, round_trip_s: float, requests: int = 1) -> None:
         self.round_trips.append(round_trip_s)
@@ -1059,12 +1061,13 @@ class Noted(FixedRule):
 
     def drafted(
         self,
-        each_s: float,
+        each_s: float | None,
         confidences: Sequence[float],
         turn_s: float | None,
         requests: int = 1,
     ) -> None:
         self.turns.append(turn_s)
+        self.each.append(each_s)
 
 
 def test_waiting_behind_other_requests_is_nobodys_cost() -> None:
@@ -1091,6 +1094,16 @@ def test_what_a_draft_waits_while_the_target_computes_costs_nothing_anyway() -> 
     ride.drafted(2, waited_s=3.0)  # during a plain step that took as long by itself
     ride.verdict(2)
     assert rule.spent == [pytest.approx(3.0 + 2 * STEP_S)]
+
+
+def test_tokens_that_cost_nothing_teach_nothing_of_what_a_model_takes() -> None:
+    """Nor do the model's next ones: it reads before them what it has left out."""
+    rule = Noted("pipelined", 4)
+    ride = Ride(rule=rule)
+    ride.verdict(1)
+    for token, free in enumerate((False, True, True, False, False), 2):
+        ride.drafted(token, free=free)
+    assert [each_s is None for each_s in rule.each] == [False, True, True, True, False]
 
 
 # --- near-ties -----------------------------------------------------------------------------------

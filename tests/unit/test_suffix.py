@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -86,6 +88,7 @@ def test_taking_back_leaves_nothing(steps: list[tuple[int, list[TokenId]]]) -> N
         text.follow([*kept, *more])
     fresh = opened(list(text.tokens), begins=2)
     assert (text._places, text._learnt) == (fresh._places, fresh._learnt)
+    assert text._states == fresh._states
     assert text.match() == fresh.match()
     for length in (3, 4, 6, 9, 12):
         assert text._trust.of(length) == pytest.approx(fresh._trust.of(length))
@@ -117,6 +120,63 @@ def test_it_drafts_for_several_texts_and_begins_anew_where_it_is_told() -> None:
     drafter.open(0, asking)
     assert drafter.read(0) == 0
     assert drafter.propose(0, (4, 1, 2, 3)) == ()
+
+
+# ---- edits --------------------------------------------------------------------------------------
+
+
+def edited(source: list[TokenId], *answer: TokenId) -> tuple[TokenId, ...]:
+    """What is proposed behind the beginning of an answer that gives the source again, changed."""
+    text = opened([*source, 99], begins=len(source) + 1)
+    text.follow([*source, 99, *answer])
+    return ids_of(text.propose())
+
+
+SOURCE = [1, 2, 3, 4, 50, 5, 6, 7, 50, 8, 9, 10, 50, 11, 12]
+
+
+def test_behind_a_changed_token_the_source_goes_on() -> None:
+    assert edited(SOURCE, 1, 2, 3, 4, 60)[:3] == (5, 6, 7)
+
+
+def test_what_was_replaced_is_replaced_again() -> None:
+    assert edited(SOURCE, 1, 2, 3, 4, 60, 5, 6)[:9] == (7, 60, 8, 9, 10, 60, 11, 12, 99)
+
+
+@pytest.mark.parametrize("new", [(60, 61), (60, 61, 62)])
+def test_one_token_may_be_replaced_by_several(new: tuple[TokenId, ...]) -> None:
+    found = edited(SOURCE, 1, 2, 3, 4, *new, 5, 6)
+    assert found[: 5 + len(new)] == (7, *new, 8, 9, 10, new[0])
+    # and in the middle of it
+    assert edited(SOURCE, 1, 2, 3, 4, *new, 5, 6, 7, new[0])[: len(new)] == (*new[1:], 8)
+
+
+def test_several_tokens_may_be_replaced_by_one() -> None:
+    source = [1, 2, 3, 50, 51, 5, 6, 7, 50, 51, 8, 9, 50, 4]
+    assert edited(source, 1, 2, 3, 60, 5, 6)[:7] == (7, 60, 8, 9, 50, 4, 99)
+
+
+def test_what_is_kept_once_is_not_replaced_again() -> None:
+    assert edited(SOURCE, 1, 2, 3, 4, 60, 5, 6, 7, 50)[:5] == (8, 9, 10, 50, 11)
+
+
+def test_tokens_that_are_left_out_or_put_in_are_passed_over() -> None:
+    assert edited(SOURCE, 1, 2, 3, 5, 6)[:2] == (7, 50)
+    assert edited(SOURCE, 1, 2, 3, 70, 4, 50)[:3] == (5, 6, 7)
+
+
+def test_a_text_that_goes_elsewhere_is_followed_no_more() -> None:
+    assert edited(SOURCE, 1, 2, 3, *range(70, 90)) == ()
+
+
+@given(st.lists(st.integers(0, 4), min_size=5, max_size=40), st.integers(0, 2**30))
+def test_however_a_text_is_edited_its_proposals_end(source: list[TokenId], seed: int) -> None:
+    rng = random.Random(seed)
+    answer = [token if rng.random() < 0.7 else rng.randrange(5) for token in source]
+    text = opened([*source, 9], begins=len(source) + 1)
+    for end in range(len(answer)):
+        text.follow([*source, 9, *answer[:end]])
+        assert len(text.propose()) <= MOST_DRAFTED
 
 
 def test_it_costs_next_to_nothing() -> None:

@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 
 Values = NDArray[np.float64]
 
+ALIKE = 0.2  # doublings of the rows over which the cost of a pass is about the same
+
 LONGEST = 31  # the longest block, in drafted tokens, that prices are worked out for
 
 
@@ -30,10 +32,16 @@ class Costs:
         """Seconds of a round with 0 … `longest` drafted tokens: [longest + 1]."""
         rows = np.arange(1, longest + 2)
         known = np.arange(1, len(self.verify_s) + 1)
-        slope = max(0.0, self.verify_s[-1] - self.verify_s[-2]) if len(self.verify_s) > 1 else 0.0
+        slope = max(0.0, *self._slopes) if len(self.verify_s) > 1 else 0.0
         beyond = np.maximum(rows - len(self.verify_s), 0) * slope
         seconds: Values = np.interp(rows, known, self.verify_s) + beyond + self.link_s
         return seconds
+
+    @property
+    def _slopes(self) -> tuple[float, float]:
+        """Seconds by the row: of the last one, and of all behind the first."""
+        one, *_, before, last = self.verify_s[:1] + self.verify_s
+        return last - before, (last - one) / (len(self.verify_s) - 1)
 
     def rounds(self, accepted: Values) -> Values:
         """The same, taking back included, where all of a block of 0, 1, 2 … is accepted so often.
@@ -122,12 +130,11 @@ class CostModel:
             return
         expected_s = self._pass_s(np.exp(self._verify), np.exp(self._crowd), requests, rows)
         error = _bounded(math.log(max(elapsed_s, 1e-6) / expected_s)) / requests
-        self._verify = [cost + self.SHARED * error for cost in self._verify]
-        self._crowd = [cost + self.SHARED * error for cost in self._crowd]
-        own = self._verify if requests == 1 else self._crowd
         at = (rows if requests == 1 else requests) - 1
-        if at < len(own):
-            own[at] += (self.OWN - self.SHARED) * error
+        own, others = (self._verify, self._crowd) if requests == 1 else (self._crowd, self._verify)
+        others[:] = [cost + self.SHARED * error for cost in others]
+        for n, share in enumerate(_shares(at, len(own))):
+            own[n] += (self.SHARED + (self.OWN - self.SHARED) * share) * error
         if requests == 1 or not self._in_turns:  # else some were held back for the others
             link_s = min(max(round_trip_s - elapsed_s, 1e-5), 1.0)
             self._link += self.OWN * _bounded(math.log(link_s) - self._link) / requests
@@ -225,6 +232,13 @@ class CostModel:
             draft_s *= self.together(riders)
         rollback_s = self._rollback_s * crowd  # all of them wait
         return Costs(tuple(map(float, verify_s)), draft_s, link_s, turn_s, rollback_s)
+
+
+@functools.lru_cache(maxsize=256)
+def _shares(at: int, count: int) -> tuple[float, ...]:
+    """How far each of `count` costs is like that at `at`: few rows tell of themselves alone."""
+    apart = np.log2((1 + np.arange(count)) / (1 + at)) / ALIKE
+    return tuple(np.exp(-(apart**2)).tolist())
 
 
 def _bounded(error: float) -> float:

@@ -32,6 +32,7 @@ class Lessons:
     def __init__(self, situation: Situation) -> None:
         self._now = situation
         self.trace = Trace(situation.task.trace)
+        self._was_free = False  # what was proposed last
         self._waited_s = 0.0  # time since the last commit that workers spent on other requests
 
     def judged(self, judged: Judged, reason: str) -> None:
@@ -57,7 +58,12 @@ class Lessons:
         turn_s = max(0.0, now - draft.told_at - elapsed_s - proposal.waited_s)
         begin_s = turn_s if proposal.position == len(self._now.tokens) else None
         confidences = [one.confidence for one in proposal.drafted]
-        self._now.rule.drafted(each_s, confidences, begin_s, proposal.requests)
+        # where no model has proposed, nothing is learnt of what its tokens take; and the next time
+        # it reads first what it has left out
+        is_free = any(one.free for one in proposal.drafted)
+        known_s = None if is_free or self._was_free else each_s
+        self._was_free = is_free
+        self._now.rule.drafted(known_s, confidences, begin_s, proposal.requests)
 
     def verified(self, verdict: Verdict, way: Sequence[Drafted], now: float, number: int) -> None:
         """How long a round took, and how much of that the target computed.

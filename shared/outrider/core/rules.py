@@ -132,12 +132,12 @@ class Rule(Protocol):
 
     def drafted(
         self,
-        each_s: float,
+        each_s: float | None,
         confidences: Sequence[float],
         turn_s: float | None,
         requests: int = 1,
     ) -> None:
-        """Each token took `each_s`; beginning a turn of the draft, if they did, took `turn_s`.
+        """Each token took `each_s`, if that tells what they take; beginning a turn, `turn_s`.
 
         So many `requests` shared the draft's passes.
         """
@@ -379,12 +379,14 @@ class PricedRule(Rule):
 
     def drafted(
         self,
-        each_s: float,
+        each_s: float | None,
         confidences: Sequence[float],
         turn_s: float | None,
         requests: int = 1,
     ) -> None:
-        if not self._unseen:
+        if each_s is None:
+            pass
+        elif not self._unseen:
             in_turns = self.mode == "sync"
             turn_s = turn_s if in_turns else None
             self._costs.drafted(each_s, len(confidences), turn_s, requests)

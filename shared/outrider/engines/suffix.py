@@ -1,9 +1,10 @@
 """A drafter without a model: what followed last time where the text repeats itself.
 
 The longest run of tokens at the end of the text that has been there before is looked up, and what
-came behind it then is proposed. How far to trust that is learnt by the length of the run, from
-every token of every answer, whoever drafted it. It costs microseconds, and has no idea where
-nothing repeats. With a memory it also looks in texts of the same cache name that came before.
+came behind it then is proposed, changed as the text has changed it before (`alignment`). How far to
+trust that is learnt by the length of the run, from every token of every answer, whoever drafted it.
+It costs microseconds, and has no idea where nothing repeats. With a memory it also looks in texts
+of the same cache name that came before.
 
 Sources: prompt lookup (github.com/apoorvumang/prompt-lookup-decoding) and SuffixDecoding (arXiv
 2411.04975). A table of short runs takes the place of their suffix tree: it can be undone by tokens.
@@ -14,12 +15,12 @@ from __future__ import annotations
 import time
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
 
 from outrider.core.constraints import Constraint
 from outrider.core.drafter import Drafter, DrafterInfo, Opening
 from outrider.core.estimates import usual_confidence
 from outrider.core.values import Drafted, TokenId
+from outrider.engines.alignment import Next, State, Way
 
 NAME = "suffix"  # in place of a model's file
 LEAST_RUN = 3  # tokens; what is shorter repeats by chance
@@ -27,23 +28,21 @@ MOST_RUN = 64  # a longer one is as good
 LATEST = 16  # places that are looked at, the latest first
 MOST_DRAFTED = 16  # at once
 DRAFTED = 256  # no draft is so far ahead of what is committed
-LENGTHS = (4, 5, 7, 10, 16, 32)  # runs between two of these are trusted alike
-TRUST = (0.45, 0.55, 0.65, 0.75, 0.85, 0.9, 0.95)  # in runs of each length, before any is known …
+LENGTHS = (-1, 0, 3, 4, 5, 7, 10, 16, 32)  # runs between two of these are trusted alike
+# replacements, and runs of each length, before any is known …
+TRUST = (0.5, 0.85, 0.5, 0.45, 0.55, 0.65, 0.75, 0.85, 0.9, 0.95)
 KNOWN = 8.0  # … which counts as so many tokens
 REMEMBERED = 400.0  # tokens of each length; older ones count less and less
 LEAST_TRUST = 0.3  # what is less likely is no idea
 
 
-class Match(NamedTuple):
-    """A run at the end of a text that was there before."""
-
-    tokens: Sequence[TokenId]  # of this text, perhaps an earlier one
-    place: int  # what followed it then begins here
-    length: int
-
-
 class Trust:
-    """How often what followed a run has followed again, by the length of the run."""
+    """How often what followed a run has followed again, by the length of the run.
+
+    Replacements have classes of their own, in place of lengths: `ONCE`, `OFTEN`.
+    """
+
+    ONCE, OFTEN = -2, -1
 
     def __init__(self) -> None:
         self._told = [KNOWN] * len(TRUST)
@@ -72,6 +71,7 @@ class Text:
         self._trust, self._begins = trust, begins
         self._places: dict[tuple[TokenId, ...], list[int]] = {}  # behind each run
         self._learnt: list[tuple[int, bool] | None] = []  # by position
+        self._states = [State()]  # before each position, and at the end
 
     def follow(self, text: Sequence[TokenId]) -> None:
         """Become `text`: it may differ from what is known in the last `DRAFTED` tokens."""
@@ -97,18 +97,33 @@ class Text:
                 if not self._places[run]:
                     del self._places[run]
             self.tokens.pop()
+            self._states.pop()
             if learnt := self._learnt.pop():
                 self._trust.learn(*learnt, count=-1)
 
     def _learn(self, token: TokenId) -> None:
         """What would have been proposed in place of `token`, if it is one of the answer."""
-        match = self.match() if len(self.tokens) >= self._begins else None
-        learnt = (match.length, match.tokens[match.place] == token) if match else None
+        state = self._states[-1]
+        if len(self.tokens) < self._begins:
+            self._learnt.append(None)
+            self._states.append(state)
+            return
+        way = self.way()
+        found = state.next(way) if way else None
+        learnt = (kind(found), found.token == token) if found else None
         self._learnt.append(learnt)
+        self._states.append(state.behind(self.tokens, token, way))
         if learnt:
             self._trust.learn(*learnt)
 
-    def match(self) -> Match | None:
+    def way(self) -> Way | None:
+        """What this text follows: what it has followed longest, or the longest run."""
+        followed, run = self._states[-1].way, self.match()
+        if followed and (run is None or followed.rest or followed.length >= run.length):
+            return followed
+        return run
+
+    def match(self) -> Way | None:
         """The longest run at the end that was there before; of several the latest."""
         run = tuple(self.tokens[-LEAST_RUN:])
         # the last place in this text is the end itself
@@ -120,34 +135,39 @@ class Text:
                 best = found
         return best
 
-    def _longest(self, tokens: Sequence[TokenId], places: Iterable[int]) -> Match | None:
+    def _longest(self, tokens: Sequence[TokenId], places: Iterable[int]) -> Way | None:
         """The longest run before one of the `places` in `tokens` with which this text ends."""
         mine, end = self.tokens, len(self.tokens)
-        best: Match | None = None
+        best: Way | None = None
         for place in places:
             length, most = LEAST_RUN, min(place, end, MOST_RUN)
             while length < most and tokens[place - 1 - length] == mine[end - 1 - length]:
                 length += 1
             if best is None or length > best.length:
-                best = Match(tokens, place, length)
+                best = Way(tokens, place, length)
             if length == MOST_RUN:
                 break
         return best
 
     def propose(self) -> tuple[Drafted, ...]:
         """What may follow. Where it would run into the end, it goes round: text that cycles."""
-        match = self.match()
-        if match is None:
-            return ()
-        period, drafted = len(match.tokens) - match.place, list[Drafted]()
-        goes_round = match.tokens is self.tokens
-        for n in range(MOST_DRAFTED if goes_round else min(period, MOST_DRAFTED)):
-            trust = self._trust.of(match.length + n)
-            if trust < LEAST_TRUST:
+        way, state = self.way(), self._states[-1]
+        drafted, ids = list[Drafted](), list[TokenId]()
+        while way and len(drafted) < MOST_DRAFTED:
+            found = state.next(way, ids if way.tokens is self.tokens else ())
+            if found is None or (trust := self._trust.of(kind(found))) < LEAST_TRUST:
                 break
-            token = match.tokens[match.place + n % period]
-            drafted.append(Drafted(token, usual_confidence(trust), free=True))
+            drafted.append(Drafted(found.token, usual_confidence(trust), free=True))
+            ids.append(found.token)
+            way = found.way
         return tuple(drafted)
+
+
+def kind(found: Next) -> int:
+    """What tells how far to trust it; see `Trust`."""
+    if found.times:
+        return Trust.ONCE if found.times == 1 and not found.way.rest else Trust.OFTEN
+    return found.way.length - 1
 
 
 class Memory:
