@@ -77,6 +77,8 @@ class Struck:
         )
         self.gaps = Gaps()
         self.slots = SLOTS_PAIR if arm.pair else SLOTS
+        if arm.pair and arm.victim == "client":
+            self.slots *= 2  # those who are stopped go on asking: nobody is to wait for a place
         self.device, self.memory = devices(arm.pair, parallel=self.slots), Remembered(arm.pair)
         self.guests: asyncio.subprocess.Process | None = None
 
