@@ -229,3 +229,4 @@ def test_the_oldest_texts_are_forgotten_first() -> None:
     assert ids_of(drafter.propose(0, [90, 36, 37, 38])) == (39,)
     kept = drafter._memory.of("")
     assert sum(len(one.tokens) for one in kept) <= 12
+    assert not any(one._states or one._earlier for one in kept), "nor what these have followed"

@@ -182,6 +182,7 @@ class Memory:
         if name is None or not 0 < len(text.tokens) <= self._most:
             return
         text._earlier = ()
+        text._states.clear()  # they hold on to the texts that it has followed
         self._texts.append((name, text))
         while sum(len(one.tokens) for _, one in self._texts) > self._most:
             del self._texts[0]
