@@ -151,6 +151,16 @@ def test_one_token_may_be_replaced_by_several(new: tuple[TokenId, ...]) -> None:
     assert edited(SOURCE, 1, 2, 3, 4, *new, 5, 6, 7, new[0])[: len(new)] == (*new[1:], 8)
 
 
+def test_a_replacement_is_trusted_once_it_has_come_again_and_when_it_has_begun() -> None:
+    once = opened([*SOURCE, 99, 1, 2, 3, 4, 60, 61, 5, 6, 7], begins=len(SOURCE) + 1)
+    first, rest, *_ = once.propose()
+    assert (first.token, rest.token) == (60, 61)
+    assert first.confidence < rest.confidence
+    once.follow([*once.tokens, 60, 61, 8, 9, 10])
+    again, *_ = once.propose()
+    assert (again.token, again.confidence > first.confidence) == (60, True)
+
+
 def test_several_tokens_may_be_replaced_by_one() -> None:
     source = [1, 2, 3, 50, 51, 5, 6, 7, 50, 51, 8, 9, 50, 4]
     assert edited(source, 1, 2, 3, 60, 5, 6)[:7] == (7, 60, 8, 9, 50, 4, 99)

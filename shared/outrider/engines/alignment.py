@@ -19,6 +19,7 @@ from outrider.core.values import TokenId
 
 MOST_REPLACED = 8  # tokens, of what is replaced and of what stands for it
 AGREED = 2  # tokens in a row after which two texts agree again
+BEGUN = 2  # times that what is in the middle of a replacement counts for: its beginning was right
 SURE = 3  # tokens in a row after which a difference is one of a text that is followed
 
 
@@ -66,7 +67,7 @@ class State(NamedTuple):
         if way.rest:
             token, *rest = way.rest
             on = Way(way.tokens, way.place, way.length + 1, tuple(rest))
-            return Next(token, 1, on)
+            return Next(token, BEGUN, on)
         end = len(way.tokens)
         if way.place >= end + len(behind):
             return None

@@ -166,7 +166,7 @@ class Text:
 def kind(found: Next) -> int:
     """What tells how far to trust it; see `Trust`."""
     if found.times:
-        return Trust.ONCE if found.times == 1 and not found.way.rest else Trust.OFTEN
+        return Trust.ONCE if found.times == 1 else Trust.OFTEN
     return found.way.length - 1
 
 
