@@ -158,7 +158,8 @@ def test_a_replacement_is_trusted_once_it_has_come_again_and_when_it_has_begun()
     assert first.confidence < rest.confidence
     once.follow([*once.tokens, 60, 61, 8, 9, 10])
     again, *_ = once.propose()
-    assert (again.token, again.confidence > first.confidence) == (60, True)
+    assert again.token == 60
+    assert usual_acceptance(again.confidence) > 0.8, "not a replacement of one time"
 
 
 def test_several_tokens_may_be_replaced_by_one() -> None:

@@ -108,7 +108,7 @@ def plan(
     `limit` may be verified. The next token comes in `next_s` seconds; None: none can come.
     """
     appraisal = appraise(costs, average, likely, limit)
-    if next_s is not None and len(likely) < min(limit, _sight(average)):
+    if next_s is not None and len(likely) < min(limit, _sight(rounded(average))):
         rate, _ = solve(costs, rounded(average))
         if appraisal.with_one_more - rate * next_s > appraisal.now + WAIT_GAIN:
             return None

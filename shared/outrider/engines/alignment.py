@@ -86,12 +86,16 @@ class State(NamedTuple):
             return State(None, None, self.replaced)
         missed = self.missed if self.way and way.tokens is self.way.tokens else None
         replaced = self.replaced
+        is_replacement = found.times and not way.rest
+        old = way.tokens[way.place] if is_replacement else token
         if found.token == token:
+            if is_replacement:
+                again = replaced[old]._replace(times=found.times + 1)
+                replaced = {**replaced, old: again}
             state = State(found.way, missed, replaced)
             return state._agreed(text, token) if missed else state
-        here = way.tokens[way.place : way.place + 1]
-        if found.times and not way.rest and [*here] == [token]:  # this time it is kept
-            replaced = {old: new for old, new in replaced.items() if old != token}
+        if is_replacement and old == token:  # this time it is kept
+            replaced = {first: one for first, one in replaced.items() if first != old}
             return State(Way(way.tokens, way.place + 1, way.length + 1), missed, replaced)
         if missed is None and way.length >= SURE:
             missed = Missed(way.place, len(text))
@@ -110,10 +114,7 @@ class State(NamedTuple):
         new = (*text[missed.at :], token)[:-length]
         if not (0 < len(old) <= MOST_REPLACED and 0 < len(new) <= MOST_REPLACED):
             return State(way, None, self.replaced)
-        before = self.replaced.get(old[0])
-        is_known = before is not None and (before.old, before.new) == (old, new)
-        times = 1 + (before.times if before and is_known else 0)
-        return State(way, None, {**self.replaced, old[0]: Replacement(old, new, times)})
+        return State(way, None, {**self.replaced, old[0]: Replacement(old, new, 1)})
 
 
 def _resumed(way: Way, missed: Missed, token: TokenId) -> Way:
