@@ -1,8 +1,11 @@
 """`auto` against `plain`, whole answers: prompts, lengths, long prompts, first and later requests.
 
-On this machine each cell is measured three times: `auto`, then `plain`, then `plain` again, whose
-ratio to the first shows how much the machine itself varies. A first request gets a service of its
-own for each of the three. On simulated devices every cell is played in virtual time.
+On this machine each cell is measured in turns of `auto` and `plain`, until the median of three is
+known to be high enough (two will do), or is known; where it is too low, the machine may have been
+at fault, and six more tell. A first request gets a service of its own for each. All cells take
+hours: with `--record` they can be measured in several sittings, and with `--control` `plain` is
+compared with itself, which shows how much the machine varies. On simulated devices every cell is
+played in virtual time.
 """
 
 from __future__ import annotations
@@ -10,15 +13,17 @@ from __future__ import annotations
 import argparse
 import asyncio
 import itertools
+import json
 import random
 import secrets
 import statistics
 import sys
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from tests.sim import costs
 
@@ -34,8 +39,7 @@ from outrider_services.terminal import News
 from outrider_services.tuning import search
 
 WANTED, LEAST = 0.98, 0.95
-ARMS: tuple[AskedMode, ...] = ("auto", "plain", "plain")
-REPETITIONS = 3
+REPETITIONS, MOST = 3, 9
 FILLER = "The valley lay quiet under a grey sky, and the river went its slow way to the sea. "
 
 
@@ -44,10 +48,13 @@ def main() -> int:
     parser.add_argument("--simulated", action="store_true", help="on simulated devices, all cells")
     parser.add_argument("--minutes", type=float, default=600.0, help="stop after (default: 600)")
     parser.add_argument("--seed", type=int, default=0, help="of the order of the cells")
+    parser.add_argument("--record", type=Path, metavar="FILE", help="go on from it, and add to it")
+    parser.add_argument("--control", action="store_true", help="measure plain over plain instead")
     args = parser.parse_args()
     if args.simulated:
         return simulated()
-    return asyncio.run(measured(args.minutes, args.seed))
+    mode: AskedMode = "plain" if args.control else "auto"
+    return asyncio.run(measured(mode, 60 * args.minutes, args.seed, args.record))
 
 
 # ---- simulated devices --------------------------------------------------------------------------
@@ -86,12 +93,25 @@ class Cell:
     length: int
     padding: int
     first: bool
-    auto: list[float] = field(default_factory=list)  # over plain, by repetition
-    plain: list[float] = field(default_factory=list)  # the second over the first
+    ratios: list[float] = field(default_factory=list)  # plain's time over that of the mode
 
     def __str__(self) -> str:
         which = "first" if self.first else "tenth"
         return f"{self.name}, {self.length} tokens behind {self.padding}, {which}"
+
+    @property
+    def ratio(self) -> float:
+        """The median, or what it is at least."""
+        return statistics.median_low(self.ratios)
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether more would not tell another thing."""
+        if len(self.ratios) < REPETITIONS:
+            return sum(ratio >= WANTED for ratio in self.ratios) > REPETITIONS // 2
+        if len(self.ratios) == REPETITIONS:
+            return self.ratio >= LEAST
+        return len(self.ratios) >= MOST
 
 
 def cells(seed: int) -> list[Cell]:
@@ -108,24 +128,35 @@ def cells(seed: int) -> list[Cell]:
     return found
 
 
-async def measured(minutes: float, seed: int) -> int:
+async def measured(mode: AskedMode, seconds: float, seed: int, record: Path | None) -> int:
     settings = search.prepared(with_files(sources.settings({}), fetch=False), print)
-    deadline, done = time.monotonic() + 60 * minutes, list[Cell]()
-    for cell in cells(seed):
+    deadline, every = time.monotonic() + seconds, cells(seed)
+    recalled(every, record)
+    for cell in every:
+        if cell.is_settled:
+            continue
         if time.monotonic() > deadline:
             break
-        await (measure_first(settings, cell) if cell.first else measure_tenth(settings, cell))
-        done.append(cell)
-        print(
-            f"{cell}: auto {statistics.median(cell.auto):.3f}, "
-            f"plain again {statistics.median(cell.plain):.3f}",
-            flush=True,
-        )
-    report(done)
-    return int(min(statistics.median(cell.auto) for cell in done) < LEAST)
+        await (measure_first if cell.first else measure_tenth)(settings, cell, mode)
+        print(f"{cell}: {', '.join(f'{ratio:.3f}' for ratio in cell.ratios)}", flush=True)
+        if record:
+            with record.open("a") as file:
+                print(json.dumps([str(cell), cell.ratios]), file=file)
+    done = [cell for cell in every if cell.is_settled]
+    report(done, len(every), mode)
+    return int(min((cell.ratio for cell in done), default=1.0) < LEAST)
 
 
-def report(done: Iterable[Cell]) -> None:
+def recalled(every: Iterable[Cell], record: Path | None) -> None:
+    """Give the cells what was measured before."""
+    if record is None or not record.exists():
+        return
+    told = dict(json.loads(each) for each in record.read_text().splitlines())
+    for cell in every:
+        cell.ratios = told.get(str(cell), [])
+
+
+def report(done: Sequence[Cell], of: int, mode: AskedMode) -> None:
     by_kind: dict[str, list[Cell]] = defaultdict(list)
     for cell in done:
         for kind in (
@@ -136,9 +167,9 @@ def report(done: Iterable[Cell]) -> None:
             "first" if cell.first else "tenth",
         ):
             by_kind[kind].append(cell)
+    print(f"{len(done)} of {of} cells, {mode} over plain")
     for kind, some in by_kind.items():
-        print(f"{kind:14} auto over plain: {line([statistics.median(c.auto) for c in some])}")
-        print(f"{'':14} plain over plain: {line([statistics.median(c.plain) for c in some])}")
+        print(f"{kind:14} {line([cell.ratio for cell in some])}")
 
 
 @asynccontextmanager
@@ -149,32 +180,32 @@ async def service(settings: Settings) -> AsyncIterator[AsyncClient]:
             yield client
 
 
-async def measure_first(settings: Settings, cell: Cell) -> None:
-    for repetition in range(REPETITIONS):
-        times = dict[int, float]()
-        for arm in rotated(repetition):
-            async with service(settings) as client:
-                times[arm] = await took(client, cell, ARMS[arm])
-        note(cell, times)
+async def measure_first(settings: Settings, cell: Cell, mode: AskedMode) -> None:
+    async def alone(asked: AskedMode) -> float:
+        async with service(settings) as client:
+            return await took(client, cell, asked)
+
+    while not cell.is_settled:
+        await turn(cell, mode, alone)
 
 
-async def measure_tenth(settings: Settings, cell: Cell) -> None:
+async def measure_tenth(settings: Settings, cell: Cell, mode: AskedMode) -> None:
     async with service(settings) as client:
         others = [one for one in cells(0) if one.padding == 30 and one.length == 64][:9]
         for other in others:
-            await took(client, other, "auto")
-        for repetition in range(REPETITIONS):
-            note(cell, {arm: await took(client, cell, ARMS[arm]) for arm in rotated(repetition)})
+            await took(client, other, mode)
+        while not cell.is_settled:
+            await turn(cell, mode, lambda asked: took(client, cell, asked))
 
 
-def rotated(repetition: int) -> list[int]:
-    return [(arm + repetition) % len(ARMS) for arm in range(len(ARMS))]
-
-
-def note(cell: Cell, times: dict[int, float]) -> None:
-    plain_s = statistics.fmean((times[1], times[2]))
-    cell.auto.append(plain_s / times[0])
-    cell.plain.append(times[1] / times[2])
+async def turn(cell: Cell, mode: AskedMode, ask: Callable[[AskedMode], Awaitable[float]]) -> None:
+    """Both once; which is first changes from turn to turn."""
+    if len(cell.ratios) % 2:
+        plain_s = await ask("plain")
+        cell.ratios.append(plain_s / await ask(mode))
+    else:
+        mode_s = await ask(mode)
+        cell.ratios.append(await ask("plain") / mode_s)
 
 
 async def took(client: AsyncClient, cell: Cell, mode: AskedMode) -> float:

@@ -313,7 +313,9 @@ async def test_in_turns_a_block_is_one_message(pipeline: Any) -> None:
                 PROMPT, max_tokens=80, temperature=0, mode=mode, trace=True
             )
             drafted = [span.rows for span in done.trace or () if span.lane == "draft"]
-            assert sum(drafted) == done.stats.drafted_tokens
+            # what was told beside a block counts where it was right, and has no span of its own
+            told = done.stats.beside_tokens if done.stats.beside_misses else 0
+            assert 0 <= done.stats.drafted_tokens - sum(drafted) <= told
             traces[mode] = drafted
     assert max(traces["sync"]) > 2
     assert max(traces["pipelined"]) == 1
