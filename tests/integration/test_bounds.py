@@ -293,7 +293,7 @@ async def test_malformed_frames_without_end_cost_the_others_little(
         flood = await asyncio.create_subprocess_exec(
             sys.executable, "-c", FLOOD, address(up), stdout=asyncio.subprocess.PIPE
         )
-        slowest, started = 0.0, time.monotonic()
+        slowest = 0.0
         while flood.returncode is None:
             began = time.monotonic()
             await client.health()
@@ -305,7 +305,7 @@ async def test_malformed_frames_without_end_cost_the_others_little(
         assert int(sent) > 1000
         assert slowest < 0.5
         spent = sum(coordinator(up).cpu_times()[:2]) - cpu
-        assert spent < 0.6 * (time.monotonic() - started)  # of one core
+        assert spent < 120e-6 * int(sent), (spent, sent)
 
 
 TORRENT = """
