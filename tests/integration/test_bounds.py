@@ -338,13 +338,14 @@ async def test_small_messages_without_end_are_cut_off(pipeline: Pipelines, oracl
             sys.executable, "-c", TORRENT, address(up)[6:], stdout=asyncio.subprocess.PIPE
         )
         sent, _ = await process.communicate()
-        assert int(sent) > 2000
+        assert int(sent) >= 1000
 
     async with undisturbed(pipeline, oracle, 600) as (up, client):
         before = coordinator(up).memory_info().rss
         assert await peak(up, flood(up)) < 500 * MIB
-        assert await client.tokenize("x") == (120,)
-        await as_before(up, before, 15.0)
+        async with asyncio.timeout(3):  # millions of messages may wait to be dropped
+            assert await client.tokenize("x") == (120,)
+        await as_before(up, before, 45.0)
 
 
 # ---- pauses -------------------------------------------------------------------------------------

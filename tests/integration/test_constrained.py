@@ -67,7 +67,7 @@ async def test_every_mode_gives_the_same_json_of_the_schema(
     form = {"type": "json_schema", "json_schema": {"name": "song", "schema": SONG}}
     async with served.connect() as client:
         answer = await client.create_completion(
-            PROMPT, response_format=form, logit_bias=CLOSING, mode=mode, **settings
+            PROMPT, response_format=form, logit_bias=CLOSING, mode=mode, n_min=2, **settings
         )
     assert ids(answer) == expected(Constraint("schema", json.dumps(SONG)), settings)
     assert answer.choices[0].finish_reason == "stop"

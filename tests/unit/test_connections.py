@@ -56,6 +56,7 @@ def test_the_end_of_a_connection_names_the_peer_that_spoke_on_it(clock: Clock) -
     assert known.lose(5) == b"a"
     assert known.of(b"a") is None
     assert known.lose(5) is None
+    assert known.end(b"a"), "what it has left is dropped without another look"
 
 
 def test_a_message_may_come_after_the_end_of_its_connection(clock: Clock) -> None:

@@ -158,23 +158,27 @@ async def test_what_was_sent_before_the_end_is_read_before_anybody_is_told(
     assert len(guest.heard) == 20
 
 
+def flood(address: str, count: int) -> None:
+    """Send so many small messages, and leave when all are on their way."""
+    frame = encode(wire.Health(2))
+    with zmq.Context() as context, context.socket(zmq.DEALER) as one:
+        one.setsockopt(zmq.SNDHWM, 0)
+        one.setsockopt(zmq.LINGER, 10_000)
+        one.connect(address)
+        for _ in range(count):
+            one.send(frame)
+
+
 async def test_what_a_flood_has_left_behind_is_dropped_and_nobody_else_is_blamed(
     house: House, guest: Guest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await guest.say(wire.Health(1))
     await until(lambda: house.heard)
     monkeypatch.setattr(connections, "HEAVY", -(1 << 40))  # the process is heavy by now
-    count, frame = 100_000, encode(wire.Health(2))
-
-    def flood() -> None:
-        with zmq.Context() as context, context.socket(zmq.DEALER) as one:
-            one.setsockopt(zmq.SNDHWM, 0)
-            one.setsockopt(zmq.LINGER, 10_000)
-            one.connect(house.address)
-            for _ in range(count):
-                one.send(frame)
-
-    flood()  # and the loop, which waits for it, reads all that when its connection is over
+    count = 100_000
+    flood(
+        house.address, count
+    )  # and the loop, which waits for it, reads all that when its connection is over
     await guest.say(wire.Health(3))
     await until(lambda: wire.Health(3) in [message for _, message in house.heard[-200:]])
     await until(lambda: len(house.gone) == 1)
@@ -182,6 +186,24 @@ async def test_what_a_flood_has_left_behind_is_dropped_and_nobody_else_is_blamed
     await until(lambda: wire.Health(4) in [message for _, message in house.heard[-200:]])
     assert guest.lost == []
     assert len(house.heard) < count // 2
+
+
+async def test_others_have_their_turn_while_a_flood_is_dropped(
+    house: House, guest: Guest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await guest.say(wire.Health(1))
+    await until(lambda: house.heard)
+    peer = house.peer
+    monkeypatch.setattr(connections, "HEAVY", -(1 << 40))
+    flood(house.address, 300_000)
+    turns = []
+    for call in range(100):
+        began = time.monotonic()
+        house.router.send(peer, wire.Health(call))
+        await asyncio.sleep(0.001)
+        turns.append(time.monotonic() - began)
+    await until(lambda: len(guest.heard) == 100)
+    assert max(turns) < 0.25, turns
 
 
 async def test_an_address_on_which_somebody_listens_is_not_taken_from_them(

@@ -181,7 +181,7 @@ class Router(Endpoint):
         else:
             first = self._socket.recv(zmq.NOBLOCK, copy=False)
             (origin, user), frame = self._meet(peer, first), first.bytes
-        rest = self._rest()
+        rest = self._rest(self._socket.getsockopt(zmq.RCVMORE))
         if peer in self._ended:
             self._ended[peer] = self._connections.end(peer)
             return
@@ -223,12 +223,12 @@ class Router(Endpoint):
         """Drop what connections that were ended have left, much at once: it may be millions."""
         self._is_draining = True
         for _ in range(DROPPED):
-            self._rest()
+            self._rest(more=True)  # behind its peer
             peer = self._socket.recv(zmq.NOBLOCK)
             if not self._ended.get(peer):
                 self._receive_from(peer)
                 return
-        self._rest()
+        self._rest(more=True)
 
     def _on_burst(self) -> None:
         self.relieve()

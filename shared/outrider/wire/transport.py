@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable
 
 import zmq
@@ -30,7 +31,7 @@ from outrider.wire.messages import FRAME_LIMIT, Message
 
 log = logging.getLogger(__name__)
 
-BURST = 64  # messages handled before other tasks get their turn
+BURST, BURST_S = 64, 0.005  # messages handled, or the time, before other tasks get their turn
 QUEUE = 32  # messages that ZeroMQ itself may hold for or from a peer
 TRUSTED_LIMIT = 64 << 20  # bytes that may wait for a worker, or for the coordinator, besides
 RETRY_S = (0.001, 0.1)  # between two looks at what waits: at first, at most
@@ -95,6 +96,7 @@ class Endpoint:
         self._loop.call_soon(self._drain_monitor)  # until it was found empty, ZeroMQ wakes nobody
         self._backlogs: dict[bytes, Backlog] = {}  # by peer; those that are not empty
         self._retrying: asyncio.TimerHandle | None = None  # the next look at them
+        self._will_drain = False
         self.closed = False
 
     # ---- sending --------------------------------------------------------------------------------
@@ -125,7 +127,7 @@ class Endpoint:
         finally:
             # sending may swallow the edge that announces a message: look for one
             if not self.closed and int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
-                self._loop.call_soon(self._drain)
+                self._drain_soon()
         return True
 
     def _retry(self, waited_s: float) -> None:
@@ -154,7 +156,18 @@ class Endpoint:
 
     # ---- receiving ------------------------------------------------------------------------------
 
+    def _drain_soon(self) -> None:
+        """Once, however often it is called: each burst that finds more is followed by another."""
+        if not self._will_drain:
+            self._will_drain = True
+            self._loop.call_soon(self._drain_again)
+
+    def _drain_again(self) -> None:
+        self._will_drain = False
+        self._drain()
+
     def _drain(self) -> None:
+        until = time.monotonic() + BURST_S
         for _ in range(BURST):
             if self.closed:
                 return
@@ -164,8 +177,10 @@ class Endpoint:
                 return
             except Exception:  # what one message leads to must not keep others from being read
                 log.exception("a message was not handled")
+            if time.monotonic() > until:
+                break
         self._on_burst()
-        self._loop.call_soon(self._drain)
+        self._drain_soon()
 
     def _on_burst(self) -> None:
         """More comes than is read at once."""
@@ -174,11 +189,11 @@ class Endpoint:
         """Take one message. Raises zmq.Again if there is none."""
         raise NotImplementedError
 
-    def _rest(self) -> int:
-        """Drop the further frames of a message, one by one; how many there were."""
+    def _rest(self, more: int) -> int:
+        """Drop the further frames of a message, if it has `more`, one by one; how many it had."""
         count = 0
-        while self._socket.getsockopt(zmq.RCVMORE):
-            self._socket.recv(zmq.NOBLOCK, copy=False)
+        while more:
+            more = self._socket.recv(zmq.NOBLOCK, copy=False).more
             count += 1
         return count
 
@@ -320,7 +335,7 @@ class Link(Endpoint):
     def _receive(self) -> None:
         frame = self._socket.recv(zmq.NOBLOCK)
         try:
-            if rest := self._rest():
+            if rest := self._rest(self._socket.getsockopt(zmq.RCVMORE)):
                 raise ProtocolError(f"a message of {rest + 1} frames instead of one")
             message = decode(frame)
         except ProtocolError as exc:
