@@ -189,7 +189,7 @@ class Endpoint:
         """Take one message. Raises zmq.Again if there is none."""
         raise NotImplementedError
 
-    def _rest(self, more: int) -> int:
+    def _rest(self, more: int | bytes) -> int:
         """Drop the further frames of a message, if it has `more`, one by one; how many it had."""
         count = 0
         while more:
