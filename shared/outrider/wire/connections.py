@@ -156,7 +156,7 @@ class Connections:
         return connection.peer if self._by_peer.pop(connection.peer, None) else None
 
     def end(self, peer: bytes) -> bool:
-        """End the connection and forget its peer; whether it is over. If not, it was not met yet."""
+        """End the connection and forget its peer; False if it has not been met yet."""
         connection = self._by_peer.pop(peer, None)
         if connection is None:
             return peer in self._over
