@@ -210,7 +210,7 @@ def test_a_prompt_longer_than_the_context_is_one_sentence(served: Served) -> Non
 
 def test_verbose_tells_each_drafted_tokens_fate_on_stderr(served: Served, oracle: Oracle) -> None:
     for flag in ("-v", "--verbose", "-verbose=true"):
-        flags = ("--connect=shared", *GREEDY, "-n", "60", flag)
+        flags = ("--connect=shared", *GREEDY, "-n", "60", "--spec-draft-n-min=2", flag)
         done = served.cli("run", *flags, "-p", PROMPT)
         assert done.stdout == oracle(PROMPT, 60).text + "\n"
     lines = [line for line in done.stderr.splitlines() if line.startswith("[")]

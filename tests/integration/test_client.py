@@ -292,7 +292,7 @@ async def test_a_request_fixes_the_length_of_its_blocks(served: Served, oracle: 
 async def test_a_trace_shows_drafting_during_verification(served: Served) -> None:
     async with served.connect() as client:
         result = await client.create_completion(
-            PROMPT, max_tokens=60, temperature=0, mode="pipelined", trace=True
+            PROMPT, max_tokens=60, temperature=0, mode="pipelined", n_min=2, trace=True
         )
         untraced = await client.create_completion(PROMPT, max_tokens=2)
     assert untraced.trace is None
