@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from outrider import AsyncClient
 
 PROMPT = "Quiet rain over"
+BLOCKS: dict[str, Any] = {"n_draft": 4, "n_min": 4}  # are verified whether they pay here or not
 MODES: tuple[Literal["plain", "sync", "pipelined"], ...] = ("plain", "sync", "pipelined")
 
 
@@ -292,7 +293,7 @@ async def test_a_request_fixes_the_length_of_its_blocks(served: Served, oracle: 
 async def test_a_trace_shows_drafting_during_verification(served: Served) -> None:
     async with served.connect() as client:
         result = await client.create_completion(
-            PROMPT, max_tokens=60, temperature=0, mode="pipelined", n_min=2, trace=True
+            PROMPT, max_tokens=60, temperature=0, mode="pipelined", **BLOCKS, trace=True
         )
         untraced = await client.create_completion(PROMPT, max_tokens=2)
     assert untraced.trace is None

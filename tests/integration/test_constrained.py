@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from tests.integration.conftest import Cli, Pipeline, Served
 
 PROMPT = "Quiet rain over"
+BLOCKS: dict[str, Any] = {"n_draft": 4, "n_min": 4}  # are verified whether they pay here or not
 MODES = ("plain", "sync", "pipelined")
 SONG = {
     "type": "object",
@@ -67,7 +68,7 @@ async def test_every_mode_gives_the_same_json_of_the_schema(
     form = {"type": "json_schema", "json_schema": {"name": "song", "schema": SONG}}
     async with served.connect() as client:
         answer = await client.create_completion(
-            PROMPT, response_format=form, logit_bias=CLOSING, mode=mode, n_min=2, **settings
+            PROMPT, response_format=form, logit_bias=CLOSING, mode=mode, **BLOCKS, **settings
         )
     assert ids(answer) == expected(Constraint("schema", json.dumps(SONG)), settings)
     assert answer.choices[0].finish_reason == "stop"
