@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from contextlib import suppress
+from math import inf
 
 import zmq
 
@@ -23,6 +25,7 @@ log = logging.getLogger(__name__)
 BACKLOG_LIMIT = 4 << 20  # bytes that may wait for a client besides those that ZeroMQ holds
 ENDED = 1024  # peers whose connections were ended that are remembered
 DROPPED = 1000  # messages of theirs that are dropped at once
+DRAINING_S = 0.2  # since some were dropped: there may be more
 MUTE_S = 2.0  # a surplus connection that has said nothing for so long ends
 
 
@@ -51,7 +54,7 @@ class Router(Endpoint):
         # what they still send, or have left, is not looked at; whether their connections are over
         self._ended: dict[bytes, bool] = {}
         self._leaving: set[bytes] = set()  # what they sent before the end is read now
-        self._patience, self._scales, self._is_draining = Patience(), Scales(), False
+        self._patience, self._scales, self._dropped_at = Patience(), Scales(), -inf
         self.doorman: Doorman | None = None  # where there are addresses with keys
         self.addresses: list[str] = []
 
@@ -116,7 +119,7 @@ class Router(Endpoint):
 
     def relieve(self) -> None:
         """If the process has grown too heavy, end the connection to blame; to be called often."""
-        is_draining, self._is_draining = self._is_draining, False
+        is_draining = time.monotonic() - self._dropped_at < DRAINING_S
         blamed = self._scales.blame(self._connections, self._waiting, is_draining=is_draining)
         if blamed is None:
             return
@@ -161,7 +164,7 @@ class Router(Endpoint):
         origin = user or str(frame.get("Peer-Address"))
         is_open = self._connections.meet(peer, int(frame.get(zmq.SRCFD)), origin, user)
         if not is_open:
-            self._is_draining = True
+            self._dropped_at = time.monotonic()
             if peer not in self._ended:
                 self._let_go(peer)
         return origin, user
@@ -221,7 +224,7 @@ class Router(Endpoint):
 
     def _drop(self) -> None:
         """Drop what connections that were ended have left, much at once: it may be millions."""
-        self._is_draining = True
+        self._dropped_at = time.monotonic()
         for _ in range(DROPPED):
             self._rest(more=True)  # behind its peer
             peer = self._socket.recv(zmq.NOBLOCK)

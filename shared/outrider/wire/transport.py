@@ -179,7 +179,8 @@ class Endpoint:
                 log.exception("a message was not handled")
             if time.monotonic() > until:
                 break
-        self._on_burst()
+        else:
+            self._on_burst()
         self._drain_soon()
 
     def _on_burst(self) -> None:
