@@ -1,9 +1,8 @@
 """`auto` against `plain`, whole answers: prompts, lengths, long prompts, first and later requests.
 
-On this machine each cell is measured in turns of `auto` and `plain`, until the median of three is
-known to be high enough (two will do), or is known; where it is too low, the machine may have been
-at fault, and six more tell. A first request gets a service of its own for each. All cells take
-hours: with `--record` they can be measured in several sittings, and with `--control` `plain` is
+On this machine a cell has three turns of `auto` and `plain`: two if both are so good that the third
+cannot spoil the median, and nine if the median of three is too low, since the machine may have been
+at fault. For a first request each answer has a service of its own. All cells take hours: with `--record` they can be measured in several sittings, and with `--control` `plain` is
 compared with itself, which shows how much the machine varies. On simulated devices every cell is
 played in virtual time.
 """
@@ -39,7 +38,7 @@ from outrider_services.terminal import News
 from outrider_services.tuning import search
 
 WANTED, LEAST = 0.98, 0.95
-REPETITIONS, MOST = 3, 9
+REPETITIONS, MOST = 3, 9  # turns of a cell: as a rule, and where that many were below `LEAST`
 FILLER = "The valley lay quiet under a grey sky, and the river went its slow way to the sea. "
 
 
@@ -106,7 +105,7 @@ class Cell:
 
     @property
     def is_settled(self) -> bool:
-        """Whether more would not tell another thing."""
+        """Whether it has had all its turns."""
         if len(self.ratios) < REPETITIONS:
             return sum(ratio >= WANTED for ratio in self.ratios) > REPETITIONS // 2
         if len(self.ratios) == REPETITIONS:
@@ -131,7 +130,7 @@ def cells(seed: int) -> list[Cell]:
 async def measured(mode: AskedMode, seconds: float, seed: int, record: Path | None) -> int:
     settings = search.prepared(with_files(sources.settings({}), fetch=False), print)
     deadline, every = time.monotonic() + seconds, cells(seed)
-    recalled(every, record)
+    recalled(every, mode, record)
     for cell in every:
         if cell.is_settled:
             continue
@@ -141,17 +140,18 @@ async def measured(mode: AskedMode, seconds: float, seed: int, record: Path | No
         print(f"{cell}: {', '.join(f'{ratio:.3f}' for ratio in cell.ratios)}", flush=True)
         if record:
             with record.open("a") as file:
-                print(json.dumps([str(cell), cell.ratios]), file=file)
+                print(json.dumps([mode, str(cell), cell.ratios]), file=file)
     done = [cell for cell in every if cell.is_settled]
     report(done, len(every), mode)
     return int(min((cell.ratio for cell in done), default=1.0) < LEAST)
 
 
-def recalled(every: Iterable[Cell], record: Path | None) -> None:
-    """Give the cells what was measured before."""
+def recalled(every: Iterable[Cell], mode: AskedMode, record: Path | None) -> None:
+    """Give the cells what was measured of this mode before."""
     if record is None or not record.exists():
         return
-    told = dict(json.loads(each) for each in record.read_text().splitlines())
+    lines = map(json.loads, record.read_text().splitlines())
+    told = {name: ratios for asked, name, ratios in lines if asked == mode}
     for cell in every:
         cell.ratios = told.get(str(cell), [])
 

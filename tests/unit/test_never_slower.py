@@ -32,8 +32,12 @@ def test_a_cell_is_settled_once_its_median_is_known(
 def test_what_was_recorded_is_not_measured_again(tmp_path: Path) -> None:
     record = tmp_path / "cells.jsonl"
     some = never_slower.cells(seed=1)
-    record.write_text("".join(json.dumps([str(cell), [1.0, 1.1]]) + "\n" for cell in some[:5]))
+    record.write_text(
+        "".join(json.dumps(["auto", str(cell), [1.0, 1.1]]) + "\n" for cell in some[:5])
+    )
     every = never_slower.cells(seed=2)
     assert len(every) == len({str(cell) for cell in every}) == 324
-    never_slower.recalled(every, record)
+    never_slower.recalled(every, "plain", record)
+    assert not any(cell.ratios for cell in every), "a control is not what it controls"
+    never_slower.recalled(every, "auto", record)
     assert {str(cell) for cell in every if cell.is_settled} == {str(cell) for cell in some[:5]}

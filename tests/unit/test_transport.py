@@ -176,9 +176,8 @@ async def test_what_a_flood_has_left_behind_is_dropped_and_nobody_else_is_blamed
     await until(lambda: house.heard)
     monkeypatch.setattr(connections, "HEAVY", -(1 << 40))  # the process is heavy by now
     count = 100_000
-    flood(
-        house.address, count
-    )  # and the loop, which waits for it, reads all that when its connection is over
+    # the loop, which waits for that, reads it when the connection is over
+    flood(house.address, count)
     await guest.say(wire.Health(3))
     await until(lambda: wire.Health(3) in [message for _, message in house.heard[-200:]])
     await until(lambda: len(house.gone) == 1)
