@@ -2,9 +2,10 @@
 
 On this machine a cell has three turns of `auto` and `plain`: two if both are so good that the third
 cannot spoil the median, and nine if the median of three is too low, since the machine may have been
-at fault. For a first request each answer has a service of its own. All cells take hours: with `--record` they can be measured in several sittings, and with `--control` `plain` is
-compared with itself, which shows how much the machine varies. On simulated devices every cell is
-played in virtual time.
+at fault. For a first request each answer has a service of its own. All cells take hours: with
+`--record` they can be measured in several sittings. With `--control` `plain` is compared with
+itself, which shows how much the machine varies. On simulated devices every cell is played in
+virtual time.
 """
 
 from __future__ import annotations
