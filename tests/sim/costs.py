@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from outrider.core.rules import PricedRule
+from outrider.core.priced import PricedRule
 from outrider_services.bench.replay import Replay, World, curve
 
 TRACES: dict[str, Any] = json.loads(Path(__file__).with_name("prompt-traces.json").read_text())

@@ -46,7 +46,8 @@ from outrider.core.experience import Experience
 from outrider.core.gathering import Gathering
 from outrider.core.orders import Orders
 from outrider.core.pace import MOST_AHEAD, MOST_STEPS
-from outrider.core.rules import FixedRule, PricedRule, Rule
+from outrider.core.priced import PricedRule
+from outrider.core.rules import FixedRule, Rule
 from outrider.core.sampling import FAR, Sampling, Scores, choose
 from outrider.core.session import Phase, Session
 from outrider.core.stats import Stats

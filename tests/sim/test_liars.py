@@ -7,12 +7,13 @@ from typing import Any, Literal
 import pytest
 from tests.sim.replay import FLAT, PROCESSOR
 
-from outrider.core.rules import PricedRule
+from outrider.core.priced import PricedRule
 from outrider_services.bench.replay import Replay, World
 
 LENGTH, SURE = 300, 0.999
 TRACE: dict[str, Any] = {
     "match": [0] * LENGTH,
+    "margin": [20.0] * LENGTH,  # the target is sure, too: all speaks for drafting
     "confidence": [SURE] * LENGTH,
     "rank_at_miss": {},
     "off_path_confidence": {str(at): [SURE] for at in range(LENGTH)},

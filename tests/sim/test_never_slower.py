@@ -30,5 +30,11 @@ def test_short_answers_and_long_prompts_are_left_to_the_target() -> None:
 
 
 def test_where_a_draft_pays_it_is_found_out_within_the_first_answer() -> None:
-    assert ratios("ziglang, untiled", 256, 30, ["code 1"])[0] >= 1.15
+    assert ratios("clang 19, untiled", 256, 30, ["code 1"])[0] >= 1.15
     assert ratios("clang 19, untiled", 256, 30, ["mathematics 2"])[0] >= 1.1
+    assert ratios("gcc 12", 256, 30, ["code 1"])[0] >= 1.1
+
+
+def test_where_the_target_is_unsure_no_draft_is_asked() -> None:
+    for device in DEVICES:
+        assert ratios(device, 256, 30, ["chat 1"])[0] >= 0.998, device

@@ -11,7 +11,8 @@ from tests.sim.replay import FLAT, PROCESSOR, TRACES, speedups
 
 from outrider.core.estimates import CostModel
 from outrider.core.experience import Experience
-from outrider.core.rules import FixedRule, PricedRule
+from outrider.core.priced import PricedRule
+from outrider.core.rules import FixedRule
 from outrider_services.bench.replay import Replay, World
 from outrider_services.bench.results import geometric_mean
 

@@ -13,8 +13,9 @@ from tests.bench import bench_coordinator
 from outrider.core import price, stopping
 from outrider.core.estimates import CostModel
 from outrider.core.experience import Experience, Guard
+from outrider.core.priced import IDLE, PricedRule
 from outrider.core.reading import Reading
-from outrider.core.rules import IDLE, FixedRule, PricedRule
+from outrider.core.rules import FixedRule
 from outrider.core.values import Mode, Verify
 from outrider.wire import messages as wire
 

@@ -32,13 +32,17 @@ from outrider.core.events import (
 )
 from outrider.core.experience import Experience
 from outrider.core.orders import Orders
-from outrider.core.rules import PricedRule, Rule
+from outrider.core.priced import PricedRule
+from outrider.core.promise import UNTOLD, sight
+from outrider.core.rules import Rule
 from outrider.core.session import Session
 from outrider.core.stats import Stats
 from outrider.core.stream import Begun, Stream
 from outrider.core.values import Block, Drafted, Proposal, TokenId, Verify, ids_of
 
 WRONG = 10**6
+GOLDEN = 0.618034  # its multiples are spread evenly: what is drawn with it is always the same
+NEARSIGHTED = 0.5  # how sure a draft is that lacks what it would have to know
 # number of the pass, the main line's text, what it is for besides, seconds
 Step = tuple[int, Begun | None, list[tuple[Branches, Branch, tuple[TokenId, ...]]], float]
 
@@ -115,6 +119,7 @@ class Replay:
     unsent_s: float = 0.0  # what they took
     over: bool = False
     ranks: Ranks = field(default_factory=Ranks)
+    skip: int = 0  # tokens that the draft has not read
 
     def speedup(self) -> float:
         """Play the answer. How many times as fast it was as with a plain step for every token.
@@ -199,7 +204,7 @@ class Replay:
             round=self.orders.round,
             base=base,
             pieces=(b"",) * len(tokens),
-            margins=(0.0,) * len(tokens),
+            margins=self.margins(base, len(tokens)),
             elapsed_s=pass_s,
             beside=beside,
             rows=len(block) + beside + 1 if pass_s else 0,
@@ -207,8 +212,15 @@ class Replay:
         self.at(now + self.world.link_s, "handle", verdict)
         self.go_on(now)
 
+    def margins(self, base: int, count: int) -> tuple[float, ...]:
+        """By how much the `count` tokens from position `base` won."""
+        begins = base - self.world.prompt
+        recorded = self.trace.get("margin", [])[begins : begins + count]
+        return (*recorded, *[UNTOLD] * (count - len(recorded)))
+
     def told(self, order: OpenDraft | Commit, now: float) -> None:
         if isinstance(order, OpenDraft):
+            self.skip = order.skip
             self.stream = Stream.opened(order, 10**9)
             if self.world.rows_s:
                 self.stream.branches = Branches(self.ranks)
@@ -318,5 +330,7 @@ class Replay:
         index = position - self.world.prompt
         if index >= len(self.trace["match"]):
             return Drafted(position + WRONG, 0.5)
+        if self.skip and position * GOLDEN % 1 > sight(position - self.skip):
+            return Drafted(position + WRONG, NEARSIGHTED)  # it would have to know more
         token = position if self.trace["match"][index] else position + WRONG
         return Drafted(token, self.trace["confidence"][index])

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from outrider.core.engine import Engine
-from outrider.core.sampling import Sampling, Scores, propose
+from outrider.core.sampling import Sampling, Scores, decide, propose
 from outrider.core.values import Drafted, TokenId
 from outrider.engines import suffix
 from outrider.errors import BadRequest, ConfigError
@@ -92,7 +92,8 @@ def record(target: Engine, draft: Engine, prompt: Sequence[TokenId], count: int)
     """A trace of the greedy answer to `prompt`, of `count` tokens or up to the end token.
 
     `match` and `confidence` have an entry for each token of the answer: whether the draft chose it
-    too (1 or 0), and how probable the draft found its own choice. Where it chose another token,
+    too (1 or 0), and how probable the draft found its own choice; `margin` by how much the token
+    won, in logits, which costs nothing to know beforehand. Where the draft chose another token,
     `rank_at_miss` has, by position, the place of the right token in the draft's list, from 1, and
     `off_path_confidence` how sure it was of each token drafted behind its own choice.
     """
@@ -102,7 +103,8 @@ def record(target: Engine, draft: Engine, prompt: Sequence[TokenId], count: int)
     off_path: dict[str, list[float]] = {}
     ranks: dict[str, int] = {}
     text = list(prompt)
-    right = _choice(target, text).token
+    margins: list[float] = []
+    right, margin = _said(target, text)
     for position in range(count):
         row = _row(draft, text)
         choice = _chosen(draft, row, text, known)
@@ -112,14 +114,15 @@ def record(target: Engine, draft: Engine, prompt: Sequence[TokenId], count: int)
             score = row[right] if right < len(row) else -math.inf  # it may not know the token
             ranks[str(position)] = 1 + int((row[:known] > score).sum())
             off_path[str(position)] = _goes_on(draft, [*text, choice.token], known)
+        margins.append(round(margin, 2))
         text.append(right)
         if right in target.info.vocabulary.ends:
             break
-        right = _choice(target, text).token
+        right, margin = _said(target, text)
     for engine in (target, draft):
         engine.rewind(0, 0)
     behind = {"rank_at_miss": ranks, "off_path_confidence": off_path}
-    return {"match": match, "confidence": confidence, **behind}
+    return {"match": match, "confidence": confidence, "margin": margins, **behind}
 
 
 def _goes_on(draft: Engine, text: list[TokenId], known: int) -> list[float]:
@@ -130,6 +133,11 @@ def _goes_on(draft: Engine, text: list[TokenId], known: int) -> list[float]:
         found.append(choice.confidence)
         text.append(choice.token)
     return found
+
+
+def _said(target: Engine, text: Sequence[TokenId]) -> tuple[TokenId, float]:
+    """What the target says after `text`, and by how much that won."""
+    return decide(_row(target, text), GREEDY, text, len(text))
 
 
 def _choice(engine: Engine, text: Sequence[TokenId], known: int | None = None) -> Drafted:

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from outrider.core.rules import MOST_DRAFTED, FixedRule, PricedRule, Rule
+from outrider.core.priced import PricedRule
+from outrider.core.rules import MOST_DRAFTED, FixedRule, Rule
 from outrider.core.values import Mode
 from outrider_services.bench.replay import Replay, World
 from outrider_services.bench.results import geometric_mean

@@ -30,7 +30,8 @@ from outrider.core.events import (
     Timer,
 )
 from outrider.core.gathering import Gathering
-from outrider.core.rules import FixedRule, PricedRule, Rule
+from outrider.core.priced import PricedRule
+from outrider.core.rules import FixedRule, Rule
 from outrider.core.session import OFFENCES, Phase, Session
 from outrider.core.stats import Report, Stats
 from outrider.core.values import Fragment, Proposal, Sides, Verdict, Verify

@@ -273,20 +273,39 @@ def usual_confidence(acceptance: float) -> float:
     return float(1 - 2 ** -np.interp(acceptance, CAME_TRUE, SURENESS))
 
 
+class Trust:
+    """How much of what was foretold came true lately."""
+
+    def __init__(self, memory: float = 300.0, weight: float = 10.0) -> None:
+        self._memory, self._weight = memory, weight
+        self._came, self._foretold = weight, weight
+
+    def observe(self, good: bool, foretold: float) -> None:
+        """Something came true (`good`) or not, which had the chance `foretold` to."""
+        fade = 1 - 1 / self._memory
+        self._came = self._came * fade + good
+        self._foretold = self._foretold * fade + foretold
+
+    @property
+    def share(self) -> float:
+        """It is at most 1."""
+        weight = self._weight
+        return min(1.0, (self._came + weight) / (self._foretold + weight))
+
+
 class Acceptance:
     """How likely a drafted token is accepted: on average lately, and by the draft's confidence."""
 
     def __init__(self, memory: float = 60.0, prior: float = 0.8, weight: float = 10.0) -> None:
-        self._memory, self._weight = memory, weight
+        self._memory = memory
         self._good, self._seen = prior * weight, weight
-        self._came, self._foretold = weight, weight
+        self._trust = Trust(memory, weight)
 
     def observe(self, good: bool, confidence: float) -> None:
         """A drafted token of this confidence was accepted (`good`) or not."""
         fade = 1 - 1 / self._memory
         self._good, self._seen = self._good * fade + good, self._seen * fade + 1
-        self._came = self._came * fade + good
-        self._foretold = self._foretold * fade + usual_acceptance(confidence)
+        self._trust.observe(good, usual_acceptance(confidence))
 
     @property
     def average(self) -> float:
@@ -295,8 +314,7 @@ class Acceptance:
     @property
     def trust(self) -> float:
         """Tokens accepted lately, as a share of those that the confidences foretold; at most 1."""
-        weight = self._weight
-        return min(1.0, (self._came + weight) / (self._foretold + weight))
+        return self._trust.share
 
     def of(self, confidences: Sequence[float]) -> Values:
         """The acceptances that these confidences foretell, in the same order: [tokens]."""

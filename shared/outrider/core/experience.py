@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from outrider.core import stopping
-from outrider.core.estimates import LEVELS, LONGEST, Acceptance, CostModel, Spread
+from outrider.core.estimates import LEVELS, LONGEST, Acceptance, CostModel, Spread, Trust
 from outrider.core.reading import UNTRIED, Lengths
 
 CERTAIN = (0.0,) * (len(LEVELS) - 1) + (1.0,)  # the spread of a draft that is nearly always right
@@ -23,6 +23,7 @@ class Experience:
         self.costs = costs
         self.acceptance = Acceptance(memory=300)
         self.spread = Spread(memory=300)
+        self.promised = Trust()
         self.guard = Guard()
         self.lengths = Lengths()
         self.untried = UNTRIED  # tokens that were written since a draft was tried in vain

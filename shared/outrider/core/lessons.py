@@ -72,6 +72,7 @@ class Lessons:
         """
         stats, rule, dispatch = self._now.stats, self._now.rule, self._now.dispatch
         orders, last_commit = dispatch.orders, stats.last_commit
+        rule.said(verdict.margins)
         stats.computed(stats.target, now, verdict.elapsed_s)
         stats.cached += min(verdict.cached, len(self._now.task.prompt))
         block, beside = orders.block - verdict.forbidden, verdict.beside

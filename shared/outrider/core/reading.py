@@ -4,9 +4,10 @@ On shared cores the target stands still while the draft reads. So before a draft
 held against what the draft can still save: the tokens that are probably still to come, times what
 each would take less. It need not read the whole text: what comes next depends most on the end.
 
-What would be saved depends on how often the draft agrees on this very text. While the draft reads
-what the target has written, it sees where it would have drafted the same: *recall*, which costs a
-fraction of drafting and verifying. Drafting begins only if that promises a gain.
+What would be saved depends on how often the draft agrees on this very text. How sure the target was
+of what it has written foretells that (`promise`). Whether this draft keeps it shows while it reads:
+it sees where it would have drafted the same as the target. This *recall* costs a fraction of
+drafting and verifying. Drafting begins only if both promise a gain.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ from __future__ import annotations
 from collections import deque
 from typing import NamedTuple
 
-SHARE = 0.15  # most of what a draft is expected to save that it may spend on reading
+SHARE = 0.13  # most of what a draft is expected to save that it may spend on reading
 TRIAL_SHARE = 0.01  # of what was written without a draft: spent to find out whether one pays now
-MOST_TRIAL = 0.02  # … and of what is still to come in this answer
+MOST_TRIAL = 0.015  # … and at most this share of what is still to come in this answer
 RAREST = 9  # after this many vain attempts they do not become rarer
+UNPROMISING = 0.1  # of that where the text foretells no gain
 UNTRIED = 400.0  # so much counts as written without a draft where nothing was tried or one paid
 CONTEXT = 8  # tokens that are read before the first that is recalled
 LEAST = 20  # tokens; behind fewer a draft guesses badly
@@ -76,22 +78,34 @@ class Lengths:
         return min(float(room), (sum(more) + WEIGHT * unknown) / (len(more) + WEIGHT))
 
 
-def budget(left: float, saved: float, untried: float, failures: int) -> float:
+def budget(
+    left: float, saved: float, untried: float, failures: int, promised: float | None = None
+) -> float:
     """What reading may cost, in plain steps, where `left` tokens are expected to come.
 
     Each would be `saved` steps cheaper with a draft; `untried` were written since one was tried,
-    which has been in vain `failures` times one after the other.
+    which has been in vain `failures` times one after the other. What this text itself has
+    `promised` to save counts instead, unless it is None: too little was said.
     """
-    trial = min(TRIAL_SHARE * (untried + left) / (1 + min(failures, RAREST)), MOST_TRIAL * left)
-    return max(SHARE * saved * left, trial)
+    trial = TRIAL_SHARE * (untried + left) / (1 + min(failures, RAREST))
+    if promised is not None:
+        trial, saved = UNPROMISING * trial, promised
+    return max(SHARE * saved * left, min(trial, MOST_TRIAL * left))
 
 
 def chosen(
-    text: int, written: int, budget_s: float, read_s: float, knows: bool, held: Held = UNKNOWN
+    text: int,
+    written: int,
+    budget_s: float,
+    read_s: float,
+    knows: bool,
+    held: Held = UNKNOWN,
+    promises: bool = False,
 ) -> Reading:
     """What to read of `text` tokens, `written` of them the answer's, where each takes `read_s`.
 
-    `knows`: a gain is expected without any recall. Else some of the answer must be there to recall.
+    `knows`: a gain is expected without any recall. Else some of the answer must be there to recall,
+    behind as much as can be paid for if the text `promises` a gain: the draft is to go on from it.
     What is `held` is gone on with if that can be paid for.
     """
     count = min(text, int(budget_s / max(read_s, 1e-9)))
@@ -106,4 +120,4 @@ def chosen(
     if knows:
         return Reading(count)
     recall = min(written, count - CONTEXT, most)
-    return Reading(recall + CONTEXT, recall) if recall >= least else NOTHING
+    return Reading(count if promises else recall + CONTEXT, recall) if recall >= least else NOTHING
