@@ -246,7 +246,8 @@ class PricedRule(Rule):
             self._experience.stepped(round_trip_s, requests)
 
     def said(self, margins: Sequence[float]) -> None:
-        self._promise.observe(margins)
+        if self._pays:  # else a draft reads whatever is promised
+            self._promise.observe(margins)
 
     def committed(self, tokens: int, spent_s: float) -> None:
         self._guard.committed(tokens, spent_s, self._experience.step_s)

@@ -24,7 +24,7 @@ AGREED = (0.355, 0.45, 0.565, 0.69, 0.84, 0.925, 0.975, 0.99, 0.99, 0.995)
 UNTOLD = -1.0  # the margin of a token of which none is known
 LEAST = 32  # tokens that must have been said: fewer foretell little
 LATELY = 64  # tokens that count
-EVERY, STEP = 8, 0.05  # tokens, and trust: for less, nothing is worked out anew, in 5 ms
+EVERY, STEP = 8, 0.05  # tokens, and trust: for less, nothing is worked out anew: it takes 5 ms
 PRIOR = 6.0  # tokens that what is known of other texts counts for
 # a draft that has read so many tokens before one agrees with it so much less often than one that
 # has read all: default pair, 1,152 tokens, 16 at a time
