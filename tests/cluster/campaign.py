@@ -11,6 +11,7 @@ import statistics
 import sys
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import psutil
@@ -20,6 +21,7 @@ from tests.cluster.clock import Ticking
 from tests.cluster.town import ON_DRAFT, Asked, Town, said
 
 from outrider_services.bench.planning import Devices, measured, plans
+from outrider_services.cluster.upstream import LOST_S
 from outrider_services.table import Settings
 from outrider_services.terminal import show, tell
 
@@ -40,7 +42,8 @@ async def kill(town: Town) -> list[Row]:
     await asyncio.to_thread(town.kill, second)
     answers = await asking
     gaps = [one.longest_s for one in answers]
-    hit = [one.longest_s for one in answers if waited(one, struck) > 0.5]
+    waits = [waited(one, struck) for one in answers]
+    hit = [wait for wait in waits if wait > LOST_S]
     town.node(pair=1)
     back_s = await town.until(lambda: town.replicas() == 2, 120.0)
     after = await asyncio.gather(*(town.ask(one, SHORT) for one in prompts[:8]))
@@ -57,10 +60,13 @@ async def kill(town: Town) -> list[Row]:
     return [Row("a node of two is killed under 32 streams", "32 right, 0 errors", told, passed)]
 
 
-def waited(asked: Asked, at: float) -> float:
-    """Seconds between the two pieces of an answer around this moment."""
-    before = max((t for t in asked.came if t <= at), default=asked.began)
-    return min((t for t in asked.came if t > at), default=at) - before
+def waited(asked: Asked, since: float) -> float:
+    """The longest wait for a piece, in seconds, of those that ended after this moment.
+
+    Not the wait at that moment: a node takes a while to be dead.
+    """
+    waits = pairwise([asked.began, *asked.came])
+    return max((after - before for before, after in waits if after > since), default=0.0)
 
 
 async def scale(town: Town) -> list[Row]:
