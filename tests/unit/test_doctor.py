@@ -183,6 +183,17 @@ def test_a_curve_is_moved_to_where_passes_were_seen() -> None:
     assert corrected((0.1, 0.2), {7: [1.0] * 5}) == (0.1, 0.2)
 
 
+def test_what_passes_take_longer_beside_the_draft_is_no_part_of_those_without_it() -> None:
+    one = found()
+    slower = [1.1 * STEP_S] * 3
+    one.timings["pipelined"].passes.update({1: slower, 4: slower, 9: [9.0] * 3})
+    assert one.drag == pytest.approx(1.1), "nobody has seen 9 rows without the draft"
+    assert one.world("pipelined").drag == pytest.approx(1.1)
+    assert one.world("pipelined").verify_s[:4] == pytest.approx([STEP_S] * 4)
+    assert one.world("sync").drag == 1.0
+    assert found().drag == 1.0
+
+
 # ---- predictions --------------------------------------------------------------------------------
 
 

@@ -1053,7 +1053,14 @@ class Noted(FixedRule):
         self.turns: list[float | None] = []
         self.each: list[float | None] = []
 
-    def verified(self, rows: int, elapsed_s: float, round_trip_s: float, requests: int = 1) -> None:
+    def verified(
+        self,
+        rows: int,
+        elapsed_s: float,
+        round_trip_s: float,
+        requests: int = 1,
+        beside: float = 0.0,
+    ) -> None:
         self.round_trips.append(round_trip_s)
 
     def committed(self, tokens: int, spent_s: float) -> None:

@@ -60,6 +60,7 @@ class World:
     prefill_s: float = 0.0  # the target's reading of one of them
     read_s: float = 0.0  # the draft's
     rollback_s: float = 0.0  # added to the pass behind a block of which some had to be taken back
+    drag: float = 1.0  # a pass takes so many times as long beside a draft that computes
     sides: int = 0  # branches that the target can verify beside a block
     rows_s: tuple[float, ...] = ()  # the draft's pass over 1, 2 … rows, where it drafts branches
 
@@ -181,6 +182,7 @@ class Replay:
             beside = sum(len(side.drafted) for side in self.orders.sides)
             again, self.unread = self.unread, 0
             pass_s = self.world.verify_s[len(self.block) + beside + again]
+            pass_s *= self.world.drag if self.busy is not None else 1.0
             # a pass that reads again is no measurement of its rows
             reads, took_s = bool(self.owed_s or again), pass_s + self.owed_s
             self.at(now + took_s, "verified", 0.0 if reads else pass_s)

@@ -137,16 +137,27 @@ class Findings:
         passes = dict(timing.passes)
         if mode == "sync":  # before a plain step it computes as little as in plain mode
             passes[1] = self.timings["plain"].passes[1]
+        drag = self.drag if mode == "pipelined" else 1.0
         curve = Costs(corrected(self.curve_s, passes), 0.0, 0.0).passes(LONGEST)
         return World(
-            tuple(map(float, curve)),
+            tuple(map(float, curve / drag)),
             usual(timing.drafted),
             self.target.link_s,
             self.draft.link_s,
             prefill_s=self.prefill_s,
             read_s=self.read_s,
             rollback_s=self.target.rollback_s,
+            drag=drag,
         )
+
+    @property
+    def drag(self) -> float:
+        """How many times as long a pass takes while the draft drafts; at least 1."""
+        beside, alone = self.timings["pipelined"].passes, self.timings["sync"].passes
+        seen = [n for n in beside if min(len(beside[n]), len(alone.get(n, ()))) >= ENOUGH]
+        if not seen:
+            return 1.0
+        return max(1.0, median(usual(beside[n]) / max(usual(alone[n]), 1e-9) for n in seen))
 
 
 def corrected(curve_s: Curve, passes: Mapping[int, Sequence[float]]) -> Curve:

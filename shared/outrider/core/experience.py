@@ -6,10 +6,15 @@ import numpy as np
 
 from outrider.core import stopping
 from outrider.core.estimates import LEVELS, LONGEST, Acceptance, CostModel, Spread, Trust
+from outrider.core.plain_step import PlainStep
 from outrider.core.reading import UNTRIED, Lengths
 
 CERTAIN = (0.0,) * (len(LEVELS) - 1) + (1.0,)  # the spread of a draft that is nearly always right
 PROBES = (8, 24, 72, 512)  # plain steps before a failing draft is tried again, longer each time
+WORTH = 0.97  # of the target alone: what drafting beside it must promise; a little is not foreseen
+SURELY = 1.15  # … and so much that it pays whatever is not known of the drag
+WATCHED = 4  # plain steps for which the target is watched without a draft
+TRIAL, PAUSES = 12, (24, 384)  # rounds before it is told that it does not pay, and without it then
 TRIAL_SHARE = 1 / 32  # most that a trial may take, as a share of the plain steps since the last one
 
 
@@ -30,29 +35,41 @@ class Experience:
         self.failures = 0  # vain attempts, one after the other
         self.judged = 0  # drafted or recalled tokens that were compared with the target's
         # the guard's unit: only plain steps move it; in the cost model every pass moves every cost
-        self._alone_s = costs.costs.verify_s[0] + costs.costs.link_s
+        self.plain = PlainStep(costs.costs.verify_s[0] + costs.costs.link_s)
         self.plain_steps, self.patience = PROBES[0], PROBES[0]  # the first probe is at once
+        self._doubted, self._pause = (
+            0,
+            PAUSES[0],
+        )  # rounds that promised too little, and are to come
         self.prompt_steps = 0.0  # what the last prompt took the draft, in plain steps
 
     def begin(self) -> None:
         """A request begins: a draft that did not pay on the last text may pay on this one."""
         self.guard.begin()
+        self._doubted = 0
         if self.patience < PROBES[-1]:
             self.plain_steps = self.patience
 
     @property
     def step_s(self) -> float:
-        """A plain step now."""
-        return self._alone_s * self.costs.growth(self.costs.crowd)
+        """A plain step now, without a draft that computes beside it."""
+        return self.plain.alone_s * self.costs.growth(self.costs.crowd)
 
-    def stepped(self, elapsed_s: float, requests: int = 1) -> None:
-        """A plain step of so many was seen, by each of them.
+    def stepped(self, elapsed_s: float, requests: int = 1, beside: float = 0.0) -> None:
+        """A plain step of so many was seen, by each of them; see `PlainStep` for `beside`."""
+        self.plain.took(elapsed_s / self.costs.growth(requests), beside, 1 / requests)
 
-        A disturbed one counts for no more than twice the usual.
-        """
-        alone_s = elapsed_s / self.costs.growth(requests)
-        error_s = min(alone_s, 2 * self._alone_s) - self._alone_s
-        self._alone_s += 0.2 / requests * error_s
+    def foretold(self, speedup: float) -> None:
+        """A draft that computes beside the target lets expect this; it rests if that is a loss."""
+        if self.plain.is_in_doubt and speedup < SURELY:
+            self.guard.pause(WATCHED)
+        if speedup >= WORTH:
+            self._doubted, self._pause = 0, PAUSES[0]
+            return
+        self._doubted += 1
+        if self._doubted == TRIAL:
+            self.guard.pause(self._pause)
+            self._doubted, self._pause = 0, min(2 * self._pause, PAUSES[1])
 
     @property
     def is_hopeless(self) -> bool:
@@ -121,6 +138,10 @@ class Guard:
         self._saved = min(self._saved, 0.0)
         if self._rest <= 2 * self.FORGIVEN:  # the next would be twice as long
             self._left = 0
+
+    def pause(self, rounds: int) -> None:
+        """Let it rest for so many rounds at least, for nothing that it has done."""
+        self._left = max(self._left, rounds)
 
     def expect(self, tokens: float) -> None:
         """So many tokens are to come: what may be lost on them is in proportion."""

@@ -25,6 +25,10 @@ class Situation(Protocol):
     dispatch: Dispatch
     tokens: list[int]
 
+    @property
+    def is_drafting(self) -> bool:
+        """Whether the draft computes."""
+
 
 class Lessons:
     """Those of one request; times are seconds on the session's clock."""
@@ -81,11 +85,12 @@ class Lessons:
         if last_commit is not None and not dispatch.is_reading:
             spent_s = max(0.0, now - last_commit - self._waited_s - verdict.waited_s)
             rows, requests = verdict.rows, verdict.requests
+            shared = stats.draft.share(now - verdict.elapsed_s, now, self._now.is_drafting)
             if rows:  # else it also read text
-                rule.verified(rows, verdict.elapsed_s, round_s, requests)
+                rule.verified(rows, verdict.elapsed_s, round_s, requests, shared)
             rule.committed(len(verdict.tokens), spent_s)
             if rows == requests:  # else it shows no plain step
-                stats.stepped(round_s + verdict.waited_s)
+                stats.stepped(round_s / rule.drag**shared + verdict.waited_s)
         self._waited_s = 0.0
         stats.beside += beside
         taken = self._taken(verdict, way) if verdict.side else 0

@@ -240,10 +240,28 @@ class PricedRule(Rule):
         self._promise.judged(good, self._context)
         self._context += 1
 
-    def verified(self, rows: int, elapsed_s: float, round_trip_s: float, requests: int = 1) -> None:
-        self._costs.verified(rows, elapsed_s, round_trip_s, requests)
+    def verified(
+        self,
+        rows: int,
+        elapsed_s: float,
+        round_trip_s: float,
+        requests: int = 1,
+        beside: float = 0.0,
+    ) -> None:
+        experience, plain = self._experience, self._experience.plain
+        quiet = self.drag**-beside  # what a draft adds is in the drag alone
+        self._costs.verified(rows, quiet * elapsed_s, quiet * round_trip_s, requests)
+        plain.passed(beside)
         if rows == requests:
-            self._experience.stepped(round_trip_s, requests)
+            experience.stepped(round_trip_s, requests, beside)
+        if requests > 1 or self.mode != "pipelined" or self._guard.resting:
+            return
+        rate, _ = price.solve(self._settled, self._average)
+        experience.foretold(rate * plain.alone_s / plain.drag)
+
+    @property
+    def drag(self) -> float:
+        return self._experience.plain.drag
 
     def said(self, margins: Sequence[float]) -> None:
         if self._pays:  # else a draft reads whatever is promised

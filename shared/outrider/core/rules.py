@@ -109,12 +109,25 @@ class Rule(Protocol):
         """The target chose a drafted token of this confidence itself (`good`), or another."""
         return None
 
-    def verified(self, rows: int, elapsed_s: float, round_trip_s: float, requests: int = 1) -> None:
+    def verified(
+        self,
+        rows: int,
+        elapsed_s: float,
+        round_trip_s: float,
+        requests: int = 1,
+        beside: float = 0.0,
+    ) -> None:
         """A pass over `rows` rows took `elapsed_s`, and `round_trip_s` with its messages.
 
-        So many `requests` had at least one of them each.
+        So many `requests` had at least one of them each. For the share `beside` of that time the
+        draft computed too.
         """
         return None
+
+    @property
+    def drag(self) -> float:
+        """How many times as long a plain step takes beside a draft that computes."""
+        return 1.0
 
     def said(self, margins: Sequence[float]) -> None:
         """The target has said tokens that won by these margins, in logits."""

@@ -359,6 +359,13 @@ class Session:
         return len(self.dispatch.orders.rest(self.tokens) or ())
 
     @property
+    def is_drafting(self) -> bool:
+        """Whether the draft computes, as far as is known here."""
+        draft, drafted_to = self.draft, len(self.tokens) + len(self.stock)
+        works = draft.state in (DraftState.DRAFTING, DraftState.LATE)
+        return works and drafted_to < draft.until and not self.has_ended
+
+    @property
     def takes_turns(self) -> bool:
         """Whether its draft drafts while the target is idle."""
         return self.rule.mode == "sync" and self.draft.rides and self.rule.drafts

@@ -27,6 +27,20 @@ class Lane:
         self.busy_s += interval[1] - interval[0]
         self.recent.append(interval)
 
+    def share(self, start: float, end: float, goes_on: bool) -> float:
+        """The share of this time during which it computed.
+
+        `goes_on`: it still does, and has not told it yet.
+        """
+        if end <= start:
+            return 0.0
+        last = self.recent[-1][1] if self.recent else start
+        computed_s = max(0.0, end - max(start, last)) if goes_on else 0.0
+        computed_s += sum(
+            max(0.0, min(end, b) - max(start, a)) for a, b in _since(self.recent, start)
+        )
+        return min(1.0, computed_s / (end - start))
+
 
 class Report(Value, frozen=True):
     """A request's figures as everybody sees them; a ratio is None where it is not defined yet."""
