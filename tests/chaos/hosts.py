@@ -21,7 +21,8 @@ from outrider.errors import OutriderError
 
 TRIPS_MS = (0.0, 1.0, 5.0, 20.0, 80.0)
 JITTER, STALL_S, EVERY_S = 0.2, 0.3, 10.0
-TURNS = 2  # of each mode, one after the other; each as long as from stall to stall
+# turns of each mode, as long as from stall to stall; the pair writes little in one
+TURNS, TURNS_OF_PAIR = 2, 5
 LEAST_TURN_S = 1.0
 FLOOR, FLOOR_OF_A_PART = 0.98, 0.85  # of the plain rate; a short part of it shows only the worst
 COUNT, CTX_COUNT = 1500, CTX - 32
@@ -107,9 +108,9 @@ async def _measured(leg: Leg, hosts: Hosts, asking: _Asking, plan: Plan) -> None
     turn_s = max(LEAST_TURN_S, EVERY_S * min(1.0, plan.share))
     hosts.weather = Weather(leg.trip_ms / 2000, JITTER, stall_s=STALL_S, every_s=turn_s)
     for mode in ("plain", "auto"):  # what is learnt first is not measured
-        await asking.turn(mode, turn_s / 2)
+        await asking.turn(mode, turn_s if plan.pair else turn_s / 2)
     leg.tokens, leg.seconds = {"plain": 0, "auto": 0}, {"plain": 0.0, "auto": 0.0}
-    for number in range(TURNS):
+    for number in range(TURNS_OF_PAIR if plan.pair and plan.share >= 1 else TURNS):
         for mode in ("plain", "auto") if number % 2 == 0 else ("auto", "plain"):
             await asking.turn(mode, turn_s)
     leg.near_ties = asking.memory.near_ties

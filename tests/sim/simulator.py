@@ -80,6 +80,7 @@ class Priced:
 
     mode: Literal["sync", "pipelined"]
     n_max: int = 64
+    shares: bool = True  # where they take turns they do so on one device
 
 
 @dataclass(frozen=True, slots=True)
@@ -803,7 +804,7 @@ class Simulation:
             run.session.dispatch.together = [one.session for one in running]
 
     def _priced(self, rule: Priced) -> PricedRule:
-        return PricedRule(rule.mode, rule.n_max, self.experience)
+        return PricedRule(rule.mode, rule.n_max, self.experience, rule.shares)
 
     def _tell(self, event: SessionEvent) -> None:
         """All requests that are not over."""

@@ -224,7 +224,7 @@ def drawn(seed: int, kind: str) -> World:
 
     n_max, mode = rng.randint(1, 8), rng.choice(MODES)
     fixed = FixedRule(mode, n_max, rng.choice([0, 0, 1, n_max]), rng.choice([0.0, 0.0, 0.6]))
-    priced = Priced(rng.choice(["sync", "pipelined"]), rng.choice([3, 64, 64]))
+    priced = Priced(rng.choice(["sync", "pipelined"]), rng.choice([3, 64, 64]), seed % 2 == 0)
     return World(
         asked=asked(),
         rule=fixed if kind == "fixed" else priced,

@@ -343,7 +343,7 @@ def test_a_draft_that_seemed_too_slow_at_load_is_tried_and_found_to_be_fast() ->
         if wanted[-1]:
             rule.drafted(0.0002, [0.99], 0.0001)
             rule.observe(True, 0.99)
-        rule.committed(1 + wanted[-1], 0.0024)
+        rule.committed(1 + wanted[-1], 0.002)
         rule.settle()
     assert not any(wanted[:32]), "it could not pay by what was measured at load"
     assert all(wanted[200:])

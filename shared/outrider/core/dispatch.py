@@ -183,7 +183,9 @@ class Dispatch:
         As an order this is done when it is read: the step that it asks for has begun.
         """
         text, orders = len(self._now.tokens), self.orders
-        if orders.waiting or orders.until - text > self.pace.steps // 2 or self._may_turn:
+        if orders.waiting or orders.until - text > self.pace.steps // 2:
+            return None
+        if self._may_turn and not self.pace.is_far:
             return None
         until = self._leave(text + 1)
         if until <= orders.until:

@@ -6,7 +6,7 @@ import numpy as np
 
 from outrider.core import stopping
 from outrider.core.estimates import LEVELS, LONGEST, Acceptance, CostModel, Spread, Trust
-from outrider.core.plain_step import PlainStep
+from outrider.core.plain_step import PlainStep, by_itself
 from outrider.core.reading import UNTRIED, Lengths
 
 CERTAIN = (0.0,) * (len(LEVELS) - 1) + (1.0,)  # the spread of a draft that is nearly always right
@@ -29,13 +29,14 @@ class Experience:
         self.acceptance = Acceptance(memory=300)
         self.spread = Spread(memory=300)
         self.promised = Trust()
+        step_s, link_s = costs.costs.verify_s[0], costs.costs.link_s
         self.guard = Guard()
         self.lengths = Lengths()
         self.untried = UNTRIED  # tokens that were written since a draft was tried in vain
         self.failures = 0  # vain attempts, one after the other
         self.judged = 0  # drafted or recalled tokens that were compared with the target's
         # the guard's unit: only plain steps move it; in the cost model every pass moves every cost
-        self.plain = PlainStep(costs.costs.verify_s[0] + costs.costs.link_s)
+        self.plain = PlainStep(by_itself(step_s, step_s + link_s))
         self.plain_steps, self.patience = PROBES[0], PROBES[0]  # the first probe is at once
         self._doubted, self._pause = (
             0,
@@ -151,14 +152,19 @@ class Guard:
         """Do not count `steps` that had to be paid once, such as for a prompt."""
         self._saved += steps
 
-    def committed(self, tokens: int, spent_s: float, step_s: float) -> None:
-        """A round has committed `tokens` in `spent_s`; the target alone needs `step_s` for one."""
+    def committed(self, tokens: int, spent_s: float, step_s: float, link_s: float = 0.0) -> None:
+        """A round has committed `tokens` in `spent_s`; the target alone needs `step_s` for one.
+
+        The farther the target, the more does a single wrong block lose where one is waited for: its
+        messages take `link_s`.
+        """
+        most = self._loss * (1 + link_s / step_s)
         if self._left:
             self._left -= 1
             return
         self._saved = min(self._saved + tokens - spent_s / step_s, self.CREDIT)
-        if self._saved < -self._loss:
+        if self._saved < -most:
             self._left, self._rest = self._rest, min(2 * self._rest, self.RESTS[1])
-            self._saved = -self._loss / 2  # the next attempt is cheaper
+            self._saved = -most / 2  # the next attempt is cheaper
         elif self._saved > 0:
             self._rest = self.RESTS[0]

@@ -8,6 +8,7 @@ from typing import Protocol
 from outrider.core.dispatch import Dispatch
 from outrider.core.draft_record import DraftRecord
 from outrider.core.events import Task
+from outrider.core.plain_step import by_itself
 from outrider.core.rules import Rule
 from outrider.core.stats import Stats
 from outrider.core.stock import Judged
@@ -90,7 +91,8 @@ class Lessons:
                 rule.verified(rows, verdict.elapsed_s, round_s, requests, shared)
             rule.committed(len(verdict.tokens), spent_s)
             if rows == requests:  # else it shows no plain step
-                stats.stepped(round_s / rule.drag**shared + verdict.waited_s)
+                step_s = by_itself(verdict.elapsed_s, round_s) / rule.drag**shared
+                stats.stepped(step_s + verdict.waited_s)
         self._waited_s = 0.0
         stats.beside += beside
         taken = self._taken(verdict, way) if verdict.side else 0

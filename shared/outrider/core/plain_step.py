@@ -15,8 +15,14 @@ NOISE = 0.08  # of a single step, in logarithms: its standard deviation
 WANDERS, DRIFTS = 0.018, 0.001  # per pass, of a step's time and of the drag
 AT_LOAD, PRIOR = 0.035, 0.1  # how far the time measured at load is off, and what the drag may be
 MOST_LOG = math.log(2)  # a disturbed step counts for no more than twice the usual
+BETWEEN = 0.01  # of a pass: most that is between it and the next if the target goes on by itself
 SURE = 0.02  # the drag is known if it is off by no more
 SELDOM, RARELY = 24, 512  # passes beside a draft before the target is watched without one again
+
+
+def by_itself(elapsed_s: float, round_s: float) -> float:
+    """What a plain step takes where no message is waited for, from its pass and its round."""
+    return min(round_s, (1 + BETWEEN) * elapsed_s)
 
 
 class PlainStep:

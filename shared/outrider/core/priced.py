@@ -14,6 +14,7 @@ import numpy as np
 from outrider.core import beside, price, reading, stopping
 from outrider.core.estimates import LONGEST, Acceptance, Spread
 from outrider.core.experience import Experience
+from outrider.core.plain_step import by_itself
 from outrider.core.promise import LATELY, Promise
 from outrider.core.reading import UNKNOWN, Held, Reading
 from outrider.core.rules import Rule
@@ -253,7 +254,7 @@ class PricedRule(Rule):
         self._costs.verified(rows, quiet * elapsed_s, quiet * round_trip_s, requests)
         plain.passed(beside)
         if rows == requests:
-            experience.stepped(round_trip_s, requests, beside)
+            experience.stepped(by_itself(elapsed_s, round_trip_s), requests, beside)
         if requests > 1 or self.mode != "pipelined" or self._guard.resting:
             return
         rate, _ = price.solve(self._settled, self._average)
@@ -268,7 +269,8 @@ class PricedRule(Rule):
             self._promise.observe(margins)
 
     def committed(self, tokens: int, spent_s: float) -> None:
-        self._guard.committed(tokens, spent_s, self._experience.step_s)
+        link_s = self._settled.link_s if self.mode == "sync" else 0.0
+        self._guard.committed(tokens, spent_s, self._experience.step_s, link_s)
         self._experience.untried += tokens if self.dismisses or not self._tried else 0
 
     def drafted(
