@@ -2,7 +2,8 @@
 
 On this machine a cell has three turns of `auto` and `plain`: two if both are so good that the third
 cannot spoil the median, and nine if the median of three is too low, since the machine may have been
-at fault. For a first request each answer has a service of its own. All cells take hours: with
+at fault. In each turn for a first request `auto` is what a new service is asked first, and `plain`
+next. Some cells share a service that has answered nine requests before. All cells take hours: with
 `--record` they can be measured in several sittings. With `--control` `plain` is compared with
 itself, which shows how much the machine varies. On simulated devices every cell is played in
 virtual time.
@@ -20,8 +21,8 @@ import statistics
 import sys
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Sequence
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -40,6 +41,7 @@ from outrider_services.tuning import search
 
 WANTED, LEAST = 0.98, 0.95
 REPETITIONS, MOST = 3, 9  # turns of a cell: as a rule, and where that many were below `LEAST`
+TOGETHER = 12  # cells of a service that has answered others before
 FILLER = "The valley lay quiet under a grey sky, and the river went its slow way to the sea. "
 
 
@@ -132,19 +134,25 @@ async def measured(mode: AskedMode, seconds: float, seed: int, record: Path | No
     settings = search.prepared(with_files(sources.settings({}), fetch=False), print)
     deadline, every = time.monotonic() + seconds, cells(seed)
     recalled(every, mode, record)
-    for cell in every:
-        if cell.is_settled:
-            continue
+    for some in together(cell for cell in every if not cell.is_settled):
         if time.monotonic() > deadline:
             break
-        await (measure_first if cell.first else measure_tenth)(settings, cell, mode)
-        print(f"{cell}: {', '.join(f'{ratio:.3f}' for ratio in cell.ratios)}", flush=True)
-        if record:
-            with record.open("a") as file:
-                print(json.dumps([mode, str(cell), cell.ratios]), file=file)
+        measure = measure_firsts if some[0].first else measure_tenths
+        async with aclosing(measure(settings, some, mode)) as found:
+            async for cell in found:
+                note(cell, mode, record)
+                if time.monotonic() > deadline:
+                    break
     done = [cell for cell in every if cell.is_settled]
     report(done, len(every), mode)
     return int(min((cell.ratio for cell in done), default=1.0) < LEAST)
+
+
+def note(cell: Cell, mode: AskedMode, record: Path | None) -> None:
+    print(f"{cell}: {', '.join(f'{ratio:.3f}' for ratio in cell.ratios)}", flush=True)
+    if record:
+        with record.open("a") as file:
+            print(json.dumps([mode, str(cell), cell.ratios]), file=file)
 
 
 def recalled(every: Iterable[Cell], mode: AskedMode, record: Path | None) -> None:
@@ -181,32 +189,48 @@ async def service(settings: Settings) -> AsyncIterator[AsyncClient]:
             yield client
 
 
-async def measure_first(settings: Settings, cell: Cell, mode: AskedMode) -> None:
-    async def alone(asked: AskedMode) -> float:
-        async with service(settings) as client:
-            return await took(client, cell, asked)
+def together(some: Iterable[Cell]) -> Iterator[list[Cell]]:
+    """The same, in turns a few first requests and a few later ones."""
+    kinds: dict[bool, list[Cell]] = {True: [], False: []}
+    for cell in some:
+        kinds[cell.first].append(cell)
+        if len(kinds[cell.first]) == TOGETHER:
+            yield kinds[cell.first]
+            kinds[cell.first] = []
+    yield from filter(None, kinds.values())
 
-    while not cell.is_settled:
-        await turn(cell, mode, alone)
 
-
-async def measure_tenth(settings: Settings, cell: Cell, mode: AskedMode) -> None:
-    async with service(settings) as client:
-        others = [one for one in cells(0) if one.padding == 30 and one.length == 64][:9]
-        for other in others:
-            await took(client, other, mode)
+async def measure_firsts(
+    settings: Settings, some: Iterable[Cell], mode: AskedMode
+) -> AsyncGenerator[Cell, None]:
+    for cell in some:
         while not cell.is_settled:
-            await turn(cell, mode, lambda asked: took(client, cell, asked))
+            async with service(settings) as client:
+                mode_s = await took(client, cell, mode)
+                cell.ratios.append(await took(client, cell, "plain") / mode_s)
+        yield cell
 
 
-async def turn(cell: Cell, mode: AskedMode, ask: Callable[[AskedMode], Awaitable[float]]) -> None:
+async def measure_tenths(
+    settings: Settings, some: Iterable[Cell], mode: AskedMode
+) -> AsyncGenerator[Cell, None]:
+    async with service(settings) as client:
+        for other in [one for one in cells(0) if one.padding == 30 and one.length == 64][:9]:
+            await took(client, other, mode)
+        for cell in some:
+            while not cell.is_settled:
+                await turn(client, cell, mode)
+            yield cell
+
+
+async def turn(client: AsyncClient, cell: Cell, mode: AskedMode) -> None:
     """Both once; which is first changes from turn to turn."""
     if len(cell.ratios) % 2:
-        plain_s = await ask("plain")
-        cell.ratios.append(plain_s / await ask(mode))
+        plain_s = await took(client, cell, "plain")
+        cell.ratios.append(plain_s / await took(client, cell, mode))
     else:
-        mode_s = await ask(mode)
-        cell.ratios.append(await ask("plain") / mode_s)
+        mode_s = await took(client, cell, mode)
+        cell.ratios.append(await took(client, cell, "plain") / mode_s)
 
 
 async def took(client: AsyncClient, cell: Cell, mode: AskedMode) -> float:

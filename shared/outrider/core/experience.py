@@ -14,6 +14,7 @@ PROBES = (8, 24, 72, 512)  # plain steps before a failing draft is tried again, 
 WORTH = 0.97  # of the target alone: what drafting beside it must promise; a little is not foreseen
 SURELY = 1.15  # … and so much that it pays whatever is not known of the drag
 WATCHED = 4  # plain steps for which the target is watched without a draft
+AGAIN = 4  # rounds before an answer is told so, if the last one was
 TRIAL, PAUSES = 12, (24, 384)  # rounds before it is told that it does not pay, and without it then
 TRIAL_SHARE = 1 / 32  # most that a trial may take, as a share of the plain steps since the last one
 
@@ -47,7 +48,8 @@ class Experience:
     def begin(self) -> None:
         """A request begins: a draft that did not pay on the last text may pay on this one."""
         self.guard.begin()
-        self._doubted = 0
+        is_new = self._pause == PAUSES[0]
+        self._doubted = 0 if is_new else TRIAL - AGAIN
         if self.patience < PROBES[-1]:
             self.plain_steps = self.patience
 
