@@ -14,6 +14,7 @@ PROBES = (8, 24, 72, 512)  # plain steps before a failing draft is tried again, 
 WORTH = 0.97  # of the target alone: what drafting beside it must promise; a little is not foreseen
 SURELY = 1.15  # … and so much that it pays whatever is not known of the drag
 WATCHED = 4  # plain steps for which the target is watched without a draft
+FADES = 0.98  # per pass: how long the messages of one that was waited for are remembered
 AGAIN = 4  # rounds before an answer is told so, if the last one was
 TRIAL, PAUSES = 12, (24, 384)  # rounds before it is told that it does not pay, and without it then
 TRIAL_SHARE = 1 / 32  # most that a trial may take, as a share of the plain steps since the last one
@@ -38,6 +39,7 @@ class Experience:
         self.judged = 0  # drafted or recalled tokens that were compared with the target's
         # the guard's unit: only plain steps move it; in the cost model every pass moves every cost
         self.plain = PlainStep(by_itself(step_s, step_s + link_s))
+        self.away_s = costs.costs.link_s  # what the messages of a pass take that is waited for
         self.plain_steps, self.patience = PROBES[0], PROBES[0]  # the first probe is at once
         self._doubted, self._pause = (
             0,
@@ -61,6 +63,10 @@ class Experience:
     def stepped(self, elapsed_s: float, requests: int = 1, beside: float = 0.0) -> None:
         """A plain step of so many was seen, by each of them; see `PlainStep` for `beside`."""
         self.plain.took(elapsed_s / self.costs.growth(requests), beside, 1 / requests)
+
+    def waited(self, link_s: float) -> None:
+        """A pass was over so much later than its computing: nothing, if it was ordered before."""
+        self.away_s = max(link_s, FADES * self.away_s)
 
     def foretold(self, speedup: float) -> None:
         """A draft that computes beside the target lets expect this; it rests if that is a loss."""

@@ -253,12 +253,14 @@ class PricedRule(Rule):
         quiet = self.drag**-beside  # what a draft adds is in the drag alone
         self._costs.verified(rows, quiet * elapsed_s, quiet * round_trip_s, requests)
         plain.passed(beside)
+        experience.waited(round_trip_s - elapsed_s)
         if rows == requests:
             experience.stepped(by_itself(elapsed_s, round_trip_s), requests, beside)
         if requests > 1 or self.mode != "pipelined" or self._guard.resting:
             return
         rate, _ = price.solve(self._settled, self._average)
-        experience.foretold(rate * plain.alone_s / plain.drag)
+        # over a target alone that is as far away
+        experience.foretold(rate * float(self._settled.passes(0)[0]) / plain.drag)
 
     @property
     def drag(self) -> float:
@@ -269,8 +271,8 @@ class PricedRule(Rule):
             self._promise.observe(margins)
 
     def committed(self, tokens: int, spent_s: float) -> None:
-        link_s = self._settled.link_s if self.mode == "sync" else 0.0
-        self._guard.committed(tokens, spent_s, self._experience.step_s, link_s)
+        experience = self._experience
+        self._guard.committed(tokens, spent_s, experience.step_s, experience.away_s)
         self._experience.untried += tokens if self.dismisses or not self._tried else 0
 
     def drafted(
