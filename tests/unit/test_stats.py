@@ -159,3 +159,15 @@ def test_whatever_order_reports_come_in_the_shares_are_shares(
     }
     assert stats.both_s == len(in_both)
     assert stats.both_s <= min(stats.target.busy_s, stats.draft.busy_s)
+
+
+def test_a_lane_tells_for_which_share_of_a_time_it_was_busy() -> None:
+    lane = Lane()
+    assert lane.share(0.0, 2.0, goes_on=True) == 1.0
+    assert lane.share(0.0, 2.0, goes_on=False) == 0.0
+    lane.add((1.0, 2.0))
+    lane.add((3.0, 4.0))
+    assert lane.share(1.5, 3.5, goes_on=False) == 0.5
+    assert lane.share(3.0, 5.0, goes_on=False) == 0.5
+    assert lane.share(3.0, 5.0, goes_on=True) == 1.0
+    assert lane.share(5.0, 5.0, goes_on=True) == 0.0

@@ -15,8 +15,8 @@ WORTH = 0.97  # of the target alone: what drafting beside it must promise; a lit
 SURELY = 1.15  # … and so much that it pays whatever is not known of the drag
 WATCHED = 4  # plain steps for which the target is watched without a draft
 FADES = 0.98  # per pass: how long the messages of one that was waited for are remembered
-AGAIN = 4  # rounds before an answer is told so, if the last one was
-TRIAL, PAUSES = 12, (24, 384)  # rounds before it is told that it does not pay, and without it then
+TRIAL, AGAIN = 12, 4  # rounds that promise too little before it rests; if it did so lately
+PAUSES = 24, 384  # rounds for which it rests then: at first, and at most
 TRIAL_SHARE = 1 / 32  # most that a trial may take, as a share of the plain steps since the last one
 
 
@@ -41,17 +41,14 @@ class Experience:
         self.plain = PlainStep(by_itself(step_s, step_s + link_s))
         self.away_s = costs.costs.link_s  # what the messages of a pass take that is waited for
         self.plain_steps, self.patience = PROBES[0], PROBES[0]  # the first probe is at once
-        self._doubted, self._pause = (
-            0,
-            PAUSES[0],
-        )  # rounds that promised too little, and are to come
+        self._doubted = 0  # rounds, one behind the other, that promised too little
+        self._pause = PAUSES[0]  # rounds without a draft when they have become too many
         self.prompt_steps = 0.0  # what the last prompt took the draft, in plain steps
 
     def begin(self) -> None:
         """A request begins: a draft that did not pay on the last text may pay on this one."""
         self.guard.begin()
-        is_new = self._pause == PAUSES[0]
-        self._doubted = 0 if is_new else TRIAL - AGAIN
+        self._doubted = 0 if self._pause == PAUSES[0] else TRIAL - AGAIN
         if self.patience < PROBES[-1]:
             self.plain_steps = self.patience
 
