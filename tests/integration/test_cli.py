@@ -97,7 +97,9 @@ def test_every_mode_and_draft_length_says_what_the_target_says_alone(
     ways = [("plain", 5), *((mode, n) for mode in ("sync", "pipelined") for n in (1, 3, 8))]
 
     def run(way: tuple[str, int]) -> dict[str, Any]:
-        flags = ("--mode", way[0], "--n-draft", str(way[1]), "-n", "96", "-o", "json")
+        # drafted tokens are verified whether they pay here or not
+        blocks = (f"--n-draft={way[1]}", f"--spec-draft-n-min={way[1]}")
+        flags = ("--mode", way[0], *blocks, "-n", "96", "-o", "json")
         for _ in range(3):  # on a busy machine a draft may join when all has been said
             result = parsed(served.cli("run", *place, *sampling, *flags, "-p", PROMPT))
             if way[0] == "plain" or result["stats"]["accepted_tokens"]:
@@ -216,7 +218,11 @@ def test_verbose_tells_each_drafted_tokens_fate_on_stderr(
     served: Served, oracle: Oracle, flag: str, mode: str
 ) -> None:
     flags = ("--connect=shared", *GREEDY, "-n", "60", *BLOCKS, "--mode", mode, flag)
-    done = served.cli("run", *flags, "-p", PROMPT)
+    for _ in range(3):  # on a busy machine a draft may join when all has been said
+        done = served.cli("run", *flags, "-p", PROMPT)
+        figures = statistics(done.stderr)
+        if figures["corrected"] > 0:
+            break
     assert done.stdout == oracle(PROMPT, 60).text + "\n"
     lines = [line for line in done.stderr.splitlines() if line.startswith("[")]
     place = r"\d+\.\d+"
@@ -234,7 +240,6 @@ def test_verbose_tells_each_drafted_tokens_fate_on_stderr(
     for line, tag in zip(lines, tags, strict=True):
         assert tag is not None
         assert re.fullmatch(forms[tag[1]], line), line
-    figures = statistics(done.stderr)
     if figures["beside"]:  # what a block has behind a miss is not shown, but what was right there
         assert figures["accepted"] <= counts["DRAFT"] <= figures["verified"]
     else:

@@ -130,6 +130,20 @@ def test_the_guard_lets_a_draft_rest_that_loses_time_and_tries_it_again() -> Non
     assert rests == [Guard.RESTS[0] * 2**n for n in range(4)]
 
 
+def test_a_target_that_comes_near_finds_no_debts_of_when_it_was_far() -> None:
+    guard = Guard()
+    guard.committed(1, 3.0 * Guard.LOSS, 1.0, 2.0)
+    assert not guard.resting, "its messages alone take two steps"
+    guard.committed(1, 2.0, 1.0)
+    assert guard.resting
+    near = Guard()
+    near.committed(1, 30.0, 1.0, 9.0)
+    while near.resting:
+        near.committed(1, 1.0, 1.0)
+    near.committed(1, 1.5, 1.0)
+    assert not near.resting
+
+
 def test_the_guard_leaves_alone_what_gains_and_forgives_what_is_paid_once() -> None:
     guard = Guard()
     guard.excuse(50.0)
@@ -306,6 +320,20 @@ def test_a_draft_that_is_of_no_use_is_dismissed() -> None:
     assert rule.dismisses
     assert rule.decide([0.999, 0.999], 90, None) == 2
     assert not rule.dismisses
+
+
+def test_a_step_without_a_draft_that_hangs_is_not_counted() -> None:
+    experience = Experience(CostModel([0.1] * 16, 0.01))
+    rule = PricedRule("sync", 64, experience)
+    for _ in range(99):
+        rule.committed(1, None)
+    assert rule.drafts
+    rule.committed(1, 10.0)
+    rests = 0
+    while not rule.drafts:
+        rule.committed(1, None)
+        rests += 1
+    assert rests == Guard.RESTS[0]
 
 
 def test_resting_needs_no_draft() -> None:

@@ -18,7 +18,7 @@ from outrider.core.values import Span
 from outrider.errors import BadRequest, ConfigError
 from outrider_services.commands import run
 from outrider_services.commands.printing import chrome_trace, measured, statistics, write_trace
-from outrider_services.table import PipelineOptions, SamplingOptions, Settings
+from outrider_services.table import DraftOptions, PipelineOptions, SamplingOptions, Settings
 from outrider_services.tuning import advice
 from outrider_services.tuning.decisions import Decision
 
@@ -217,6 +217,14 @@ def test_the_line_is_told_unless_its_own_question_was_asked(
     run.advise(Decision("q4_0"), found, is_example=True, explained=True)
     run.advise(None, found, is_example=False, explained=True)
     assert capsys.readouterr().err == ""
+
+
+def test_only_lengths_that_are_given_replace_those_of_a_service() -> None:
+    parsed = Namespace(verbose="false", trace=None, grammar_file=None)
+    given = DraftOptions(n_max=8, n_min=2, p_min=0.5)
+    for draft, expected in ((DraftOptions(), (None, None, None)), (given, (8, 2, 0.5))):
+        asked = submit(0, "x", None, run.arguments(Settings(draft=draft), parsed))
+        assert (asked.n_draft, asked.n_min, asked.p_min) == expected
 
 
 # ---- the form of its answer ---------------------------------------------------------------------

@@ -1049,7 +1049,7 @@ class Noted(FixedRule):
     def __init__(self, mode: Mode, n_max: int) -> None:
         super().__init__(mode, n_max)
         self.round_trips: list[float] = []
-        self.spent: list[float] = []
+        self.spent: list[float | None] = []
         self.turns: list[float | None] = []
         self.each: list[float | None] = []
 
@@ -1063,7 +1063,7 @@ class Noted(FixedRule):
     ) -> None:
         self.round_trips.append(round_trip_s)
 
-    def committed(self, tokens: int, spent_s: float) -> None:
+    def committed(self, tokens: int, spent_s: float | None) -> None:
         self.spent.append(spent_s)
 
     def drafted(
@@ -1297,6 +1297,22 @@ def test_a_draft_without_an_idea_says_so_and_is_not_waited_for() -> None:
     assert ride.session.draft.offences == 0
 
 
+def test_what_a_draft_that_hangs_costs_is_counted_once() -> None:
+    rule = Noted("sync", 4)
+    ride = Ride(rule=rule)
+    ride.verdict(1)
+    ride.timer()  # nothing has come
+    for token in (2, 3, 4):
+        ride.verdict(token)
+    waited_s, *others = rule.spent
+    assert waited_s is not None
+    assert waited_s > PATIENCE_S[0]
+    assert others == [None, None]
+    ride.drafted(5)  # it is back
+    ride.verdict(6)
+    assert rule.spent[-1] is not None
+
+
 # ---- what the draft reads -----------------------------------------------------------------------
 
 
@@ -1382,8 +1398,8 @@ def test_a_recall_that_waited_behind_other_requests_is_not_charged_for_it() -> N
     spent: list[float] = []
 
     class Notes(Reads):
-        def committed(self, tokens: int, spent_s: float) -> None:
-            spent.append(spent_s)
+        def committed(self, tokens: int, spent_s: float | None) -> None:
+            spent.append(spent_s or 0.0)
 
     def committed_after(waited_s: float) -> float:
         ride = Ride(rule=Notes(Reading(3, 1)))

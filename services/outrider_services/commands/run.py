@@ -172,6 +172,9 @@ def arguments(settings: Settings, parsed: Any) -> dict[str, Any]:
         "seed": secrets.randbits(31) if seed < 0 else seed,
         "mode": settings.pipeline.mode,
         "n_draft": settings.draft.n_max,
+        # a service that is up has lengths of its own: only what was given here replaces them
+        "n_min": settings.draft.n_min or None,
+        "p_min": settings.draft.p_min or None,
         "trace": parsed.trace is not None,
     }
 

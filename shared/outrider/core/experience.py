@@ -14,7 +14,8 @@ PROBES = (8, 24, 72, 512)  # plain steps before a failing draft is tried again, 
 WORTH = 0.97  # of the target alone: what drafting beside it must promise; a little is not foreseen
 SURELY = 1.15  # … and so much that it pays whatever is not known of the drag
 WATCHED = 4  # plain steps for which the target is watched without a draft
-FADES = 0.98  # per pass: how long the messages of one that was waited for are remembered
+FARTHER = 0.1  # what the messages of one pass count for if they took longer than is known
+FADES = 0.98  # … and what is left, after each pass, of what is known
 TRIAL, AGAIN = 12, 4  # rounds that promise too little before it rests; if it did so lately
 PAUSES = 24, 384  # rounds for which it rests then: at first, and at most
 TRIAL_SHARE = 1 / 32  # most that a trial may take, as a share of the plain steps since the last one
@@ -63,7 +64,8 @@ class Experience:
 
     def waited(self, link_s: float) -> None:
         """A pass was over so much later than its computing: nothing, if it was ordered before."""
-        self.away_s = max(link_s, FADES * self.away_s)
+        more_s = link_s - self.away_s
+        self.away_s += FARTHER * more_s if more_s > 0 else (FADES - 1) * self.away_s
 
     def foretold(self, speedup: float) -> None:
         """A draft that computes beside the target lets expect this; it rests if that is a loss."""
@@ -161,15 +163,15 @@ class Guard:
         """A round has committed `tokens` in `spent_s`; the target alone needs `step_s` for one.
 
         The farther the target, the more does a single wrong block lose where one is waited for: its
-        messages take `link_s`.
+        messages take `link_s`, and a step counts for less by as much.
         """
-        most = self._loss * (1 + link_s / step_s)
         if self._left:
             self._left -= 1
             return
-        self._saved = min(self._saved + tokens - spent_s / step_s, self.CREDIT)
-        if self._saved < -most:
+        saved = (tokens * step_s - spent_s) / (step_s + link_s)
+        self._saved = min(self._saved + saved, self.CREDIT)
+        if self._saved < -self._loss:
             self._left, self._rest = self._rest, min(2 * self._rest, self.RESTS[1])
-            self._saved = -most / 2  # the next attempt is cheaper
+            self._saved = -self._loss / 2  # the next attempt is cheaper
         elif self._saved > 0:
             self._rest = self.RESTS[0]

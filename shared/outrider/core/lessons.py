@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from outrider.core.dispatch import Dispatch
-from outrider.core.draft_record import DraftRecord
+from outrider.core.draft_record import DraftRecord, DraftState
 from outrider.core.events import Task
 from outrider.core.plain_step import by_itself
 from outrider.core.rules import Rule
@@ -38,6 +38,7 @@ class Lessons:
         self._now = situation
         self.trace = Trace(situation.task.trace)
         self._was_free = False  # what was proposed last
+        self._was_late = False  # the draft, at the last verdict
         self._waited_s = 0.0  # time since the last commit that workers spent on other requests
 
     def judged(self, judged: Judged, reason: str) -> None:
@@ -89,7 +90,10 @@ class Lessons:
             shared = stats.draft.share(now - verdict.elapsed_s, now, self._now.is_drafting)
             if rows:  # else it also read text
                 rule.verified(rows, verdict.elapsed_s, round_s, requests, shared)
-            rule.committed(len(verdict.tokens), spent_s)
+            is_late = self._now.draft.state is DraftState.LATE and not block
+            # nobody has waited for one that was late already
+            rule.committed(len(verdict.tokens), None if is_late and self._was_late else spent_s)
+            self._was_late = is_late
             if rows == requests:  # else it shows no plain step
                 step_s = by_itself(verdict.elapsed_s, round_s) / rule.drag**shared
                 stats.stepped(step_s + verdict.waited_s)

@@ -270,8 +270,9 @@ class PricedRule(Rule):
         if self._pays:  # else a draft reads whatever is promised
             self._promise.observe(margins)
 
-    def committed(self, tokens: int, spent_s: float) -> None:
+    def committed(self, tokens: int, spent_s: float | None) -> None:
         experience = self._experience
+        spent_s = tokens * experience.step_s if spent_s is None else spent_s
         self._guard.committed(tokens, spent_s, experience.step_s, experience.away_s)
         self._experience.untried += tokens if self.dismisses or not self._tried else 0
 

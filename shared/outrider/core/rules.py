@@ -133,8 +133,11 @@ class Rule(Protocol):
         """The target has said tokens that won by these margins, in logits."""
         return None
 
-    def committed(self, tokens: int, spent_s: float) -> None:
-        """`tokens` more tokens were committed, `spent_s` after the commit before."""
+    def committed(self, tokens: int, spent_s: float | None) -> None:
+        """`tokens` more tokens were committed, `spent_s` after the commit before.
+
+        None: of a draft that hangs nothing was to be expected.
+        """
         return None
 
     def drafted(
