@@ -91,7 +91,7 @@ class Client:
         began = time.monotonic()
         stream: Stream | None = None
         try:
-            stream = await self._patiently(_begin(client, question))
+            stream = await self._patiently(begin(client, question))
             await self._read(stream, question)
         except OutriderError as exc:
             kind, what = "failed", exc.code
@@ -154,8 +154,9 @@ class Client:
         return outcome
 
 
-async def _begin(client: AsyncClient, question: Question) -> Stream:
-    settings: Any = question.settings
+async def begin(client: AsyncClient, question: Question, **changes: Any) -> Stream:
+    """Ask it; `changes` are settings other than its own."""
+    settings: Any = {**question.settings, **changes}
     if question.chat:
         chat: Stream = await client.create_chat_completion(
             question.messages, stream=True, **settings

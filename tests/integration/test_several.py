@@ -110,13 +110,13 @@ async def test_of_several_requests_each_has_a_draft_with_a_place_for_it(
     options: dict[str, Any] = {**BOTH, "pipeline__parallel": 4}
     async with pipeline(**options) as up, up.connect() as client:
         await join(cli, up, client, "draft-2", "--parallel=1", "--toy-draft-ms=0.1")
-        streams = [await begin(client, 60) for _ in range(3)]
+        streams = [await begin(client, 160) for _ in range(3)]
         assert sorted(draft or "" for _, draft in await serving(client)) == [
             *["draft", "draft", "draft-2"]
         ]
         for stream in streams:
             await stream.result()
-            assert ids(stream) == oracle(PROMPT, 60).token_ids
+            assert ids(stream) == oracle(PROMPT, 160).token_ids
 
 
 # ---- targets ------------------------------------------------------------------------------------
