@@ -134,6 +134,13 @@ def test_volumes_and_directories_are_those_of_the_image(path: Path) -> None:
         assert volume[0] not in "./" or (path.parent / volume.split(":")[0]).exists()
 
 
+def test_without_compose_there_is_a_directory_to_run_in_too() -> None:
+    """`docker run` mounts nothing: what the image names must be its user's own."""
+    runtime = re.search(r"XDG_RUNTIME_DIR=(\S+)", DOCKERFILE)
+    assert runtime
+    assert f"install -d -o outrider -g outrider -m 0700 {runtime[1]}\n" in DOCKERFILE
+
+
 @pytest.mark.parametrize("path", COMPOSE, ids=lambda path: path.name)
 def test_an_image_is_built_from_arguments_that_it_has(path: Path) -> None:
     one = service(path)
