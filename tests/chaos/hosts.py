@@ -134,7 +134,7 @@ async def _measured(
     """Plain and auto in turns, so that a change of the machine's speed meets both."""
     turn_s = max(LEAST_TURN_S, EVERY_S * min(1.0, plan.share))
     hosts.weather = Weather(leg.trip_ms / 2000, JITTER, stall_s=STALL_S, every_s=turn_s)
-    texts = list(questions.items())
+    texts, ties = list(questions.items()), asking.memory.near_ties
     for mode in ("plain", "auto"):  # what is learnt first is not measured
         await asking.turn(mode, *texts[0], turn_s if plan.pair else turn_s / 2)
     leg.tokens.clear()
@@ -142,7 +142,7 @@ async def _measured(
     for number, (text, question) in enumerate(texts if plan.pair else texts * TURNS):
         for mode in ("plain", "auto") if number % 2 == 0 else ("auto", "plain"):
             await asking.turn(mode, text, question, turn_s)
-    leg.near_ties = asking.memory.near_ties
+    leg.near_ties = asking.memory.near_ties - ties
 
 
 @dataclass(slots=True)

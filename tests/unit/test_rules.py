@@ -322,6 +322,18 @@ def test_a_draft_that_is_of_no_use_is_dismissed() -> None:
     assert not rule.dismisses
 
 
+def test_one_message_that_stood_still_makes_no_target_far() -> None:
+    experience = Experience(CostModel([0.1] * 16, 0.01))
+    experience.waited(0.3)
+    assert experience.away_s < 0.04
+    for _ in range(60):
+        experience.waited(0.3)
+    assert experience.away_s == pytest.approx(0.3, rel=0.01)
+    for _ in range(60):  # ordered ahead, it waits for none
+        experience.waited(0.0)
+    assert 0.05 < experience.away_s < 0.15
+
+
 def test_a_step_without_a_draft_that_hangs_is_not_counted() -> None:
     experience = Experience(CostModel([0.1] * 16, 0.01))
     rule = PricedRule("sync", 64, experience)
