@@ -116,6 +116,7 @@ class Fakes:
             )
             self.tell(b"c", submit)
         await asyncio.sleep(0.05)
+        self.draft()
         self.answer({number: None for number in self.asked})
 
     def answer(self, orders: dict[int, Verify | None]) -> None:
@@ -130,14 +131,17 @@ class Fakes:
         )
         self.tell(b"t", wire.Passed(told) if several > 1 else wire.Done(*told[0]))
 
-    def round(self) -> None:
-        """The draft sends what it has for everybody, then the target answers."""
-        fragments, spent_s = self.fragments, self.spent_s
+    def draft(self) -> None:
         for number, one in self.asked.items():
             while one.drafted < one.end + STOCK:
                 proposal = Proposal(one.lineage, one.drafted, (Drafted(7, 0.97),), 0.03)
                 self.tell(b"d", wire.Done(number, proposal))
                 one.drafted += 1
+
+    def round(self) -> None:
+        """The draft sends what it has for everybody, then the target answers."""
+        fragments, spent_s = self.fragments, self.spent_s
+        self.draft()
         asked = {number: one.verify for number, one in self.asked.items() if one.verify}
         assert asked, "the target has nothing to do"
         self.answer(dict(asked))

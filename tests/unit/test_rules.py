@@ -348,6 +348,29 @@ def test_a_step_without_a_draft_that_hangs_is_not_counted() -> None:
     assert rests == Guard.RESTS[0]
 
 
+@pytest.mark.parametrize(("unread", "is_awaited"), [(6, True), (60, False)])
+def test_only_what_is_read_sooner_than_a_step_is_waited_for(unread: int, is_awaited: bool) -> None:
+    """Not even once the target has the text from the request before, and the draft has not."""
+    for mode, expected in (("sync", True), ("pipelined", is_awaited)):
+        experience = Experience(CostModel([0.1] * 16, 0.03, read_s=0.01))
+        rule = PricedRule(mode, 64, experience, shares=False)  # type: ignore[arg-type]
+        rule.reads(unread, 0, 100, busy=True)
+        assert rule.awaits_reading is expected
+
+
+def test_what_was_read_while_the_target_went_on_allows_no_greater_loss() -> None:
+    lost = []
+    for read_s in (0.0, 5.0):
+        rule = PricedRule("pipelined", 64, Experience(CostModel([0.1] * 16, 0.03)))
+        rule.reads(500, 0, 100, busy=True)
+        rule.drafted(0.03 + read_s, [0.9], None)
+        lost.append(0)
+        while rule.drafts:
+            rule.committed(1, 0.2)
+            lost[-1] += 1
+    assert lost[0] == lost[1]
+
+
 def test_resting_needs_no_draft() -> None:
     experience = Experience(CostModel([0.1] * 16, 0.01))
     rule = PricedRule("sync", 64, experience)

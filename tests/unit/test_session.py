@@ -1313,6 +1313,24 @@ def test_what_a_draft_that_hangs_costs_is_counted_once() -> None:
     assert rule.spent[-1] is not None
 
 
+class Hurries(FixedRule):
+    """Takes plain steps as long as the draft reads the text."""
+
+    awaits_reading = False
+
+
+def test_a_draft_that_still_reads_is_not_waited_for() -> None:
+    ride = Ride(rule=Hurries("pipelined", 2))
+    assert ride.verdict(1)[0] == Verify(1, BASE + 1, (), until=BASE + 2 + STEPS)
+    assert ride.session.deadline is None
+    usual_s = ride.session.draft.gap_s
+    lineage = ride.session.stock.lineage
+    ride.happens(Proposal(lineage, BASE, (Drafted(1, 1.0),), 2.0))  # with the text
+    assert ride.session.draft.state is DraftState.DRAFTING
+    assert ride.session.draft.gap_s == usual_s
+    assert ride.session.draft.next_at <= ride.now + usual_s
+
+
 # ---- what the draft reads -----------------------------------------------------------------------
 
 

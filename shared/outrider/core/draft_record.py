@@ -43,6 +43,10 @@ class DraftRecord:
         """Whether it drafts for this request, be it paused or late."""
         return self.state not in (DraftState.ABSENT, DraftState.IDLE)
 
+    def opened(self, is_awaited: bool) -> None:
+        """It is to read the text, and then to draft; the target waits for that, or it goes on."""
+        self.state = DraftState.DRAFTING if is_awaited else DraftState.LATE
+
     def begins_anew(self, now: float) -> None:
         """It was wrong. Its next token comes at once if it has foreseen that."""
         self.next_at = now + self.gap_s * (1 - self.foresight)
@@ -58,6 +62,9 @@ class DraftRecord:
             self.lineage = proposal.lineage
             self.foresight += FORESIGHT * (proposal.foreseen - self.foresight)
         each_s = proposal.elapsed_s / len(proposal.drafted)
+        if self.state is DraftState.LATE:  # that was reading, or trouble, and not its usual time
+            self.next_at = now + self.gap_s
+            return each_s
         self.gap_s += 0.0 if proposal.foreseen else 0.2 * (each_s - self.gap_s)
         self.next_at = now + (self.gap_s if proposal.foreseen else each_s)
         return None if proposal.foreseen else each_s

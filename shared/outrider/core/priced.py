@@ -133,12 +133,20 @@ class PricedRule(Rule):
         return 1 - 1 / (self._turn.rate * float(self._settled.passes(0)[0]))
 
     def _has_read(self, elapsed_s: float) -> None:
-        """Reading the text took `elapsed_s`, which was paid for beforehand."""
+        """Reading the text took `elapsed_s`, and was paid for beforehand if that was waited for."""
         self._costs.read(elapsed_s / max(1, self._unseen))
         self._experience.prompt_steps = elapsed_s / self._costs.costs.verify_s[0]
-        self._guard.excuse(self._experience.prompt_steps)
+        if self.mode == "sync":
+            self._guard.excuse(self._experience.prompt_steps)
         self._spent += self._experience.prompt_steps
         self._unseen = 0
+
+    @property
+    def awaits_reading(self) -> bool:
+        """Pipelined: if that is sooner than a plain step, for a long text takes seconds to read."""
+        costs = self._costs.costs
+        reading_s = self._unseen * self._costs.read_s
+        return self.mode == "sync" or reading_s + costs.draft_s < costs.verify_s[0]
 
     @property
     def dismisses(self) -> bool:

@@ -47,6 +47,11 @@ class Rule(Protocol):
         return None
 
     @property
+    def awaits_reading(self) -> bool:
+        """Whether the target waits for a draft that has yet to read the text."""
+        return True
+
+    @property
     def dismisses(self) -> bool:
         """Whether the draft is to forget the text; it has to read it anew if it is wanted again."""
         return False

@@ -30,7 +30,8 @@ States
                  IDLE       there is one, but it does not draft for this request
                  DRAFTING   it does
                  PAUSED     it was too unsure to go on: it sends nothing before the next commit
-                 LATE       it missed a deadline: nobody waits for it until it sends something
+                 LATE       it missed a deadline, or still reads while the target goes on: nobody
+                            waits for it until it sends something
 
     event        in phase              leads to
     Start        NEW                   VERIFYING
@@ -38,7 +39,7 @@ States
     Proposal     WAITING               WAITING or VERIFYING    (else it adds to the stock)
     Timer        WAITING               WAITING or VERIFYING, the draft being LATE
     Proposal, Timer   VERIFYING        the same, perhaps with one order more under way
-    DraftReady   any but OVER          the same, the draft DRAFTING or IDLE
+    DraftReady   any but OVER          the same, the draft DRAFTING, LATE or IDLE
     DraftLost    any but OVER          the same or VERIFYING, the draft ABSENT
     TargetLost   any but OVER          LOST
     TargetReady  LOST                  VERIFYING, a round later: what the lost one says is stale
@@ -166,7 +167,7 @@ class Session:
         reading = self.rule.reads(text, text - len(task.prompt), self.answer.room, busy, draft.held)
         if not reading.tokens:
             return []
-        draft.state = DraftState.DRAFTING
+        draft.opened(is_awaited=self.rule.awaits_reading)
         draft.told, draft.skip = text, text - reading.tokens
         draft.read = draft.skip + reading.known
         stream = self.stock.open(self.tokens)
