@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import pytest
 
 from outrider.core import decoding
-from outrider.core.draft_record import PATIENCE_S, DraftState
+from outrider.core.draft_record import PATIENCE_S, DraftRecord, DraftState
 from outrider.core.events import (
     Cancel,
     CloseDraft,
@@ -1329,6 +1329,11 @@ def test_a_draft_that_still_reads_is_not_waited_for() -> None:
     assert ride.session.draft.state is DraftState.DRAFTING
     assert ride.session.draft.gap_s == usual_s
     assert ride.session.draft.next_at <= ride.now + usual_s
+
+
+def test_what_was_foreseen_shows_no_time_of_a_late_draft_either() -> None:
+    record = DraftRecord(state=DraftState.LATE)
+    assert record.heard(Proposal(1, BASE, (Drafted(1, 1.0),), 2.0, foreseen=1), 0.0) is None
 
 
 # ---- what the draft reads -----------------------------------------------------------------------

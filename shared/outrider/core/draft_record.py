@@ -62,11 +62,10 @@ class DraftRecord:
             self.lineage = proposal.lineage
             self.foresight += FORESIGHT * (proposal.foreseen - self.foresight)
         each_s = proposal.elapsed_s / len(proposal.drafted)
-        if self.state is DraftState.LATE:  # that was reading, or trouble, and not its usual time
-            self.next_at = now + self.gap_s
-            return each_s
-        self.gap_s += 0.0 if proposal.foreseen else 0.2 * (each_s - self.gap_s)
-        self.next_at = now + (self.gap_s if proposal.foreseen else each_s)
+        # one that is late has read the text first, or was in trouble
+        is_usual = not proposal.foreseen and self.state is not DraftState.LATE
+        self.gap_s += 0.2 * (each_s - self.gap_s) if is_usual else 0.0
+        self.next_at = now + (each_s if is_usual else self.gap_s)
         return None if proposal.foreseen else each_s
 
     @classmethod
