@@ -1333,7 +1333,7 @@ def test_a_draft_that_still_reads_is_not_waited_for() -> None:
 
 def test_what_was_foreseen_shows_no_time_of_a_late_draft_either() -> None:
     record = DraftRecord(state=DraftState.LATE)
-    assert record.heard(Proposal(1, BASE, (Drafted(1, 1.0),), 2.0, foreseen=1), 0.0) is None
+    assert record.heard(Proposal(1, BASE, (Drafted(1, 1.0),), 2.0, foreseen=True), 0.0) is None
 
 
 # ---- what the draft reads -----------------------------------------------------------------------
