@@ -46,7 +46,9 @@ FILLER = "The valley lay quiet under a grey sky, and the river went its slow way
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="scripts/never-slower", description=(__doc__ or "").splitlines()[0]
+    )
     parser.add_argument("--simulated", action="store_true", help="on simulated devices, all cells")
     parser.add_argument("--minutes", type=float, default=600.0, help="stop after (default: 600)")
     parser.add_argument("--seed", type=int, default=0, help="of the order of the cells")

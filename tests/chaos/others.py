@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import subprocess
-import sys
 
 from tests.attack.arms import ARMS
 from tests.attack.report import attacked
@@ -28,7 +27,7 @@ def attack(plan: Plan) -> Result:
 def soak(plan: Plan) -> Result:
     seconds = max(LEAST_S, SOAK_S * plan.share)
     every = 20.0 if seconds > 300 else 4.0
-    command = [sys.executable, str(ROOT / "scripts/soak"), f"--seconds={seconds}"]
+    command = [str(ROOT / "scripts/soak"), f"--seconds={seconds}"]
     command += [f"--every={every}", f"--seed={plan.seed}"]
     done = subprocess.run(
         command, capture_output=True, text=True, env=with_paths(os.environ), check=False

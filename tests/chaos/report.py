@@ -90,7 +90,9 @@ def done(campaigns: Sequence[Campaign], plan: Plan) -> dict[str, Result]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="scripts/chaos",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("--share", type=float, default=1.0, metavar="X", help="this part of everything, as 0.1")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -75,7 +74,7 @@ def test_signals_and_fake_workers_change_no_token_and_leave_nobody_waiting(
 
 @pytest.mark.timeout(120)
 def test_a_mixed_load_goes_on_while_processes_die_and_stop() -> None:
-    soak = [sys.executable, str(ROOT / "scripts/soak"), "--seconds=20", "--every=4"]
+    soak = [str(ROOT / "scripts/soak"), "--seconds=20", "--every=4"]
     done = subprocess.run(soak, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "No text was wrong, and nothing has grown." in done.stdout
@@ -88,7 +87,7 @@ def test_sigterm_ends_all_that_a_script_has_started(script: str) -> None:
         children = psutil.Process(running.pid).children(recursive=True)
         return [child.pid for child in children]
 
-    running = subprocess.Popen([sys.executable, str(ROOT / "scripts" / script)])
+    running = subprocess.Popen([str(ROOT / "scripts" / script)])
     try:
         for _ in range(200):
             if len(pids := started()) >= 4:  # launcher, coordinator, target, draft
