@@ -100,9 +100,11 @@ def test_those_beyond_the_most_are_refused_until_there_is_room(pair: Pair) -> No
     for fd in (1001, 1002, 1003):
         known.accept(fd)
         known.meet(b"%d" % fd, fd, "")
-    assert [known.is_refused(b"%d" % fd) for fd in (1001, 1002, 1003)] == [False, False, True]
+    assert [known.admit(b"%d" % fd) for fd in (1001, 1002, 1003)] == [True, True, False]
     known.lose(1001)
-    assert not known.is_refused(b"1003")
+    assert known.admit(b"1003")
+    known.accept(1004)
+    assert known.admit(b"1003")  # it stays, though there are too many again
 
 
 def test_far_beyond_the_most_a_connection_just_ends(pair: Pair) -> None:
@@ -113,9 +115,28 @@ def test_far_beyond_the_most_a_connection_just_ends(pair: Pair) -> None:
     known.accept(ours.fileno())  # the first of the surplus ones
     for fd in range(1004, 1003 + connections.SPARE):
         known.accept(fd)
+    assert not known.is_crowded
     assert not is_shut(theirs)
     known.accept(2000)
+    assert known.is_crowded
     assert is_shut(theirs)
+
+
+@pytest.mark.parametrize("which", ["surplus", "worker", "admitted", "early"])
+def test_room_is_made_at_the_cost_of_those_that_are_too_many(pair: Pair, which: str) -> None:
+    ours, theirs = pair
+    known = Connections(2)
+    for fd in (1001,) if which == "early" else (1001, 1002):
+        known.accept(fd)
+    known.accept(ours.fileno())
+    known.meet(b"a", ours.fileno(), "")
+    if which == "worker":
+        known.trust(b"a")
+    if which == "admitted":
+        known.lose(1001)
+        assert known.admit(b"a")
+    known.make_room()
+    assert is_shut(theirs) == (which == "surplus")
 
 
 def test_one_that_says_nothing_can_be_told_from_one_that_has_spoken(pair: Pair) -> None:
@@ -142,7 +163,7 @@ def test_a_worker_has_room_also_if_its_connection_is_not_sure_at_first(clock: Cl
     known.meet(b"w", 1002, "")
     assert known.of(b"w") is None
     known.trust(b"w")
-    assert not known.is_refused(b"w")
+    assert known.admit(b"w")
     for fd in range(1003, 1200):  # none of these takes its place
         known.accept(fd)
     clock.now += 1.0
@@ -150,7 +171,7 @@ def test_a_worker_has_room_also_if_its_connection_is_not_sure_at_first(clock: Cl
     found = known.of(b"w")
     assert found is not None
     assert found.is_worker
-    assert not known.is_refused(b"w")
+    assert known.admit(b"w")
     known.lose(1002)
     known.forget(b"w")
     assert not known.is_worker(b"w")

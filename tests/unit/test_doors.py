@@ -113,6 +113,21 @@ async def test_whoever_has_a_key_that_is_trusted_is_heard_and_answered(
     assert (guest.heard, guest.link.refusal) == ([wire.HealthReport(7, {})], "")
 
 
+async def test_doors_that_were_closed_for_a_moment_ask_for_the_keys_that_they_asked_for(
+    house: House, enter: Enter
+) -> None:
+    house.router._close_doors()
+    await until(lambda: not house.router._are_closed)
+    await refused(house.address, None)
+    server = house.ring.pair("coordinator").public
+    await refused(house.address, Credentials(KeyPair.random(), server))
+    await enter("client").say(wire.Health(1))
+    local = Guest(house.local, None)
+    await local.say(wire.Health(2))
+    await until(lambda: len(house.heard) == 2)
+    local.link.close()
+
+
 async def refused(address: str, credentials: Credentials | None) -> str:
     guest = Guest(address, credentials)
     try:

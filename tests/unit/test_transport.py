@@ -19,10 +19,11 @@ from outrider.errors import ConfigError, ConnectionFailed, ProtocolError
 from outrider.wire import connections, transport
 from outrider.wire import messages as wire
 from outrider.wire.codec import encode
-from outrider.wire.router import Router
+from outrider.wire.router import CLOSED_S, Router
 from outrider.wire.transport import Link, PeerGone
 
 BULK = "x" * 500_000  # of a message that cannot be held in great number
+HELLO = wire.Hello(wire.PROTOCOL, "0", "draft", 1, "m", None, 512, 1, "cpu", "here:0", (0.01,))
 
 
 class House:
@@ -305,6 +306,69 @@ async def test_one_too_many_is_told_so_unless_it_is_a_worker(house: House, guest
             one.link.close()
 
 
+@pytest.mark.parametrize("kind", ["tcp", "ipc"])
+async def test_where_too_many_come_nobody_is_let_in_for_a_moment_and_who_is_here_stays(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connections, "SPARE", 16)
+    house = House("tcp://127.0.0.1:0" if kind == "tcp" else f"ipc://{tmp_path}/door")
+    accepted: list[int] = []
+    known = house.router._connections
+    accept = known.accept
+
+    def count(fd: int) -> connections.Connection:
+        accepted.append(fd)
+        return accept(fd)
+
+    monkeypatch.setattr(known, "accept", count)
+    context = zmq.Context()
+    crowd: list[zmq.Socket[bytes]] = []
+    early = Guest(house.address)
+    try:
+        await early.say(wire.Health(0))
+        await until(lambda: house.heard)
+        for _ in range(50):
+            crowd.append(context.socket(zmq.DEALER))
+            crowd[-1].connect(house.address)
+        await until(lambda: house.router._are_closed)
+        await early.say(wire.Health(1))  # while nobody is let in
+        await until(lambda: wire.Health(1) in [message for _, message in house.heard])
+        late = Guest(house.address)
+        try:
+            await late.say(HELLO)  # a worker may always join
+            await until(lambda: HELLO in [message for _, message in house.heard])
+            (worker,) = [peer for peer, message in house.heard if message == HELLO]
+            house.router.send(worker, wire.Welcome())
+            await asyncio.sleep(3 * CLOSED_S)
+            assert early.lost == late.lost == []
+        finally:
+            late.link.close()
+        before, began = len(accepted), time.monotonic()
+        await asyncio.sleep(1.0)
+        assert len(accepted) - before < 60 * (time.monotonic() - began) / CLOSED_S
+        context.destroy(linger=0)
+        await until(lambda: len(known) == 1 and not house.router._are_closed)
+        again = Guest(house.address)
+        await again.say(wire.Health(2))
+        await until(lambda: wire.Health(2) in [message for _, message in house.heard])
+        again.link.close()
+    finally:
+        early.link.close()
+        house.router.close()
+        context.destroy(linger=0)
+
+
+async def test_without_a_file_to_ask_with_nobody_is_blamed(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Full:
+        def memory_info(self) -> None:
+            raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(house.router._scales, "_process", Full())
+    house.router.relieve()
+
+
 FEW_FILES = """
 import asyncio, os, resource
 from outrider import Client
@@ -357,7 +421,7 @@ def test_where_no_socket_can_be_opened_that_is_one_sentence() -> None:
 
 RUNNING = """
 import asyncio, sys, time
-from outrider.wire.router import Router
+from outrider.wire.router import CLOSED_S, Router
 
 async def main():
     router = Router(lambda *_: None, lambda _: None)

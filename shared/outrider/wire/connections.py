@@ -23,6 +23,7 @@ from math import inf
 import psutil
 
 from outrider.errors import ConnectionFailed
+from outrider.wire.doors import borrowed
 
 MOST = 4096  # connections, or a quarter of what there may be of open files besides our own
 OURS = 64  # files that the process has open itself
@@ -63,7 +64,7 @@ class Connections:
         self, most: int | None = None, clock: Callable[[], float] = time.monotonic
     ) -> None:
         files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        # libzmq accepts faster than anybody here can end, and where it runs out of files it aborts
+        # libzmq accepts faster than anybody here can see, and where it runs out of files it aborts
         self.most = min(MOST, (files - OURS) // 4) if most is None else most
         self._clock = clock
         self._unmet_at: dict[int, float] = {}  # when a connection ended that had said nothing yet
@@ -89,12 +90,28 @@ class Connections:
         """
         now = self._clock()
         found = self._by_fd[fd] = Connection(fd, is_surplus=len(self) >= self.most, spoke=now)
-        if len(self) > self.most + SPARE:
-            surplus = (one for one in self if one.is_surplus and not one.is_worker)
-            oldest = next((one for one in surplus if not one.is_shut), found)
+        if self.is_crowded:
+            oldest = next(self._surplus(), found)
             oldest.is_shut = True
             shut(oldest.fd)
         return found
+
+    def _surplus(self) -> Iterator[Connection]:
+        """Those that are too many, the oldest first."""
+        for one in self:
+            if one.is_surplus and not (one.is_worker or one.is_shut):
+                yield one
+
+    @property
+    def is_crowded(self) -> bool:
+        """Whether there are more than can be told that they are too many."""
+        return len(self) > self.most + SPARE
+
+    def make_room(self) -> None:
+        """End those that are too many, but no workers."""
+        for one in self._surplus():
+            one.is_shut = True
+            shut(one.fd)
 
     def meet(self, peer: bytes, fd: int, origin: str, user: str = "") -> bool:
         """`peer` has spoken, with this descriptor; False if that connection is over already.
@@ -135,12 +152,15 @@ class Connections:
         """Everybody has been told that it is gone."""
         self._workers.discard(peer)
 
-    def is_refused(self, peer: bytes) -> bool:
-        """Whether it is one too many, still."""
+    def admit(self, peer: bytes) -> bool:
+        """False if it is one too many, still. Whoever was let in once stays."""
         connection = self._by_peer.get(peer)
         if connection is None or connection.is_worker:
+            return True
+        if connection.is_surplus and len(self) > self.most:
             return False
-        return connection.is_surplus and len(self) > self.most
+        connection.is_surplus = False
+        return True
 
     def lose(self, fd: int) -> bytes | None:
         """It is over; return its peer, if that has spoken."""
@@ -231,7 +251,10 @@ class Scales:
 
         While it `is_draining` what ended connections have left, that may be what weighs.
         """
-        size = self._process.memory_info().rss
+        try:
+            size = self._process.memory_info().rss
+        except OSError:  # there is no file left to ask with
+            return None
         is_heavy = size - self._light >= HEAVY
         others = [one for one in connections if not one.is_worker] if is_heavy else []
 
@@ -256,10 +279,7 @@ class Scales:
 
 def untold(connection: Connection) -> int:
     """Bytes that came over TCP and are part of no message that was read; 0 for other sockets."""
-    with (
-        suppress(OSError),
-        socket.fromfd(connection.fd, socket.AF_INET, socket.SOCK_STREAM) as tcp,
-    ):
+    with suppress(OSError), borrowed(connection.fd) as tcp:
         info = tcp.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, RECEIVED.stop)
         return max(0, int.from_bytes(info[RECEIVED], sys.byteorder) - connection.read)
     return 0
@@ -277,7 +297,7 @@ def unread(fd: int) -> int:
 
 def shut(fd: int) -> None:
     """End the connection at `fd`; if it is none, nothing happens."""
-    with suppress(OSError), socket.fromfd(fd, socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+    with suppress(OSError), borrowed(fd) as connection:
         connection.shutdown(socket.SHUT_RDWR)
 
 

@@ -15,6 +15,7 @@ from outrider.wire.addresses import is_answered
 from outrider.wire.codec import decode, encode
 from outrider.wire.connections import Connections, Patience, Scales, shut
 from outrider.wire.doorman import DOMAIN, Doorman
+from outrider.wire.doors import close_door, open_door
 from outrider.wire.keys import Keyring
 from outrider.wire.messages import Failed, Hello, Message, Refused, Welcome
 from outrider.wire.rights import forbidden, is_allowed
@@ -27,6 +28,7 @@ ENDED = 1024  # peers whose connections were ended that are remembered
 DROPPED = 1000  # messages of theirs that are dropped at once
 DRAINING_S = 0.2  # since some were dropped: there may be more
 MUTE_S = 2.0  # a surplus connection that has said nothing for so long ends
+CLOSED_S = 0.25  # nobody new is let in, once more are here than can be told that they are too many
 
 
 class Router(Endpoint):
@@ -44,7 +46,9 @@ class Router(Endpoint):
         *,
         most: int | None = None,
     ) -> None:
-        super().__init__(zmq.ROUTER, zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED)
+        super().__init__(
+            zmq.ROUTER, zmq.EVENT_LISTENING | zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED
+        )
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         # A full queue is where libzmq (4.3.5) ends the process if a ping of its protocol comes
         # behind it on a connection that breaks. So it is never full; `relieve` sees to the bytes.
@@ -57,6 +61,8 @@ class Router(Endpoint):
         self._patience, self._scales, self._dropped_at = Patience(), Scales(), -inf
         self.doorman: Doorman | None = None  # where there are addresses with keys
         self.addresses: list[str] = []
+        self._doors: list[int] = []  # descriptors of what listens
+        self._are_closed = False
 
     def bind(self, address: str, keys: Keyring | None = None) -> str:
         """Bind; return the address for clients, with its real port. Raises ConfigError.
@@ -93,6 +99,7 @@ class Router(Endpoint):
             self.doorman = Doorman(self._context, keys.role_of)
 
     def close(self) -> None:
+        self._open_doors()  # ZeroMQ is to find its file, and remove it
         if self.doorman and not self.closed:
             self.doorman.close()
         super().close()
@@ -138,10 +145,35 @@ class Router(Endpoint):
         if former := self._connections.lose(fd):
             self._backlogs.pop(former, None)
             self._let_go(former)
-        if event == zmq.EVENT_ACCEPTED:
+        if event == zmq.EVENT_LISTENING:
+            self._doors.append(fd)
+        elif event == zmq.EVENT_ACCEPTED:
             accepted = self._connections.accept(fd)
             if accepted.is_surplus:
                 self._loop.call_later(MUTE_S, self._connections.shut_if_mute, accepted)
+            if self._connections.is_crowded and not self._are_closed:
+                self._close_doors()
+
+    def _close_doors(self) -> None:
+        """Let nobody in for a moment.
+
+        Whoever is sent away comes back at once: that costs those who are here their time, and us
+        the last file, where libzmq (4.3.5) ends the process.
+        """
+        log.warning("nobody is let in for a moment: there are too many connections")
+        self._are_closed = True
+        for door in self._doors:
+            close_door(door)
+        self._loop.call_later(CLOSED_S, self._open_doors)
+
+    def _open_doors(self) -> None:
+        """Go on, without those that are too many; whoever is a worker has said so by now."""
+        if self.closed or not self._are_closed:
+            return
+        self._connections.make_room()
+        for door in self._doors:
+            open_door(door)
+        self._are_closed = False
 
     def _let_go(self, peer: bytes) -> None:
         """Its connection is over; what it sent before is read first."""
@@ -195,11 +227,10 @@ class Router(Endpoint):
             message = decode(frame)
             if user:
                 self._check_right(peer, user, message)
-            # a worker may always join
-            if self._connections.is_refused(peer) and not isinstance(message, Hello):
-                self._refuse(peer, message)
+            if isinstance(message, Hello) or self._connections.admit(peer):
+                self._on_message(peer, message)  # a worker may always join
             else:
-                self._on_message(peer, message)
+                self._refuse(peer, message)
         except ProtocolError as exc:
             log.warning("dropped: %s", exc)
             if message is None and self._connections.is_worker(peer):
@@ -234,7 +265,8 @@ class Router(Endpoint):
         self._rest(more=True)
 
     def _on_burst(self) -> None:
-        self.relieve()
+        if not self.closed:
+            self.relieve()
 
     def _refuse(self, peer: bytes, message: Message) -> None:
         reason = f"there are {self._connections.most} connections already"

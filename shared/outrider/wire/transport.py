@@ -180,7 +180,7 @@ class Endpoint:
             if time.monotonic() > until:
                 break
         else:
-            self._on_burst()
+            self._loop.call_soon(self._on_burst)
         self._drain_soon()
 
     def _on_burst(self) -> None:
