@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from outrider.errors import ConfigError
-from outrider.wire.addresses import runtime_dir, socket_path
+from outrider.wire.addresses import remove_socket, runtime_dir, socket_path
+from outrider.wire.doors import close_door, open_door
 
 
 @pytest.fixture
@@ -58,3 +60,14 @@ def test_a_directory_that_others_can_enter_is_refused(
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     with pytest.raises(ConfigError, match="chmod 700"):
         runtime_dir()
+
+
+def test_nothing_is_left_of_a_socket_whose_name_was_put_aside(tmp_path: Path) -> None:
+    path = tmp_path / "there.sock"
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(path))
+        close_door(listening.fileno())
+        assert not path.exists()
+        remove_socket(path)
+        assert list(tmp_path.iterdir()) == []
+        open_door(listening.fileno())  # in vain, and no error

@@ -31,7 +31,7 @@ from outrider.errors import (
     WorkerLost,
     from_code,
 )
-from outrider.wire.addresses import socket_path
+from outrider.wire.addresses import remove_socket, socket_path
 from outrider_services import logs
 from outrider_services.options import OPTIONS, to_flags
 from outrider_services.pipeline.arguments import gateway_arguments, worker_arguments
@@ -176,7 +176,7 @@ class Launcher:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._socket.unlink(missing_ok=True)
+        remove_socket(self._socket)
         self._claim.release()
         if not self.failed.done():
             self.failed.cancel()
@@ -202,7 +202,7 @@ class Launcher:
                     f"`outrider stop {self.name}`"
                 )
             await asyncio.sleep(0.05)
-        self._socket.unlink(missing_ok=True)
+        remove_socket(self._socket)
 
     async def _is_answered(self) -> bool:
         """Whether a coordinator answers on the socket of our name."""

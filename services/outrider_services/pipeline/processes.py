@@ -22,7 +22,7 @@ from outrider.engines import suffix
 from outrider.engines.drafter import ModelDrafter
 from outrider.engines.together import BothDrafters
 from outrider.errors import ConfigError, InternalError, OutriderError
-from outrider.wire.addresses import socket_path
+from outrider.wire.addresses import remove_socket, socket_path
 from outrider.wire.keys import Keyring, credentials, needs_keys
 from outrider.wire.router import Router
 from outrider.wire.trial import check_closed
@@ -54,7 +54,7 @@ def coordinator(
     serving = _coordinate(
         settings, name, tokens, [role for role, is_open in own.items() if is_open]
     )
-    run(serving, parent_fd, lambda: socket_path(name).unlink(missing_ok=True))
+    run(serving, parent_fd, lambda: remove_socket(socket_path(name)))
 
 
 def worker(role: Role, settings: Settings, address: str, parent_fd: int | None) -> None:
@@ -132,7 +132,7 @@ async def _coordinate(
         await core.close()
         await asyncio.sleep(0.05)  # the last messages need a moment to leave
         router.close()
-        path.unlink(missing_ok=True)
+        remove_socket(path)
 
 
 async def listen(router: Router, settings: Settings) -> None:

@@ -9,6 +9,7 @@ import stat
 from pathlib import Path
 
 from outrider.errors import ConfigError
+from outrider.wire.doors import AWAY
 
 
 def runtime_dir() -> Path:
@@ -41,6 +42,12 @@ def socket_path(name: str) -> Path:
             f"the socket path {path} is too long; set XDG_RUNTIME_DIR to a shorter one"
         )
     return path
+
+
+def remove_socket(path: Path) -> None:
+    """Remove what a dead coordinator has left, its name also where that was just put aside."""
+    for one in (path, Path(f"{path}{AWAY}")):
+        one.unlink(missing_ok=True)
 
 
 def address_of(pipeline: str) -> str:
