@@ -209,9 +209,9 @@ def test_the_python_example_prints_an_answer(
     served = serve("default", "--toy-step-ms=4", "--toy-draft-ms=0.4", f"--mode={mode}")
     _, example = blocks("python")
     exec(compile(example, "README.md", "exec"), {"__name__": "__main__"})
-    *text, rate = capsys.readouterr().out.splitlines()
+    *text, counts = capsys.readouterr().out.splitlines()
     assert "".join(text).strip()
-    assert re.fullmatch(r"\d+ of \d+ tokens accepted", rate)
+    assert re.fullmatch(r"\d+ of \d+ tokens accepted", counts)
     assert served.stop() == 143
 
 

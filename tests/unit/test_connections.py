@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from outrider.wire import connections
 from outrider.wire.connections import BAD_FRAMES, SUSPECT, UNSURE_S, Connections, Patience, Scales
+from outrider.wire.doors import close_door, open_door
 
 Pair = tuple[socket.socket, socket.socket]
 
@@ -289,3 +292,32 @@ def test_what_is_no_socket_is_left_alone(tmp_path: object) -> None:
         connections.shut(file.fileno())
         assert file.read() == ""
     connections.shut(9999)
+
+
+@pytest.mark.parametrize("kind", ["tcp", "file", "abstract"])
+def test_at_a_closed_door_nobody_comes_in_and_who_is_in_stays(kind: str, tmp_path: Path) -> None:
+    family = socket.AF_INET if kind == "tcp" else socket.AF_UNIX
+    names: dict[str, Any] = {
+        "tcp": ("127.0.0.1", 0),
+        "file": f"{tmp_path}/door",
+        "abstract": f"\0{tmp_path}",
+    }
+
+    def comes_in() -> bool:
+        with socket.socket(family) as guest:
+            guest.settimeout(0.2)
+            return guest.connect_ex(where) == 0
+
+    with socket.socket(family) as door, socket.socket(family) as early:
+        door.bind(names[kind])
+        door.listen()
+        where = door.getsockname()
+        early.connect(where)
+        inside, _ = door.accept()
+        close_door(door.fileno())
+        assert comes_in() is (kind == "abstract")  # which has no file to put aside
+        early.sendall(b"x")
+        assert inside.recv(1) == b"x"
+        inside.close()
+        open_door(door.fileno())
+        assert comes_in()

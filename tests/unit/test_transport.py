@@ -345,7 +345,8 @@ async def test_where_too_many_come_nobody_is_let_in_for_a_moment_and_who_is_here
             late.link.close()
         before, began = len(accepted), time.monotonic()
         await asyncio.sleep(1.0)
-        assert len(accepted) - before < 60 * (time.monotonic() - began) / CLOSED_S
+        per_s = (len(accepted) - before) / (time.monotonic() - began)
+        assert per_s < 120  # 24 to 52; at doors that stay open 220 to 230
         context.destroy(linger=0)
         await until(lambda: len(known) == 1 and not house.router._are_closed)
         again = Guest(house.address)
@@ -421,7 +422,7 @@ def test_where_no_socket_can_be_opened_that_is_one_sentence() -> None:
 
 RUNNING = """
 import asyncio, sys, time
-from outrider.wire.router import CLOSED_S, Router
+from outrider.wire.router import Router
 
 async def main():
     router = Router(lambda *_: None, lambda _: None)

@@ -104,7 +104,7 @@ class Connections:
 
     @property
     def is_crowded(self) -> bool:
-        """Whether there are more than can be told that they are too many."""
+        """Whether some of those that are too many must end before they can be told so."""
         return len(self) > self.most + SPARE
 
     def make_room(self) -> None:

@@ -8,35 +8,19 @@ already is left alone by both.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import socket
+import struct
 import sys
+from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 AWAY = ".closed"  # what is put behind the name
 ATTACH_FILTER, DETACH_FILTER = 26, 27  # SO_…, as Linux counts them
-
-
-class Instruction(ctypes.Structure):
-    """One of a filter (`sock_filter`); all zero but this code: keep nothing."""
-
-    _fields_ = (
-        ("code", ctypes.c_uint16),
-        ("if_true", ctypes.c_uint8),
-        ("if_false", ctypes.c_uint8),
-        ("value", ctypes.c_uint32),
-    )
-
-
-class Filter(ctypes.Structure):
-    """`sock_fprog`"""
-
-    _fields_ = (("length", ctypes.c_uint16), ("first", ctypes.POINTER(Instruction)))
-
-
-DROP_ALL = Filter(1, ctypes.pointer(Instruction(code=0x06)))  # BPF_RET | BPF_K
+# a filter of one instruction, BPF_RET | BPF_K: keep nothing (`sock_filter`, and `sock_fprog` of it)
+DROP = array("H", [0x06, 0, 0, 0])
+FILTER = struct.pack("HP", 1, DROP.buffer_info()[0])
 
 
 @contextmanager
@@ -52,19 +36,24 @@ def borrowed(fd: int) -> Iterator[socket.socket]:
         one.detach()
 
 
+def aside(door: socket.socket) -> str:
+    """What its name is meanwhile."""
+    return os.fsdecode(door.getsockname()) + AWAY
+
+
 def close_door(fd: int) -> None:
     """Let nobody in at this listening socket; where that is not possible, nothing happens."""
-    with suppress(OSError), borrowed(fd) as door:
+    with suppress(OSError, ValueError), borrowed(fd) as door:  # no file may have the name
         if door.family == socket.AF_UNIX:
-            os.rename(door.getsockname(), door.getsockname() + AWAY)
+            os.rename(door.getsockname(), aside(door))
         elif sys.platform == "linux":
-            door.setsockopt(socket.SOL_SOCKET, ATTACH_FILTER, bytes(DROP_ALL))
+            door.setsockopt(socket.SOL_SOCKET, ATTACH_FILTER, FILTER)
 
 
 def open_door(fd: int) -> None:
     """Undo `close_door`."""
-    with suppress(OSError), borrowed(fd) as door:
+    with suppress(OSError, ValueError), borrowed(fd) as door:  # no file may have the name
         if door.family == socket.AF_UNIX:
-            os.rename(door.getsockname() + AWAY, door.getsockname())
+            os.rename(aside(door), door.getsockname())
         elif sys.platform == "linux":
             door.setsockopt(socket.SOL_SOCKET, DETACH_FILTER, 0)

@@ -28,7 +28,7 @@ ENDED = 1024  # peers whose connections were ended that are remembered
 DROPPED = 1000  # messages of theirs that are dropped at once
 DRAINING_S = 0.2  # since some were dropped: there may be more
 MUTE_S = 2.0  # a surplus connection that has said nothing for so long ends
-CLOSED_S = 0.25  # nobody new is let in, once more are here than can be told that they are too many
+CLOSED_S = 0.25  # for so long nobody new is let in, once far too many are here
 
 
 class Router(Endpoint):
@@ -162,9 +162,9 @@ class Router(Endpoint):
         """
         log.warning("nobody is let in for a moment: there are too many connections")
         self._are_closed = True
+        self._loop.call_later(CLOSED_S, self._open_doors)
         for door in self._doors:
             close_door(door)
-        self._loop.call_later(CLOSED_S, self._open_doors)
 
     def _open_doors(self) -> None:
         """Go on, without those that are too many; whoever is a worker has said so by now."""
